@@ -1,0 +1,872 @@
+"""Null-space projection for LoRA: second moments, the projection bundle, the projector and its audit.
+
+A linear layer maps inputs x (in,) to W x. Over the inputs that it sees on knowledge to keep, C = E[x x^T] says which
+directions they use. LoRA adds s * B @ A to W; with every row of A orthogonal to the leading eigenvectors of C, the
+layer answers those inputs as before, whatever B is (AlphaEdit, arXiv 2410.02355, eq. 5 to 8, for closed-form edits;
+Adam-NSCL, CVPR 2021, for training).
+
+    bundle = Bundle.load("demo/output/bundle")
+    bundle.check(unet)
+    projector = NullSpaceProjector(unet, {"joint": bundle.protected("joint", "energy", 0.999)})
+    projector.attach(optimizer)  # and call projector.project_gradients() after each backward pass
+"""
+
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "nullspace_config.json"
+TABLE_NAME = "modules.csv"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+TEXT_INPUT = "encoder_hidden_states"
+JOINT = "joint"
+ENERGIES = (0.9, 0.99, 0.999, 0.9999)
+DEFAULT_THRESHOLDS = {"energy": 0.999, "eigenvalue": 2e-2, "percentile": 10.0}
+
+
+class NullSpaceError(ValueError):
+    """What is wrong and what to do about it, in one sentence that a user can act on."""
+
+
+# ---- Which layers, and which of them share an input ------------------------------------------------------------------
+
+
+def attention_inputs(unet, attention="cross"):
+    """Map each attention projection of a UNet to the name of its input.
+
+    to_k and to_v of every cross-attention layer read the text encoder's output, one input for all of them; to_q, to_k
+    and to_v of a self-attention layer read the same hidden states. An input of its own is named after its layer.
+
+    Args:
+        unet (`UNet2DConditionModel`): the model, with or without LoRA layers.
+        attention (`str`): "cross", "self" or "all".
+
+    Returns:
+        `dict[str, str]`: module name -> input name, in the order of the model's modules.
+    """
+    kinds = {"cross": ("attn2",), "self": ("attn1",), "all": ("attn1", "attn2")}[attention]
+    inputs = {}
+    for name, module in unet.named_modules():
+        kind = name.rpartition(".")[2]
+        if kind not in kinds or not hasattr(module, "to_q"):
+            continue
+        shared = TEXT_INPUT if kind == "attn2" else f"{name}.to_q"
+        inputs |= {f"{name}.to_q": f"{name}.to_q", f"{name}.to_k": shared, f"{name}.to_v": shared}
+        inputs[f"{name}.to_out.0"] = f"{name}.to_out.0"
+    return inputs
+
+
+def fingerprint(unet, modules):
+    """Hash the weights of the named modules, (out, in) each, so that a bundle is only used on the model it describes.
+
+    Weights are hashed as float16, so that a model and its fp16 variant, which is that model rounded, agree.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(modules):
+        weight = base_layer(unet.get_submodule(name)).weight
+        digest.update(f"{name} {tuple(weight.shape)} ".encode())
+        digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def base_layer(module):
+    """The linear layer itself, below the LoRA layer that peft may have wrapped around it."""
+    return getattr(module, "base_layer", module)
+
+
+# ---- Second moments --------------------------------------------------------------------------------------------------
+
+
+class SecondMoments:
+    """Streams the uncentred second moments of layer inputs into one matrix for each input and timestep group.
+
+    Nothing else is kept: each input x (tokens, in) adds x^T x to a float32 matrix (in, in) on the model's device.
+
+    Args:
+        unet (`UNet2DConditionModel`): the model whose inputs are read.
+        inputs (`dict[str, str]`): module name -> input name, from `attention_inputs`.
+        group_of (`dict[int, str]`): group name of each timestep that the sampler visits, rounded to whole numbers.
+    """
+
+    def __init__(self, unet, inputs, group_of):
+        self.unet, self.inputs, self.group_of = unet, inputs, group_of
+        self.sums = {}  # (group, input) -> (in, in), sum of x x^T
+        self.tokens = {}  # (group, input) -> number of tokens summed
+        self._group = None
+        self._text_pending = False
+
+    @contextmanager
+    def collect(self):
+        """Read the inputs of every forward pass of the model while the context is open."""
+        readers = {}  # one module stands for all that share its input
+        for name, source in self.inputs.items():
+            readers.setdefault(source, name)
+        handles = [self.unet.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
+        for source, name in readers.items():
+            handles.append(base_layer(self.unet.get_submodule(name)).register_forward_pre_hook(self._reader(source)))
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def start_batch(self):
+        """Say that new prompts follow: their embeddings, the same at all timesteps, are then counted once."""
+        self._text_pending = True
+
+    def _on_forward(self, unet, args, kwargs):
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        self._group = self.group_of[round(float(timestep))]
+
+    def _reader(self, source):
+        def read(module, args):
+            group = self._group
+            if source == TEXT_INPUT:
+                if not self._text_pending:
+                    return
+                self._text_pending, group = False, TEXT_INPUT
+            self.add(group, source, args[0].detach())
+
+        return read
+
+    def add(self, group, source, x):
+        """Add inputs x (..., in) of the layer input `source` to a group's matrix."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        key = (group, source)
+        if key not in self.sums:
+            self.sums[key] = x.new_zeros(x.shape[1], x.shape[1])
+            self.tokens[key] = 0
+        self.sums[key].addmm_(x.T, x)
+        self.tokens[key] += x.shape[0]
+
+    def group(self, name):
+        """The sums and token counts of one group: `dict[str, tuple[Tensor (in, in), int]]` by input."""
+        return {source: (self.sums[key], self.tokens[key]) for key in self.sums for group, source in [key] if group == name}
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues (in,) float32, largest first, and eigenvectors (in, in) as columns, of C = E[x x^T]; its tokens."""
+
+    eigenvalues: torch.Tensor
+    eigenvectors: torch.Tensor
+    tokens: int
+
+    @classmethod
+    def from_sum(cls, total, tokens, name="the input"):
+        """Decompose a sum of x x^T (in, in) over `tokens` tokens; the eigenvectors are rounded to float16.
+
+        Raises:
+            NullSpaceError: if the sum is not finite or counts no token.
+        """
+        if not tokens or not torch.isfinite(total).all():
+            raise NullSpaceError(
+                f"The inputs collected for {name} contain NaN or infinity (or nothing at all); "
+                "build with --mixed_precision no or bf16."
+            )
+        eigenvalues, eigenvectors = torch.linalg.eigh(total.to("cpu", torch.float64) / tokens)
+        return cls(
+            eigenvalues.flip(0).clamp_min(0).float().contiguous(), eigenvectors.flip(1).half().contiguous(), tokens
+        )
+
+    def orthonormal(self):
+        """Eigenvectors (in, in) in float32, orthonormal to its rounding again.
+
+        One Newton-Schulz step U (3 I - U^T U) / 2 squares the deviation that float16 storage left (about 5e-4), and
+        turns no direction by more than that.
+        """
+        vectors = self.eigenvectors.float()
+        return 1.5 * vectors - 0.5 * vectors @ (vectors.T @ vectors)
+
+    def sum(self):
+        """The sum of x x^T over the tokens, (in, in) float64, to the precision that is stored."""
+        vectors = self.orthonormal().double()
+        return (vectors * (self.eigenvalues.double() * self.tokens)) @ vectors.T
+
+    def rank(self, criterion="energy", threshold=0.999):
+        """How many leading directions are protected.
+
+        - "energy": the fewest that hold this share of the trace, in [0, 1); 0 protects nothing.
+        - "eigenvalue": those whose eigenvalue is at least the threshold (AlphaEdit's absolute threshold).
+        - "percentile": all but the lowest `threshold` percent of the directions, in (0, 100].
+
+        Raises:
+            NullSpaceError: if the criterion is unknown or the threshold is out of its range.
+        """
+        check_threshold(criterion, threshold)
+        size = len(self.eigenvalues)
+        if criterion == "eigenvalue":
+            return int((self.eigenvalues >= threshold).sum())
+        if criterion == "percentile":
+            return size - math.floor(size * threshold / 100)
+        energy = self.eigenvalues.double().cumsum(0)
+        return int((energy < threshold * energy[-1]).sum()) + 1 if threshold > 0 else 0
+
+
+def check_threshold(criterion, threshold):
+    """Raise `NullSpaceError` unless the threshold lies in the criterion's range; see `Spectrum.rank`."""
+    valid = {
+        "energy": ("0 <= threshold < 1", 0 <= threshold < 1),
+        "eigenvalue": ("threshold > 0", 0 < threshold < math.inf),
+        "percentile": ("0 < threshold <= 100", 0 < threshold <= 100),
+    }
+    if criterion not in valid:
+        raise NullSpaceError(f"Unknown criterion '{criterion}'; choose one of {', '.join(valid)}.")
+    if not valid[criterion][1]:
+        raise NullSpaceError(f"--nullspace_threshold {threshold} is out of range: '{criterion}' needs {valid[criterion][0]}.")
+
+
+def timestep_groups(timesteps, count, num_train_timesteps=1000):
+    """Split a sampler's timesteps into `count` groups of neighbours whose ranges tile the training timesteps.
+
+    Args:
+        timesteps (`Iterable[float]`): the timesteps that the sampler visits, in any order.
+        count (`int`): number of groups; no more than there are different timesteps are made.
+
+    Returns:
+        `list[dict]`: `name`, `timesteps` (whole numbers, ascending) and `range` [first, last] of each group; a
+        range ends half way to the next group's first timestep.
+    """
+    visited = sorted({round(float(timestep)) for timestep in timesteps})
+    count = min(count, len(visited))
+    bounds = [len(visited) * index // count for index in range(count + 1)]
+    chunks = [visited[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    edges = [0] + [(left[-1] + right[0] + 1) // 2 for left, right in zip(chunks, chunks[1:], strict=False)]
+    groups = []
+    for chunk, first, last in zip(chunks, edges, edges[1:] + [num_train_timesteps], strict=True):
+        name = JOINT if count == 1 else f"timesteps-{first:04d}-{last - 1:04d}"
+        groups.append({"name": name, "timesteps": chunk, "range": [first, last - 1]})
+    return groups
+
+
+# ---- The bundle ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bundle:
+    """The second moments of one base model's layer inputs, decomposed, by timestep group.
+
+    On disk: `nullspace_config.json` describes it and holds the sha256 of all other files; each group is a safetensors
+    file with, for each input, `<input>.eigenvalues` (in,) float32 and `<input>.eigenvectors` (in, in) float16. The
+    text encoder's output does not depend on the timestep and has a file of its own. The group "joint", the sum over
+    all timesteps, is always there.
+
+    Attributes:
+        config (`dict`): what `nullspace_config.json` holds.
+        spectra (`dict[str, dict[str, Spectrum]]`): group -> input -> spectrum, for the groups that were loaded;
+            the text encoder's output is the group "encoder_hidden_states".
+    """
+
+    config: dict
+    spectra: dict = field(default_factory=dict)
+
+    @classmethod
+    def from_moments(cls, moments, groups, config):
+        """Decompose what `SecondMoments` collected. `groups` are those of `timestep_groups`, `config` the rest."""
+        spectra = {}
+        for name in [group["name"] for group in groups] + [TEXT_INPUT]:
+            collected = moments.group(name)
+            if collected:
+                spectra[name] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in collected.items()}
+        if len(groups) > 1:
+            totals = {}
+            for group in groups:
+                for source, (total, tokens) in moments.group(group["name"]).items():
+                    before, counted = totals.get(source, (0, 0))
+                    totals[source] = (before + total.to("cpu", torch.float64), counted + tokens)
+            spectra[JOINT] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in totals.items()}
+            groups = [joint_group(groups)] + groups
+        config = {"format_version": FORMAT_VERSION, **config, "groups": groups, "dtype": "float16"}
+        return cls(config, spectra)
+
+    # Reading
+
+    @classmethod
+    def load(cls, name_or_path, timesteps=JOINT, timestep_range=None, revision=None, token=None):
+        """Read a bundle from a folder or from a dataset repository on the Hub, only the files that are needed.
+
+        Args:
+            name_or_path (`str` or `Path`): a folder or a Hub id.
+            timesteps (`str`): "joint", or "nearest" for the groups that the bundle splits the timesteps into.
+            timestep_range (`tuple[int, int]`, *optional*): see `restrict`.
+            revision, token (`str`, *optional*): as in huggingface_hub.
+
+        Raises:
+            NullSpaceError: if it cannot be had, is of a newer format, or a file differs from its recorded sha256.
+        """
+        config = read_config(name_or_path, revision, token)
+        names = needed_groups(config, timesteps, timestep_range)
+        folder = fetch_files(name_or_path, [group_file(name) for name in names], revision, token)
+        bundle = cls(config)
+        bundle.spectra = {name: bundle._read_group(folder, name) for name in names}
+        return bundle if timestep_range is None else bundle.restrict(*timestep_range)
+
+    def _read_group(self, folder, name):
+        path = folder / group_file(name)
+        expected = self.config["files"][path.name]
+        try:
+            actual = sha256(path)
+            tensors = load_file(path) if actual == expected else None
+        except (OSError, SafetensorError) as error:
+            raise NullSpaceError(f"{path} cannot be read ({error}); download or build the bundle again.") from error
+        if tensors is None:
+            raise NullSpaceError(
+                f"{path} is truncated or altered (its sha256 differs from the one in {CONFIG_NAME}); "
+                "download or build the bundle again."
+            )
+        return {
+            source: Spectrum(tensors[f"{source}.eigenvalues"], tensors[f"{source}.eigenvectors"], tokens)
+            for source, tokens in self.config["tokens"][name].items()
+        }
+
+    def group(self, name):
+        """The spectra (`dict[str, Spectrum]`) of all inputs in a group, the text encoder's output included."""
+        return {**self.spectra.get(name, {}), **self.spectra.get(TEXT_INPUT, {})}
+
+    def protected(self, name=JOINT, criterion="energy", threshold=0.999):
+        """What a group protects in each covered module: `dict[str, Protected]`.
+
+        Modules that share an input share the object.
+
+        Raises:
+            NullSpaceError: if a layer is left without a free direction, or the threshold is out of range.
+        """
+        shared = {}
+        for source, spectrum in self.group(name).items():
+            rank = spectrum.rank(criterion, threshold)
+            if rank == len(spectrum.eigenvalues):
+                raise NullSpaceError(
+                    f"--nullspace_criterion {criterion} --nullspace_threshold {threshold} leaves no free direction in "
+                    f"{source} ({rank} of {rank} protected); choose a "
+                    f"{'higher' if criterion in ('eigenvalue', 'percentile') else 'lower'} threshold."
+                )
+            shared[source] = Protected(spectrum.orthonormal(), rank)
+        return {module: shared[info["input"]] for module, info in self.config["modules"].items()}
+
+    # Checking
+
+    def check(self, unet):
+        """Raise `NullSpaceError` unless this bundle was built from the weights of this UNet."""
+        present = dict(unet.named_modules())
+        covered = [name for name in self.config["modules"] if name in present]
+        if not covered:
+            raise NullSpaceError("The bundle covers no layer of this UNet; build one for this model.")
+        for name, info in self.config["modules"].items():
+            expected = (info["out_features"], info["in_features"])
+            found = tuple(base_layer(present[name]).weight.shape) if name in present else None
+            if found != expected:
+                raise NullSpaceError(
+                    f"The bundle was built for {self.config['base_model']['id']}, where {name} is {expected}, but here "
+                    f"it is {found or 'missing'}; use the bundle of this model or build one."
+                )
+        if fingerprint(unet, self.config["modules"]) != self.config["base_model"]["fingerprint"]:
+            raise NullSpaceError(
+                f"The bundle was built from other weights ({self.config['base_model']['id']}): the fingerprints "
+                "differ; use the bundle of this model or build one with build_nullspace.py."
+            )
+
+    # Adding and restricting: second moments add up
+
+    def _sum(self, names):
+        totals = {}
+        for name in names:
+            for source, spectrum in self.spectra[name].items():
+                before, counted = totals.get(source, (0, 0))
+                totals[source] = (before + spectrum.sum(), counted + spectrum.tokens)
+        return {source: Spectrum.from_sum(*pair, name=source) for source, pair in totals.items()}
+
+    def merge(self, other):
+        """The bundle of both bundles' prompts together, as if built at once, to the precision that is stored.
+
+        Both must describe the same weights and hold the same groups, all loaded.
+
+        Raises:
+            NullSpaceError: if they do not.
+        """
+        for key in ("base_model", "modules", "groups"):
+            mine, theirs = self.config[key], other.config[key]
+            if key == "base_model":
+                mine, theirs = mine["fingerprint"], theirs["fingerprint"]
+            if mine != theirs:
+                raise NullSpaceError(f"These bundles cannot be merged: their {key.replace('_', ' ')} differ.")
+        merged = Bundle(copy.deepcopy(self.config))
+        for name in self.spectra:
+            merged.spectra[name] = Bundle({}, {0: self.spectra[name], 1: other.spectra[name]})._sum([0, 1])
+        mine, theirs = self.config["prompts"], other.config["prompts"]
+        merged.config["prompts"] = {
+            "source": f"{mine['source']} + {theirs['source']}",
+            "count": mine["count"] + theirs["count"],
+            "sha256": hashlib.sha256((mine["sha256"] + theirs["sha256"]).encode()).hexdigest(),
+            "examples": mine["examples"] + theirs["examples"],
+        }
+        return merged
+
+    def restrict(self, first, last):
+        """The bundle of the timesteps from `first` to `last`, both included; all groups in it must be loaded.
+
+        Raises:
+            NullSpaceError: if no timestep lies in the range, or it cuts through a group.
+        """
+        kept = groups_inside(self.config, first, last)
+        names = [group["name"] for group in kept]
+        restricted = Bundle(copy.deepcopy(self.config))
+        restricted.spectra = {name: self.spectra[name] for name in names + [TEXT_INPUT] if name in self.spectra}
+        if len(kept) == len(split_groups(self.config)):
+            restricted.spectra[JOINT] = self.spectra[JOINT]
+        else:
+            restricted.spectra[JOINT] = self._sum(names)
+        restricted.config["groups"] = [joint_group(kept)] + [group for group in kept if group["name"] != JOINT]
+        return restricted
+
+    # Writing
+
+    def save(self, folder, extras=()):
+        """Write the bundle as a folder, whole or not at all; an earlier bundle there is replaced.
+
+        Args:
+            folder (`Path`): where.
+            extras (`Iterable[Callable[[Bundle, Path], None]]`): each writes more files into the folder (the card, a
+                picture) before it is moved into place.
+
+        Raises:
+            NullSpaceError: if the folder holds something other than a bundle.
+            OSError: if it cannot be written.
+        """
+        folder = Path(folder)
+        check_output_folder(folder)
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        config = {key: value for key, value in self.config.items() if key not in ("tokens", "files")}
+        config["tokens"] = {
+            name: {source: spectrum.tokens for source, spectrum in spectra.items()}
+            for name, spectra in self.spectra.items()
+        }
+        for name, spectra in self.spectra.items():
+            tensors = {}
+            for source, spectrum in spectra.items():
+                tensors[f"{source}.eigenvalues"] = spectrum.eigenvalues
+                tensors[f"{source}.eigenvectors"] = spectrum.eigenvectors
+            save_file(tensors, partial / group_file(name), metadata={"format": "pt"})
+        self._write_table(partial / TABLE_NAME)
+        for write in extras:
+            write(self, partial)
+        config["files"] = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+        (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        self.config = config
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def table(self):
+        """A row (`dict`) for each covered module and group: sizes, tokens, and the rank at each of `ENERGIES`."""
+        rows = []
+        for name in self.spectra:
+            for module, info in self.config["modules"].items():
+                spectrum = self.spectra[name].get(info["input"])
+                if spectrum is not None:
+                    row = {"module": module, "group": name, "input": info["input"]}
+                    row |= {key: info[key] for key in ("in_features", "out_features")}
+                    row["tokens"] = spectrum.tokens
+                    rows.append(row | {f"rank_{energy}": spectrum.rank("energy", energy) for energy in ENERGIES})
+        return rows
+
+    def _write_table(self, path):
+        rows = self.table()
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def joint_group(groups):
+    """The group of all timesteps of the given ones."""
+    return {
+        "name": JOINT,
+        "timesteps": sorted(timestep for group in groups for timestep in group["timesteps"]),
+        "range": [min(group["range"][0] for group in groups), max(group["range"][1] for group in groups)],
+    }
+
+
+def split_groups(config):
+    """The groups that a bundle splits its timesteps into: all but the joint one, or that one if it is alone."""
+    return [group for group in config["groups"] if group["name"] != JOINT] or config["groups"]
+
+
+def groups_inside(config, first, last):
+    """The groups that a bundle splits its timesteps into which lie from `first` to `last`, both included.
+
+    Raises:
+        NullSpaceError: if there is none, or the range cuts through one.
+    """
+    kept = []
+    for group in split_groups(config):
+        inside = [first <= timestep <= last for timestep in group["timesteps"]]
+        if any(inside) and not all(inside):
+            raise NullSpaceError(
+                f"The range {first} to {last} cuts through the group of timesteps {group['timesteps'][0]} to "
+                f"{group['timesteps'][-1]}; choose another range, or build with --timestep_groups steps."
+            )
+        if all(inside):
+            kept.append(group)
+    if not kept:
+        raise NullSpaceError(f"No timestep of the bundle lies between {first} and {last}.")
+    return kept
+
+
+def needed_groups(config, timesteps=JOINT, timestep_range=None):
+    """Names of the groups that a use of a bundle reads; arguments as for `Bundle.load`."""
+    split = split_groups(config)
+    if timesteps == "nearest" and len(split) == 1:
+        raise NullSpaceError(
+            "This bundle holds its timesteps in one group, so there is no nearest one to choose; "
+            "build with --timestep_groups stages or steps, or use --nullspace_timesteps joint."
+        )
+    kept = split if timestep_range is None else groups_inside(config, *timestep_range)
+    names = [JOINT] if len(kept) == len(split) else []
+    if timesteps == "nearest" or len(kept) < len(split):
+        names += [group["name"] for group in kept]
+    return names + [TEXT_INPUT] * (TEXT_INPUT in config["tokens"])
+
+
+def group_file(name):
+    """File name of a group."""
+    return f"{name}.safetensors"
+
+
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_output_folder(folder):
+    """Raise `NullSpaceError` if a bundle cannot be written to a folder: it holds other files or is not writable."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NullSpaceError(f"{folder} is a file; choose a folder for --output_dir.")
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_NAME).exists():
+        raise NullSpaceError(f"{folder} holds something that is not a bundle; choose an empty folder for --output_dir.")
+    check_writable(folder)
+
+
+def check_writable(folder):
+    """Raise `NullSpaceError` if a folder, which may not exist yet, cannot be made or written to."""
+    folder = Path(folder)
+    probe = folder.with_name(f"{folder.name}.probe-{os.getpid()}")
+    try:
+        probe.mkdir(parents=True)
+        probe.rmdir()
+    except OSError as error:
+        raise NullSpaceError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir.") from error
+
+
+def read_config(name_or_path, revision=None, token=None):
+    """The parsed and checked `nullspace_config.json` of a bundle in a folder or on the Hub.
+
+    Raises:
+        NullSpaceError: if there is none, it is no bundle's, or its format is newer than this code.
+    """
+    path = fetch_files(name_or_path, [CONFIG_NAME], revision, token) / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text())
+        version = config["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise NullSpaceError(f"{path} is not a bundle's configuration; download or build the bundle again.") from error
+    if version > FORMAT_VERSION:
+        raise NullSpaceError(
+            f"The bundle {name_or_path} has format {version}, newer than the {FORMAT_VERSION} known here; "
+            "update this project."
+        )
+    return config
+
+
+def fetch_files(name_or_path, names, revision=None, token=None):
+    """The folder that holds the named files of a bundle: the given one, or a snapshot of a Hub dataset repository.
+
+    Raises:
+        NullSpaceError: if they are not there.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        for name in names:
+            if not (folder / name).is_file():
+                raise NullSpaceError(f"{folder} has no {name}: it is not a bundle, or not a whole one.")
+        return folder
+    where = f"the Hub dataset {name_or_path}" + (f" at revision {revision}" if revision else "")
+    try:
+        if names == [CONFIG_NAME]:  # asked for alone, a missing file is an error of its own
+            path = hf_hub_download(name_or_path, CONFIG_NAME, repo_type="dataset", revision=revision, token=token)
+            return Path(path).parent
+        return Path(
+            snapshot_download(name_or_path, repo_type="dataset", revision=revision, token=token, allow_patterns=names)
+        )
+    except HFValidationError as error:
+        raise NullSpaceError(f"There is no folder {name_or_path}, and it is no Hub id either.") from error
+    except GatedRepoError as error:
+        raise NullSpaceError(f"Access to {where} is gated; accept its conditions on the Hub and log in.") from error
+    except RepositoryNotFoundError as error:
+        raise NullSpaceError(
+            f"There is no folder {name_or_path} and no Hub dataset of that name that you may read; if it is private, "
+            "log in with `hf auth login` or pass --hub_token."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise NullSpaceError(f"The Hub dataset {name_or_path} has no revision {revision}.") from error
+    except LocalEntryNotFoundError as error:
+        raise NullSpaceError(f"{where} is not in the local cache and cannot be downloaded now: {error}") from error
+    except EntryNotFoundError as error:
+        raise NullSpaceError(f"{where} has no {CONFIG_NAME}: it is not a bundle.") from error
+    except HfHubHTTPError as error:
+        raise NullSpaceError(f"{where} cannot be downloaded: {error}") from error
+
+
+# ---- The projector ---------------------------------------------------------------------------------------------------
+
+
+class Protected(NamedTuple):
+    """An orthonormal basis (in, in) float32 of a layer's input space, whose first `rank` columns are protected."""
+
+    basis: torch.Tensor
+    rank: int
+
+
+class _Batch(NamedTuple):
+    """Adapters projected in one batched product: bases of one size, each shared by the same number of adapters."""
+
+    names: list  # of modules, those that share a basis next to each other
+    directions: torch.Tensor  # (bases, in, k), padded with zeros to one k
+    free: bool  # whether the directions span the free space, otherwise the protected one
+
+    def project(self, tensors):
+        """Project the rows of tensors (r, in), one for each name, in order."""
+        stacked = torch.stack(tensors)
+        x = stacked.view(len(self.directions), -1, stacked.shape[-1])
+        inside = torch.bmm(torch.bmm(x, self.directions), self.directions.mT)
+        return (inside if self.free else x - inside).view_as(stacked).unbind()
+
+
+def _make_batches(protected, device):
+    """Group modules (`dict[str, Protected]`) into as few batched products as there are kinds of basis."""
+    sharing = {}  # one basis -> its modules
+    for name, item in protected.items():
+        sharing.setdefault(id(item), []).append(name)
+    kinds = {}
+    for names in sharing.values():
+        item = protected[names[0]]
+        if item.rank:
+            free = item.rank > len(item.basis) // 2  # work with whichever half is smaller
+            directions = item.basis[:, item.rank :] if free else item.basis[:, : item.rank]
+            kinds.setdefault((len(item.basis), len(names), free), []).append((names, directions))
+    batches = []
+    for (size, _, free), members in kinds.items():
+        padded = torch.zeros(len(members), size, max(directions.shape[1] for _, directions in members))
+        for row, (_, directions) in zip(padded, members, strict=True):
+            row[:, : directions.shape[1]] = directions
+        batches.append(_Batch([name for names, _ in members for name in names], padded.to(device), free))
+    return batches
+
+
+class NullSpaceProjector:
+    """Keeps the down-projections A (r, in) of LoRA layers in the null space of what is protected.
+
+    B @ A then answers every protected input with zero, whatever B is. It takes three things: A's initial value is
+    projected, its gradient is projected before it is clipped (so that the clip and the optimizer's moments see only
+    what is allowed), and its value after every step, because Adam's division by each coordinate's own second moment
+    leaves the subspace (Adam-NSCL, CVPR 2021).
+
+        projector = NullSpaceProjector(unet, {"joint": bundle.protected()})
+        projector.attach(optimizer)
+        ...
+        loss.backward()
+        projector.project_gradients()
+        optimizer.step()
+
+    With several groups, no null space holds at all times, so the initial value is left as it is, and of each step
+    the gradient and the change are projected with the group that is selected.
+
+    Args:
+        unet (`UNet2DConditionModel`): a model with LoRA layers on the protected modules.
+        groups (`dict[str, dict[str, Protected]]`): group -> module name -> what it protects.
+        adapter (`str`): name of the adapter.
+    """
+
+    def __init__(self, unet, groups, adapter="default"):
+        self.groups = groups
+        self.selected = next(iter(groups))
+        self.parameters = {
+            name: unet.get_submodule(name).lora_A[adapter].weight for name in groups[self.selected]
+        }
+        device = next(iter(self.parameters.values())).device
+        self._batches = {group: _make_batches(protected, device) for group, protected in groups.items()}
+        self._before = None
+        if len(groups) == 1:
+            self.project_values()
+
+    def attach(self, optimizer):
+        """Project the values after each of the optimizer's steps, whichever `torch.optim.Optimizer` it is."""
+        if len(self.groups) == 1:
+            optimizer.register_step_post_hook(lambda *_: self.project_values())
+        else:
+            optimizer.register_step_pre_hook(lambda *_: self._remember_values())
+            optimizer.register_step_post_hook(lambda *_: self._project_change())
+
+    def select(self, group):
+        """Project with this group's null space from now on."""
+        self.selected = group
+
+    def _apply(self, tensor_of):
+        """Project, in place, the tensor (r, in) that belongs to each parameter; those without one are left out."""
+        for batch in self._batches[self.selected]:
+            tensors = [tensor_of(self.parameters[name]) for name in batch.names]
+            if all(tensor is not None for tensor in tensors):
+                torch._foreach_copy_(tensors, batch.project(tensors))
+
+    @torch.no_grad()
+    def project_values(self):
+        """Project A itself, as a single group's null space asks for after every change."""
+        self._apply(lambda parameter: parameter)
+
+    @torch.no_grad()
+    def project_gradients(self):
+        """Project A's gradients; call it after the backward pass and before clipping."""
+        self._apply(lambda parameter: parameter.grad)
+
+    @torch.no_grad()
+    def _remember_values(self):
+        self._before = {parameter: parameter.clone() for parameter in self.parameters.values()}
+
+    @torch.no_grad()
+    def _project_change(self):
+        change = {parameter: parameter - before for parameter, before in self._before.items()}
+        self._apply(change.get)
+        for parameter, before in self._before.items():
+            parameter.copy_(before + change[parameter])
+        self._before = None
+
+    @torch.no_grad()
+    def leakage(self):
+        """The largest share of any A's norm that lies in what the selected group protects: 0 is none."""
+        worst = 0.0
+        for name, item in self.groups[self.selected].items():
+            parameter = self.parameters[name].float().cpu()
+            inside = (parameter @ item.basis[:, : item.rank]).norm()
+            worst = max(worst, (inside / parameter.norm().clamp_min(1e-30)).item())
+        return worst
+
+
+# ---- The audit of a saved LoRA ---------------------------------------------------------------------------------------
+
+
+class LoraLayer(NamedTuple):
+    """One layer of a LoRA file: dW = scale * up @ down, with down (r, in) and up (out, r)."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+
+def load_lora(name_or_path):
+    """Read the UNet layers of a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name.
+
+    Raises:
+        NullSpaceError: if the file holds no LoRA layer of a UNet.
+    """
+    from diffusers import StableDiffusionPipeline  # takes seconds to import, and only this needs it
+
+    try:
+        state_dict, alphas = StableDiffusionPipeline.lora_state_dict(name_or_path)
+    except (OSError, SafetensorError) as error:
+        raise NullSpaceError(f"{name_or_path} cannot be read as a LoRA: {error}") from error
+    layers = {}
+    for key, down in state_dict.items():
+        for down_suffix, up_suffix in ((".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight")):
+            if key.startswith("unet.") and key.endswith(down_suffix):
+                prefix = key.removesuffix(down_suffix)
+                alpha = (alphas or {}).get(f"{prefix}.alpha", down.shape[0])
+                layers[prefix.removeprefix("unet.")] = LoraLayer(down, state_dict[prefix + up_suffix], alpha / len(down))
+    if not layers:
+        raise NullSpaceError(f"{name_or_path} holds no LoRA layer of a UNet.")
+    return layers
+
+
+def _compact(layer):
+    """A matrix (r, in) float64 with the same norms as dW has: ||dW M|| = ||compact M|| for every M (in, ...)."""
+    return layer.scale * torch.linalg.qr(layer.up.double()).R @ layer.down.double()
+
+
+def leakage(layer, protected):
+    """||dW U_k||_F / ||dW||_F, U_k (in, k) being the protected directions: 0 is the promise, 1 is no protection."""
+    compact = _compact(layer)
+    inside = compact @ protected.basis[:, : protected.rank].double()
+    return (inside.norm() / compact.norm().clamp_min(1e-300)).item()
+
+
+def predicted_drift(layer, weight, spectrum):
+    """sqrt(tr(dW C dW^T) / tr(W C W^T)): relative RMS change of the layer's output on the protected inputs.
+
+    Args:
+        layer (`LoraLayer`): what is added to the layer.
+        weight (`Tensor`): W, (out, in).
+        spectrum (`Spectrum`): of C.
+    """
+    roots = spectrum.orthonormal().double() * spectrum.eigenvalues.double().sqrt()
+    change = (_compact(layer) @ roots).norm()
+    return (change / (weight.detach().to("cpu", torch.float64) @ roots).norm()).item()
+
+
+def audit(layers, bundle, unet, criterion="energy", threshold=0.999):
+    """What a LoRA does to the inputs that a bundle protects at all of its timesteps.
+
+    Args:
+        layers (`dict[str, LoraLayer]`): from `load_lora`.
+        bundle (`Bundle`): with its joint group loaded.
+        unet (`UNet2DConditionModel`): the base model.
+        criterion, threshold: what counts as protected, see `Spectrum.rank`.
+
+    Returns:
+        `dict`: `layers`, one `dict` for each with `module`, `in_features`, `protected_rank`, `leakage` (None where
+        nothing is protected) and `predicted_drift`, both None where the bundle does not cover the layer; and the
+        `max` and `mean` of both over the layers that have them.
+    """
+    protected, spectra = bundle.protected(JOINT, criterion, threshold), bundle.group(JOINT)
+    rows = []
+    for name, layer in layers.items():
+        row = {"module": name, "in_features": layer.down.shape[1]}
+        row |= {"protected_rank": 0, "leakage": None, "predicted_drift": None}
+        if name in protected:
+            spectrum = spectra[bundle.config["modules"][name]["input"]]
+            row["protected_rank"] = protected[name].rank
+            row["leakage"] = leakage(layer, protected[name]) if protected[name].rank else None
+            row["predicted_drift"] = predicted_drift(layer, base_layer(unet.get_submodule(name)).weight, spectrum)
+        rows.append(row)
+    summary = {}
+    for key in ("leakage", "predicted_drift"):
+        values = [row[key] for row in rows if row[key] is not None]
+        summary[key] = {"max": max(values), "mean": sum(values) / len(values)} if values else {"max": None, "mean": None}
+    return {**summary, "layers": rows}

@@ -163,6 +163,16 @@ class SecondMoments:
         self.sums[key].addmm_(x.T, x)
         self.tokens[key] += x.shape[0]
 
+    def reduce(self, reduce_sum):
+        """Replace every sum and count by that over all processes.
+
+        Args:
+            reduce_sum (`Callable[[Tensor], Tensor]`): the sum of a tensor over all processes.
+        """
+        for key in sorted(self.sums):
+            self.sums[key] = reduce_sum(self.sums[key])
+            self.tokens[key] = int(reduce_sum(torch.tensor(self.tokens[key], device=self.sums[key].device)))
+
     def group(self, name):
         """The sums and token counts of one group: `dict[str, tuple[Tensor (in, in), int]]` by input."""
         return {source: (self.sums[key], self.tokens[key]) for key in self.sums for group, source in [key] if group == name}

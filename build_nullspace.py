@@ -1,0 +1,584 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "peft", "safetensors", "torch",
+#     "transformers", "tqdm",
+# ]
+# ///
+"""Build the null-space bundle of a Stable Diffusion or LCM base model, once for everybody who trains on it.
+
+    accelerate launch build_nullspace.py \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --prompts_file prompts.txt --output_dir nullspace-sd15 --mixed_precision bf16
+
+The model draws the prompts as it does for its users, and the second moments of what its attention projections read
+are summed on the way. Add `--push_to_hub` to publish the bundle as a dataset, now or later:
+
+    python build_nullspace.py --output_dir nullspace-sd15 --push_to_hub
+"""
+
+import argparse
+import hashlib
+import logging
+import platform
+import shlex
+import sys
+from pathlib import Path
+from statistics import median
+
+import accelerate
+import diffusers
+import peft
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import reduce
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
+from tqdm.auto import tqdm
+
+from nullspace_utils import (
+    CONFIG_NAME,
+    ENERGIES,
+    JOINT,
+    TABLE_NAME,
+    TEXT_INPUT,
+    Bundle,
+    NullSpaceError,
+    SecondMoments,
+    attention_inputs,
+    check_output_folder,
+    fingerprint,
+    group_file,
+    read_config,
+    timestep_groups,
+)
+
+
+logger = logging.getLogger(__name__)
+
+DPM = DPMSolverMultistepScheduler
+SAMPLERS = {
+    "ddim": (DDIMScheduler, {}),
+    "dpmpp_2m": (DPM, {"solver_order": 2}),
+    "dpmpp_2m_karras": (DPM, {"solver_order": 2, "use_karras_sigmas": True}),
+    "dpmpp_3m": (DPM, {"solver_order": 3}),
+    "dpmpp_3m_sde_karras": (
+        DPM,
+        {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "lcm": (LCMScheduler, {}),
+}
+STAGES = 4
+# What differs between the kinds of model, each sampled as its own pipeline does by default.
+MODEL_TYPES = {"StableDiffusionPipeline": "sd", "LatentConsistencyModelPipeline": "lcm"}
+DEFAULTS = {
+    "sd": {"sampler": "ddim", "num_inference_steps": [25], "guidance_scale": 7.5, "timestep_groups": JOINT},
+    "lcm": {"sampler": "lcm", "num_inference_steps": [1, 2, 4, 8], "guidance_scale": 8.5, "timestep_groups": "steps"},
+}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100, max_help_position=36),
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        help="Folder or Hub id of the base model. Without it, the bundle already in --output_dir is pushed.",
+    )
+    group.add_argument("--revision", help="Revision of the base model on the Hub.")
+    group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
+    group.add_argument(
+        "--attention",
+        choices=["cross", "self", "all"],
+        default="cross",
+        help="Attention layers to cover; LoRA can then be trained on those (default: %(default)s).",
+    )
+
+    group = parser.add_argument_group("prompts to protect; the empty prompt is always one of them")
+    group.add_argument("--prompts_file", type=Path, help="Text file with a prompt on each line.")
+    group.add_argument("--prompts_dataset_name", help="Folder or Hub id of a dataset with prompts.")
+    group.add_argument("--prompts_dataset_config_name", help="Configuration of that dataset.")
+    group.add_argument("--prompts_split", default="train", help="Split of that dataset (default: %(default)s).")
+    group.add_argument("--prompt_column", default="text", help="Column of that dataset (default: %(default)s).")
+    group.add_argument("--max_prompts", type=int, help="Use only the first so many prompts.")
+
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--sampler", choices=SAMPLERS, help="Default: ddim, or lcm for an LCM.")
+    group.add_argument(
+        "--num_inference_steps",
+        type=int,
+        nargs="+",
+        help="Sampler steps; with several numbers the prompts are drawn with each (default: 25; LCM: 1 2 4 8).",
+    )
+    group.add_argument("--guidance_scale", type=float, help="Guidance scale (default: 7.5; LCM: 8.5).")
+    group.add_argument("--resolution", type=int, help="Side of the pictures in pixels (default: the model's own).")
+    group.add_argument("--batch_size", type=int, default=8, help="Prompts drawn at once (default: %(default)s).")
+    group.add_argument(
+        "--mixed_precision", choices=DTYPES, default="no", help="Precision of the model (default: %(default)s)."
+    )
+    group.add_argument("--seed", type=int, default=0, help="Prompt i is drawn from seed + i (default: %(default)s).")
+
+    group = parser.add_argument_group("bundle")
+    group.add_argument(
+        "--timestep_groups",
+        choices=[JOINT, "stages", "steps"],
+        help=f"Besides the sum over all timesteps, keep {STAGES} stages or every step apart (default: joint; LCM: steps).",
+    )
+    group.add_argument("--output_dir", type=Path, default=Path("nullspace-bundle"), help="Default: %(default)s.")
+    group.add_argument("--push_to_hub", action="store_true", help="Publish the bundle as a dataset on the Hub.")
+    group.add_argument("--hub_dataset_id", help="Its repository (default: the folder's name under your account).")
+    group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
+    group.add_argument("--hub_token", help="Token to use instead of the one you are logged in with.")
+    args = parser.parse_args(argv)
+
+    if args.pretrained_model_name_or_path is None and not args.push_to_hub:
+        parser.error("--pretrained_model_name_or_path is needed to build a bundle.")
+    if args.pretrained_model_name_or_path and (args.prompts_file is None) == (args.prompts_dataset_name is None):
+        parser.error("give the prompts as either --prompts_file or --prompts_dataset_name.")
+    for name in ("max_prompts", "resolution", "batch_size", *(["num_inference_steps"])):
+        values = getattr(args, name)
+        if values is not None and min(values if isinstance(values, list) else [values]) < 1:
+            parser.error(f"--{name} must be at least 1.")
+    return args
+
+
+# ---- What goes in ----------------------------------------------------------------------------------------------------
+
+
+def read_prompts(args):
+    """The prompts to protect, the empty one first.
+
+    Raises:
+        NullSpaceError: if there are none.
+    """
+    if args.prompts_file is not None:
+        try:
+            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise NullSpaceError(f"--prompts_file {args.prompts_file} cannot be read: {error}.") from error
+    else:
+        from datasets import load_dataset  # slow to import, and seldom needed
+
+        try:
+            rows = load_dataset(
+                args.prompts_dataset_name, args.prompts_dataset_config_name, split=args.prompts_split, streaming=True
+            )
+            lines = [row[args.prompt_column] for row in (rows.take(args.max_prompts) if args.max_prompts else rows)]
+        except KeyError as error:
+            raise NullSpaceError(
+                f"--prompts_dataset_name {args.prompts_dataset_name} has no column {error}; choose a --prompt_column "
+                f"of {', '.join(rows.column_names or [])}."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise NullSpaceError(f"--prompts_dataset_name {args.prompts_dataset_name} cannot be read: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()][: args.max_prompts]
+    if not prompts:
+        raise NullSpaceError(f"{args.prompts_file or args.prompts_dataset_name} holds no prompt.")
+    return [""] + prompts
+
+
+def find_model(args):
+    """Download what is missing of the base model: its folder, its type ("sd" or "lcm") and its revision.
+
+    Raises:
+        NullSpaceError: if there is no such model, or it is of another kind.
+    """
+    name = args.pretrained_model_name_or_path
+    folder, revision = Path(name), args.revision
+    try:
+        kind = DiffusionPipeline.load_config(name, revision=args.revision, token=args.hub_token)["_class_name"]
+        if kind in MODEL_TYPES and not folder.is_dir():
+            folder = Path(
+                DiffusionPipeline.download(
+                    name, revision=args.revision, variant=args.variant, token=args.hub_token, safety_checker=None
+                )
+            )
+            revision = folder.name  # of a snapshot: the commit
+    except (OSError, ValueError) as error:
+        raise NullSpaceError(f"The base model {name} cannot be had: {error}") from error
+    if kind not in MODEL_TYPES:
+        raise NullSpaceError(f"{name} is a {kind}; bundles are built for {' and '.join(MODEL_TYPES)} models.")
+    return folder, MODEL_TYPES[kind], revision
+
+
+def base_license(name, folder):
+    """The licence in the base model's card, or None where it is not known."""
+    try:
+        card = ModelCard.load(folder / "README.md" if (folder / "README.md").is_file() else name)
+    except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError):
+        return None  # a model without a card, or no network: the licence is unknown, which is no error
+    return card.data.license
+
+
+def make_scheduler(sampler, config):
+    """The diffusers scheduler of a sampler's name, on the noise schedule of the model's own."""
+    scheduler_class, overrides = SAMPLERS[sampler]
+    return scheduler_class.from_config(config, **overrides)
+
+
+# ---- Collecting ------------------------------------------------------------------------------------------------------
+
+
+def collect_moments(pipeline, prompts, groups, args, state):
+    """Draw this process's share of the prompts and return the `SecondMoments` over all processes."""
+    group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
+    moments = SecondMoments(pipeline.unet, attention_inputs(pipeline.unet, args.attention), group_of)
+    numbered = list(enumerate(prompts))[state.process_index :: state.num_processes]
+    batches = [numbered[start : start + args.batch_size] for start in range(0, len(numbered), args.batch_size)]
+    progress = tqdm(
+        total=len(batches) * sum(args.num_inference_steps),
+        desc="Collecting",
+        unit="step",
+        disable=not state.is_local_main_process,
+    )
+
+    def advance(pipeline, step, timestep, values):
+        progress.update()
+        return values
+
+    with moments.collect():
+        for batch in batches:
+            moments.start_batch()
+            for steps in args.num_inference_steps:
+                pipeline(
+                    [prompt for _, prompt in batch],
+                    height=args.resolution,
+                    width=args.resolution,
+                    num_inference_steps=steps,
+                    guidance_scale=args.guidance_scale,
+                    # From its own seed, on the CPU: a prompt's noise depends on neither batch, process nor device.
+                    generator=[torch.Generator().manual_seed(args.seed + index) for index, _ in batch],
+                    output_type="latent",
+                    callback_on_step_end=advance,
+                )
+    progress.close()
+    moments.reduce(lambda tensor: reduce(tensor, "sum"))
+    return moments
+
+
+def describe(pipeline, prompts, revision, args):
+    """The bundle's configuration: all that one needs to know to use it or to build it again."""
+    unet = pipeline.unet
+    inputs = attention_inputs(unet, args.attention)
+    source = args.prompts_file.name if args.prompts_file else args.prompts_dataset_name
+    return {
+        "base_model": {
+            "id": args.pretrained_model_name_or_path,
+            "revision": revision,
+            "variant": args.variant,
+            "fingerprint": fingerprint(unet, inputs),
+        },
+        "model_type": args.model_type,
+        "prediction_type": pipeline.scheduler.config.prediction_type,
+        "sampler": args.sampler,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "resolution": args.resolution,
+        "attention": args.attention,
+        "modules": {
+            name: {
+                "input": source,
+                "in_features": unet.get_submodule(name).in_features,
+                "out_features": unet.get_submodule(name).out_features,
+            }
+            for name, source in inputs.items()
+        },
+        "prompts": {
+            "source": source,
+            "count": len(prompts),
+            "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+            "examples": prompts[1 :: max(1, len(prompts) // 8)][:8],
+        },
+        "seed": args.seed,
+        "mixed_precision": args.mixed_precision,
+        "command": shlex.join(["accelerate", "launch", Path(sys.argv[0]).name, *without_token(sys.argv[1:])]),
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, diffusers, transformers, accelerate, peft)},
+        },
+    }
+
+
+def without_token(argv):
+    """A command line without the secret that may be in it."""
+    kept = [word for word in argv if not word.startswith("--hub_token=")]
+    if "--hub_token" in kept:
+        del kept[kept.index("--hub_token") :][:2]
+    return kept
+
+
+# ---- What people see -------------------------------------------------------------------------------------------------
+
+
+def rank_table(bundle):
+    """Header and rows of strings: for each size of layer input, how many directions hold how much of the energy."""
+    header = ["input size", "inputs", "layers", *(f"rank at {energy}" for energy in ENERGIES), "bytes"]
+    by_kind = {}
+    for row in bundle.table():
+        if row["group"] in (JOINT, TEXT_INPUT):
+            by_kind.setdefault((row["input"] == TEXT_INPUT, row["in_features"]), []).append(row)
+    rows = []
+    for (is_text, size), members in sorted(by_kind.items()):
+        unique = {row["input"]: row for row in members}.values()
+        ranks = [f"{median(row[f'rank_{energy}'] for row in unique):g}" for energy in ENERGIES]
+        stored = len(unique) * size * (2 * size + 4)
+        label = f"{size} (text)" if is_text else str(size)
+        rows.append([label, str(len(unique)), str(len(members)), *ranks, f"{stored:,}"])
+    return header, rows
+
+
+def print_table(header, rows):
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def draw_spectra(bundle, folder):
+    """Write `spectra.png`: the eigenvalues of every input, as shares of their sum, and the energy they leave out."""
+    import matplotlib  # only the picture needs it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    sizes = sorted({len(spectrum.eigenvalues) for spectrum in bundle.group(JOINT).values()})
+    for source, spectrum in sorted(bundle.group(JOINT).items()):
+        share = spectrum.eigenvalues.double() / spectrum.eigenvalues.double().sum()
+        size = len(share)
+        is_text = source == TEXT_INPUT
+        style = {
+            "color": "black" if is_text else f"C{sizes.index(size)}",
+            "linestyle": "-" if is_text else ("--" if ".to_out" in source else ":"),
+            "linewidth": 1.8 if is_text else 1.0,
+        }
+        axis = torch.arange(1, size + 1) / size
+        left.semilogy(axis, share.clamp_min(1e-12), **style)
+        right.semilogy(axis, (1 - share.cumsum(0)).clamp_min(1e-9), **style)
+    left.set(xlabel="direction, as a share of all", ylabel="share of the energy", title="Eigenvalues", ylim=(1e-10, 1))
+    right.set(xlabel="directions protected, as a share of all", ylabel="energy left unprotected", ylim=(1e-7, 1))
+    right.set_title("What protecting more of them leaves")
+    for energy in ENERGIES:
+        right.axhline(1 - energy, color="grey", linewidth=0.5)
+        right.annotate(f"energy {energy}", (1, 1 - energy), ha="right", va="bottom", fontsize=7, color="grey")
+    kinds = [("black", "-", "text: to_k, to_v")] + [
+        (f"C{index}", line, f"{size}: {label}")
+        for index, size in enumerate(sizes)
+        for line, label in ((":", "hidden states"), ("--", "to_out"))
+        if any(
+            len(spectrum.eigenvalues) == size and (".to_out" in source) == (label == "to_out")
+            for source, spectrum in bundle.spectra[JOINT].items()
+        )
+    ]
+    lines = [plt.Line2D([], [], color=color, linestyle=line) for color, line, _ in kinds]
+    left.legend(lines, [label for _, _, label in kinds], fontsize=7, loc="lower left")
+    figure.savefig(folder / "spectra.png", dpi=120)
+    plt.close(figure)
+
+
+def write_card(license_name):
+    """A writer of the dataset card, `README.md`, for `Bundle.save`."""
+
+    def write(bundle, folder):
+        config = bundle.config
+        model = config["base_model"]
+        is_hub_id = not Path(model["id"]).exists()
+        data = DatasetCardData(
+            license=license_name,
+            task_categories=["text-to-image"],
+            size_categories=["n<1K"],
+            tags=["null-space", "dreambooth", "lora", "diffusers", f"model-type:{config['model_type']}"],
+            pretty_name=f"Null-space bundle of {Path(model['id']).name}",
+            configs=[{"config_name": "default", "data_files": TABLE_NAME}],
+            **({"base_model": model["id"]} if is_hub_id else {}),
+        )
+        header, rows = rank_table(bundle)
+        table = "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---:"] * len(header), *rows))
+        groups = "\n".join(
+            f"| `{group_file(group['name'])}` | {group['range'][0]} to {group['range'][1]} | "
+            f"{len(group['timesteps'])} |"
+            for group in config["groups"]
+        )
+        steps = ", ".join(map(str, config["num_inference_steps"]))
+        named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else f"`{model['id']}`"
+        (folder / "README.md").write_text(
+            f"""---
+{data.to_yaml()}
+---
+
+# Null-space bundle of {Path(model["id"]).name}
+
+The directions that the attention layers of {named} use on {config["prompts"]["count"]:,} prompts (`{config["prompts"]["source"]}`,
+the empty prompt included). A DreamBooth LoRA that is trained outside of them learns its subject and leaves these
+prompts as they were.
+
+## Train with it
+
+```bash
+accelerate launch train_dreambooth_nullspace.py \\
+  --pretrained_model_name_or_path {model["id"]} \\
+  --nullspace_name_or_path <this repository> \\
+  --instance_data_dir <folder with 3 to 5 pictures> \\
+  --instance_prompt "a photo of sks dog" \\
+  --output_dir lora
+```
+
+## What is protected
+
+| | |
+|---|---|
+| base model | {named}, revision `{model["revision"]}` |
+| fingerprint of its covered weights | `{model["fingerprint"]}` |
+| model type, prediction type | {config["model_type"]}, {config["prediction_type"]} |
+| attention layers | {config["attention"]}, {len(config["modules"])} projections |
+| sampling | {config["sampler"]}, {steps} steps, guidance scale {config["guidance_scale"]}, {config["resolution"]} pixels |
+| prompts | {config["prompts"]["count"]:,}, sha256 `{config["prompts"]["sha256"]}` |
+
+Median number of directions, over the inputs of one size, that hold a share of the energy (the trace of the second
+moment). Layers that read the same input share it; each layer is a row of `{TABLE_NAME}`.
+
+{table}
+
+![Eigenvalue spectra](spectra.png)
+
+## Files
+
+| file | training timesteps | sampled timesteps in it |
+|---|---|---:|
+{groups}
+
+`{group_file(TEXT_INPUT)}` holds the text encoder's output, which to_k and to_v of every cross-attention layer read
+at all timesteps. `{CONFIG_NAME}` describes everything and holds the sha256 of every file.
+
+## How it was built
+
+```bash
+{config["command"]}
+```
+"""
+        )
+
+    return write
+
+
+# ---- Publishing ------------------------------------------------------------------------------------------------------
+
+
+def hub_repository(args):
+    """The id of the dataset repository to push to.
+
+    Raises:
+        NullSpaceError: if nobody is logged in, or the token is refused.
+    """
+    try:
+        user = HfApi(token=args.hub_token).whoami()["name"]
+    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+        raise NullSpaceError(
+            f"--push_to_hub needs a Hub account that answers ({str(error).splitlines()[0]}); "
+            "log in with `hf auth login` or pass --hub_token."
+        ) from error
+    return args.hub_dataset_id or f"{user}/{args.output_dir.resolve().name}"
+
+
+def push(repo_id, args):
+    """Upload the bundle in --output_dir in one commit.
+
+    Raises:
+        NullSpaceError: if that fails, with the command that tries again.
+    """
+    config = read_config(args.output_dir)
+    again = shlex.join(
+        ["python", Path(sys.argv[0]).name, "--output_dir", str(args.output_dir), "--push_to_hub"]
+        + ["--hub_dataset_id", repo_id] + ["--hub_private_repo"] * args.hub_private_repo
+    )  # fmt: skip
+    api = HfApi(token=args.hub_token)
+    try:
+        api.create_repo(repo_id, repo_type="dataset", private=args.hub_private_repo or None, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=args.output_dir,
+            allow_patterns=[CONFIG_NAME, *config["files"]],
+            commit_message=f"Null-space bundle of {config['base_model']['id']}: {config['prompts']['count']:,} prompts, "
+            f"{config['sampler']}, format {config['format_version']}",
+        )
+    except Exception as error:  # whatever the network or the Hub brought up, the bundle is safe and the advice the same
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise NullSpaceError(
+            f"The bundle is whole in {args.output_dir}, but was not pushed to {repo_id} ({reason}); push it with: {again}"
+        ) from error
+    print(f"Pushed to {commit.repo_url}")
+
+
+# ---- The job ---------------------------------------------------------------------------------------------------------
+
+
+def main(args):
+    state = PartialState()
+    diffusers.utils.logging.disable_progress_bar()
+
+    # Find out all that can go wrong before the work
+    repo_id = hub_repository(args) if args.push_to_hub and state.is_main_process else None
+    if args.pretrained_model_name_or_path is None:
+        if state.is_main_process:
+            push(repo_id, args)
+        return
+    check_output_folder(args.output_dir)
+    prompts = read_prompts(args)
+    with state.main_process_first():
+        folder, args.model_type, revision = find_model(args)
+    for name, value in DEFAULTS[args.model_type].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+    # Load the model with the sampler
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder, variant=args.variant, torch_dtype=torch.float32, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)
+    args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    config = describe(pipeline, prompts, revision, args)
+    pipeline.to(state.device, DTYPES[args.mixed_precision])
+
+    # Draw the prompts and sum what the layers read
+    visited = []
+    for steps in args.num_inference_steps:
+        pipeline.scheduler.set_timesteps(steps)
+        visited += pipeline.scheduler.timesteps.tolist()
+    count = {JOINT: 1, "stages": STAGES, "steps": len(visited)}[args.timestep_groups]
+    groups = timestep_groups(visited, count, pipeline.scheduler.config.num_train_timesteps)
+    moments = collect_moments(pipeline, prompts, groups, args, state)
+
+    # Decompose, write and publish
+    if state.is_main_process:
+        bundle = Bundle.from_moments(moments, groups, config)
+        license_name = base_license(args.pretrained_model_name_or_path, folder)
+        bundle.save(args.output_dir, extras=[draw_spectra, write_card(license_name)])
+        print_table(*rank_table(bundle))
+        print(f"Wrote {args.output_dir}")
+        if args.push_to_hub:
+            push(repo_id, args)
+    state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except NullSpaceError as error:
+        sys.exit(f"error: {error}")

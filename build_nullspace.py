@@ -19,7 +19,6 @@ are summed on the way. Add `--push_to_hub` to publish the bundle as a dataset, n
 
 import argparse
 import hashlib
-import logging
 import platform
 import shlex
 import sys
@@ -42,8 +41,7 @@ from diffusers import (
     LCMScheduler,
     UniPCMultistepScheduler,
 )
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub import DatasetCardData
 from tqdm.auto import tqdm
 
 from nullspace_utils import (
@@ -56,15 +54,18 @@ from nullspace_utils import (
     NullSpaceError,
     SecondMoments,
     attention_inputs,
+    base_license,
     check_output_folder,
+    create_repository,
     fingerprint,
     group_file,
+    hub_repository,
+    model_type,
+    push_folder,
     read_config,
     timestep_groups,
 )
 
-
-logger = logging.getLogger(__name__)
 
 DPM = DPMSolverMultistepScheduler
 SAMPLERS = {
@@ -83,7 +84,6 @@ SAMPLERS = {
 }
 STAGES = 4
 # What differs between the kinds of model, each sampled as its own pipeline does by default.
-MODEL_TYPES = {"StableDiffusionPipeline": "sd", "LatentConsistencyModelPipeline": "lcm"}
 DEFAULTS = {
     "sd": {"sampler": "ddim", "num_inference_steps": [25], "guidance_scale": 7.5, "timestep_groups": JOINT},
     "lcm": {"sampler": "lcm", "num_inference_steps": [1, 2, 4, 8], "guidance_scale": 8.5, "timestep_groups": "steps"},
@@ -138,7 +138,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--timestep_groups",
         choices=[JOINT, "stages", "steps"],
-        help=f"Besides the sum over all timesteps, keep {STAGES} stages or every step apart (default: joint; LCM: steps).",
+        help=f"Besides the sum over all timesteps, keep {STAGES} stages or every step apart "
+        "(default: joint; LCM: steps).",
     )
     group.add_argument("--output_dir", type=Path, default=Path("nullspace-bundle"), help="Default: %(default)s.")
     group.add_argument("--push_to_hub", action="store_true", help="Publish the bundle as a dataset on the Hub.")
@@ -151,7 +152,7 @@ def parse_args(argv=None):
         parser.error("--pretrained_model_name_or_path is needed to build a bundle.")
     if args.pretrained_model_name_or_path and (args.prompts_file is None) == (args.prompts_dataset_name is None):
         parser.error("give the prompts as either --prompts_file or --prompts_dataset_name.")
-    for name in ("max_prompts", "resolution", "batch_size", *(["num_inference_steps"])):
+    for name in ("max_prompts", "resolution", "batch_size", "num_inference_steps"):
         values = getattr(args, name)
         if values is not None and min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name} must be at least 1.")
@@ -186,7 +187,9 @@ def read_prompts(args):
                 f"of {', '.join(rows.column_names or [])}."
             ) from error
         except (OSError, ValueError) as error:
-            raise NullSpaceError(f"--prompts_dataset_name {args.prompts_dataset_name} cannot be read: {error}") from error
+            raise NullSpaceError(
+                f"--prompts_dataset_name {args.prompts_dataset_name} cannot be read: {error}"
+            ) from error
     prompts = [line.strip() for line in lines if line.strip()][: args.max_prompts]
     if not prompts:
         raise NullSpaceError(f"{args.prompts_file or args.prompts_dataset_name} holds no prompt.")
@@ -200,30 +203,16 @@ def find_model(args):
         NullSpaceError: if there is no such model, or it is of another kind.
     """
     name = args.pretrained_model_name_or_path
-    folder, revision = Path(name), args.revision
+    kind = model_type(name, args.revision, args.hub_token)
+    if Path(name).is_dir():
+        return Path(name), kind, None
     try:
-        kind = DiffusionPipeline.load_config(name, revision=args.revision, token=args.hub_token)["_class_name"]
-        if kind in MODEL_TYPES and not folder.is_dir():
-            folder = Path(
-                DiffusionPipeline.download(
-                    name, revision=args.revision, variant=args.variant, token=args.hub_token, safety_checker=None
-                )
-            )
-            revision = folder.name  # of a snapshot: the commit
+        folder = DiffusionPipeline.download(
+            name, revision=args.revision, variant=args.variant, token=args.hub_token, safety_checker=None
+        )
     except (OSError, ValueError) as error:
         raise NullSpaceError(f"The base model {name} cannot be had: {error}") from error
-    if kind not in MODEL_TYPES:
-        raise NullSpaceError(f"{name} is a {kind}; bundles are built for {' and '.join(MODEL_TYPES)} models.")
-    return folder, MODEL_TYPES[kind], revision
-
-
-def base_license(name, folder):
-    """The licence in the base model's card, or None where it is not known."""
-    try:
-        card = ModelCard.load(folder / "README.md" if (folder / "README.md").is_file() else name)
-    except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError):
-        return None  # a model without a card, or no network: the licence is unknown, which is no error
-    return card.data.license
+    return Path(folder), kind, Path(folder).name  # a snapshot is named after its commit
 
 
 def make_scheduler(sampler, config):
@@ -414,7 +403,9 @@ def write_card(license_name):
             f"{len(group['timesteps'])} |"
             for group in config["groups"]
         )
+        prompts = config["prompts"]
         steps = ", ".join(map(str, config["num_inference_steps"]))
+        sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
         named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else f"`{model['id']}`"
         (folder / "README.md").write_text(
             f"""---
@@ -423,9 +414,9 @@ def write_card(license_name):
 
 # Null-space bundle of {Path(model["id"]).name}
 
-The directions that the attention layers of {named} use on {config["prompts"]["count"]:,} prompts (`{config["prompts"]["source"]}`,
-the empty prompt included). A DreamBooth LoRA that is trained outside of them learns its subject and leaves these
-prompts as they were.
+The directions that the attention layers of {named} use on {prompts["count"]:,} prompts
+(`{prompts["source"]}`, the empty prompt included). A DreamBooth LoRA that is trained outside of them learns its subject
+and leaves these prompts as they were.
 
 ## Train with it
 
@@ -446,8 +437,8 @@ accelerate launch train_dreambooth_nullspace.py \\
 | fingerprint of its covered weights | `{model["fingerprint"]}` |
 | model type, prediction type | {config["model_type"]}, {config["prediction_type"]} |
 | attention layers | {config["attention"]}, {len(config["modules"])} projections |
-| sampling | {config["sampler"]}, {steps} steps, guidance scale {config["guidance_scale"]}, {config["resolution"]} pixels |
-| prompts | {config["prompts"]["count"]:,}, sha256 `{config["prompts"]["sha256"]}` |
+| sampling | {sampling}, {config["resolution"]} pixels |
+| prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |
 
 Median number of directions, over the inputs of one size, that hold a share of the energy (the trace of the second
 moment). Layers that read the same input share it; each layer is a row of `{TABLE_NAME}`.
@@ -479,22 +470,6 @@ at all timesteps. `{CONFIG_NAME}` describes everything and holds the sha256 of e
 # ---- Publishing ------------------------------------------------------------------------------------------------------
 
 
-def hub_repository(args):
-    """The id of the dataset repository to push to.
-
-    Raises:
-        NullSpaceError: if nobody is logged in, or the token is refused.
-    """
-    try:
-        user = HfApi(token=args.hub_token).whoami()["name"]
-    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
-        raise NullSpaceError(
-            f"--push_to_hub needs a Hub account that answers ({str(error).splitlines()[0]}); "
-            "log in with `hf auth login` or pass --hub_token."
-        ) from error
-    return args.hub_dataset_id or f"{user}/{args.output_dir.resolve().name}"
-
-
 def push(repo_id, args):
     """Upload the bundle in --output_dir in one commit.
 
@@ -502,27 +477,26 @@ def push(repo_id, args):
         NullSpaceError: if that fails, with the command that tries again.
     """
     config = read_config(args.output_dir)
-    again = shlex.join(
-        ["python", Path(sys.argv[0]).name, "--output_dir", str(args.output_dir), "--push_to_hub"]
-        + ["--hub_dataset_id", repo_id] + ["--hub_private_repo"] * args.hub_private_repo
-    )  # fmt: skip
-    api = HfApi(token=args.hub_token)
-    try:
-        api.create_repo(repo_id, repo_type="dataset", private=args.hub_private_repo or None, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            repo_type="dataset",
-            folder_path=args.output_dir,
-            allow_patterns=[CONFIG_NAME, *config["files"]],
-            commit_message=f"Null-space bundle of {config['base_model']['id']}: {config['prompts']['count']:,} prompts, "
-            f"{config['sampler']}, format {config['format_version']}",
-        )
-    except Exception as error:  # whatever the network or the Hub brought up, the bundle is safe and the advice the same
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise NullSpaceError(
-            f"The bundle is whole in {args.output_dir}, but was not pushed to {repo_id} ({reason}); push it with: {again}"
-        ) from error
-    print(f"Pushed to {commit.repo_url}")
+    retry = [
+        "python",
+        Path(sys.argv[0]).name,
+        "--output_dir",
+        args.output_dir,
+        "--push_to_hub",
+        "--hub_dataset_id",
+        repo_id,
+    ]
+    url = push_folder(
+        repo_id,
+        "dataset",
+        args.output_dir,
+        [CONFIG_NAME, *config["files"]],
+        f"Null-space bundle of {config['base_model']['id']}: {config['prompts']['count']:,} prompts, "
+        f"{config['sampler']}, format {config['format_version']}",
+        shlex.join(map(str, retry)),
+        args.hub_token,
+    )
+    print(f"Pushed to {url}")
 
 
 # ---- The job ---------------------------------------------------------------------------------------------------------
@@ -530,10 +504,15 @@ def push(repo_id, args):
 
 def main(args):
     state = PartialState()
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
     # Find out all that can go wrong before the work
-    repo_id = hub_repository(args) if args.push_to_hub and state.is_main_process else None
+    repo_id = None
+    if args.push_to_hub and state.is_main_process:
+        repo_id = hub_repository(args.hub_dataset_id, args.output_dir, args.hub_token)
+        create_repository(repo_id, "dataset", args.hub_private_repo, args.hub_token)
     if args.pretrained_model_name_or_path is None:
         if state.is_main_process:
             push(repo_id, args)
@@ -547,9 +526,8 @@ def main(args):
             setattr(args, name, value)
 
     # Load the model with the sampler
-    pipeline = DiffusionPipeline.from_pretrained(
-        folder, variant=args.variant, torch_dtype=torch.float32, safety_checker=None
-    )
+    pipeline = DiffusionPipeline.from_pretrained(folder, variant=args.variant, safety_checker=None)
+    pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)
     args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
@@ -568,7 +546,7 @@ def main(args):
     # Decompose, write and publish
     if state.is_main_process:
         bundle = Bundle.from_moments(moments, groups, config)
-        license_name = base_license(args.pretrained_model_name_or_path, folder)
+        license_name = base_license(args.pretrained_model_name_or_path, args.hub_token)
         bundle.save(args.output_dir, extras=[draw_spectra, write_card(license_name)])
         print_table(*rank_table(bundle))
         print(f"Wrote {args.output_dir}")

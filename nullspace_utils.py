@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -44,6 +45,7 @@ TABLE_NAME = "modules.csv"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 TEXT_INPUT = "encoder_hidden_states"
 JOINT = "joint"
+MODEL_TYPES = {"StableDiffusionPipeline": "sd", "LatentConsistencyModelPipeline": "lcm"}
 ENERGIES = (0.9, 0.99, 0.999, 0.9999)
 DEFAULT_THRESHOLDS = {"energy": 0.999, "eigenvalue": 2e-2, "percentile": 10.0}
 
@@ -91,6 +93,23 @@ def fingerprint(unet, modules):
         digest.update(f"{name} {tuple(weight.shape)} ".encode())
         digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def model_type(name_or_path, revision=None, token=None):
+    """Whether a pipeline in a folder or on the Hub is a Stable Diffusion ("sd") or a Latent Consistency one ("lcm").
+
+    Raises:
+        NullSpaceError: if it cannot be had, or is of another kind.
+    """
+    from diffusers import DiffusionPipeline  # takes seconds to import, which the mathematics need not wait for
+
+    try:
+        kind = DiffusionPipeline.load_config(name_or_path, revision=revision, token=token)["_class_name"]
+    except (OSError, ValueError) as error:
+        raise NullSpaceError(f"The base model {name_or_path} cannot be had: {error}") from error
+    if kind not in MODEL_TYPES:
+        raise NullSpaceError(f"{name_or_path} is a {kind}; only {' and '.join(MODEL_TYPES)} models are supported.")
+    return MODEL_TYPES[kind]
 
 
 def base_layer(module):
@@ -175,7 +194,9 @@ class SecondMoments:
 
     def group(self, name):
         """The sums and token counts of one group: `dict[str, tuple[Tensor (in, in), int]]` by input."""
-        return {source: (self.sums[key], self.tokens[key]) for key in self.sums for group, source in [key] if group == name}
+        return {
+            source: (self.sums[key], self.tokens[key]) for key in self.sums for group, source in [key] if group == name
+        }
 
 
 class Spectrum(NamedTuple):
@@ -246,7 +267,9 @@ def check_threshold(criterion, threshold):
     if criterion not in valid:
         raise NullSpaceError(f"Unknown criterion '{criterion}'; choose one of {', '.join(valid)}.")
     if not valid[criterion][1]:
-        raise NullSpaceError(f"--nullspace_threshold {threshold} is out of range: '{criterion}' needs {valid[criterion][0]}.")
+        raise NullSpaceError(
+            f"--nullspace_threshold {threshold} is out of range: '{criterion}' needs {valid[criterion][0]}."
+        )
 
 
 def timestep_groups(timesteps, count, num_train_timesteps=1000):
@@ -649,11 +672,82 @@ def fetch_files(name_or_path, names, revision=None, token=None):
     except RevisionNotFoundError as error:
         raise NullSpaceError(f"The Hub dataset {name_or_path} has no revision {revision}.") from error
     except LocalEntryNotFoundError as error:
-        raise NullSpaceError(f"{where} is not in the local cache and cannot be downloaded now: {error}") from error
+        raise NullSpaceError(
+            f"{where} is not in the local cache and cannot be downloaded now ({reason(error)})."
+        ) from error
     except EntryNotFoundError as error:
         raise NullSpaceError(f"{where} has no {CONFIG_NAME}: it is not a bundle.") from error
     except HfHubHTTPError as error:
-        raise NullSpaceError(f"{where} cannot be downloaded: {error}") from error
+        raise NullSpaceError(f"{where} cannot be downloaded ({reason(error)}); try again.") from error
+
+
+def base_license(name_or_path, token=None):
+    """The licence named in a model's card, or None where that is not known."""
+    card = Path(name_or_path) / "README.md"
+    if Path(name_or_path).is_dir() and not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card if card.is_file() else name_or_path, token=token).data.license
+    except (OSError, ValueError, HfHubHTTPError):
+        return None  # no card, no metadata in it or no network: unknown, which is no error
+
+
+def hub_repository(repo_id, folder, token=None):
+    """The full id of the repository to push to: the given one, or the folder's name under the user's account.
+
+    Raises:
+        NullSpaceError: if nobody is logged in, or the token is refused.
+    """
+    try:
+        user = HfApi(token=token).whoami()["name"]
+    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+        raise NullSpaceError(
+            f"--push_to_hub needs a Hub account that answers ({str(error).splitlines()[0]}); "
+            "log in with `hf auth login` or pass --hub_token."
+        ) from error
+    repo_id = repo_id or Path(folder).resolve().name
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
+
+
+def create_repository(repo_id, repo_type, private=None, token=None):
+    """Create a Hub repository, or find it there.
+
+    Raises:
+        NullSpaceError: if that is not allowed or the Hub does not answer.
+    """
+    try:
+        HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise NullSpaceError(f"The Hub repository {repo_id} cannot be created ({reason(error)}).") from error
+
+
+def push_folder(repo_id, repo_type, folder, patterns, message, retry, token=None):
+    """Upload files of a folder to a Hub repository in one commit and return the repository's address.
+
+    Args:
+        patterns (`list[str]`): which files, as in huggingface_hub's `allow_patterns`.
+        message (`str`): of the commit.
+        retry (`str`): the command that tries again, for the error.
+
+    Raises:
+        NullSpaceError: if the upload fails, for whatever reason; the folder is as it was.
+    """
+    try:
+        commit = HfApi(token=token).upload_folder(
+            repo_id=repo_id, repo_type=repo_type, folder_path=folder, allow_patterns=patterns, commit_message=message
+        )
+    except (OSError, RuntimeError, ValueError, HfHubHTTPError) as error:
+        raise NullSpaceError(
+            f"Everything is whole in {folder}, but was not pushed to {repo_id} ({reason(error)}); push it with: {retry}"
+        ) from error
+    return commit.repo_url
+
+
+def reason(error):
+    """The first line of what went wrong at the bottom of a chain of exceptions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---- The projector ---------------------------------------------------------------------------------------------------
@@ -729,9 +823,8 @@ class NullSpaceProjector:
     def __init__(self, unet, groups, adapter="default"):
         self.groups = groups
         self.selected = next(iter(groups))
-        self.parameters = {
-            name: unet.get_submodule(name).lora_A[adapter].weight for name in groups[self.selected]
-        }
+        names = dict.fromkeys(name for protected in groups.values() for name in protected)
+        self.parameters = {name: unet.get_submodule(name).lora_A[adapter].weight for name in names}
         device = next(iter(self.parameters.values())).device
         self._batches = {group: _make_batches(protected, device) for group, protected in groups.items()}
         self._before = None
@@ -747,12 +840,12 @@ class NullSpaceProjector:
             optimizer.register_step_post_hook(lambda *_: self._project_change())
 
     def select(self, group):
-        """Project with this group's null space from now on."""
+        """Project with this group's null space from now on; a name that is none of the groups protects nothing."""
         self.selected = group
 
     def _apply(self, tensor_of):
         """Project, in place, the tensor (r, in) that belongs to each parameter; those without one are left out."""
-        for batch in self._batches[self.selected]:
+        for batch in self._batches.get(self.selected, ()):
             tensors = [tensor_of(self.parameters[name]) for name in batch.names]
             if all(tensor is not None for tensor in tensors):
                 torch._foreach_copy_(tensors, batch.project(tensors))
@@ -819,7 +912,9 @@ def load_lora(name_or_path):
             if key.startswith("unet.") and key.endswith(down_suffix):
                 prefix = key.removesuffix(down_suffix)
                 alpha = (alphas or {}).get(f"{prefix}.alpha", down.shape[0])
-                layers[prefix.removeprefix("unet.")] = LoraLayer(down, state_dict[prefix + up_suffix], alpha / len(down))
+                layers[prefix.removeprefix("unet.")] = LoraLayer(
+                    down, state_dict[prefix + up_suffix], alpha / len(down)
+                )
     if not layers:
         raise NullSpaceError(f"{name_or_path} holds no LoRA layer of a UNet.")
     return layers
@@ -878,5 +973,7 @@ def audit(layers, bundle, unet, criterion="energy", threshold=0.999):
     summary = {}
     for key in ("leakage", "predicted_drift"):
         values = [row[key] for row in rows if row[key] is not None]
-        summary[key] = {"max": max(values), "mean": sum(values) / len(values)} if values else {"max": None, "mean": None}
+        summary[key] = (
+            {"max": max(values), "mean": sum(values) / len(values)} if values else {"max": None, "mean": None}
+        )
     return {**summary, "layers": rows}

@@ -123,8 +123,8 @@ SUBJECTS = {
         "circle",
         (
             (_everywhere, "green"),
-            (lambda x, y: (x * x + y * y < 0.5), "white"),
-            (lambda x, y: (x * x + y * y < 0.15), "red"),
+            (lambda x, y: x * x + y * y < 0.5, "white"),
+            (lambda x, y: x * x + y * y < 0.15, "red"),
         ),
     ),
 }

@@ -19,13 +19,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from shapes import COLOURS, DEMO, RARE_TOKENS, RESOLUTION, SHAPES, SIZES, TEMPLATES, matches, sample_world
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.trainers import BpeTrainer
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from shapes import COLOURS, DEMO, RARE_TOKENS, RESOLUTION, SHAPES, SIZES, TEMPLATES, matches, sample_world
 
 
 CONTEXT = 16  # tokens; the longest caption has 13
@@ -181,7 +182,11 @@ def encode(vae, pictures, device):
 def train_unet(args, latents, captions, tokenizer, device):
     """Noise prediction as in Stable Diffusion, text encoder included; one caption in ten is empty, for guidance."""
     path = args.work_dir / "unet.pt"
-    text_encoder, unet, noise_scheduler = make_text_encoder(tokenizer).to(device), make_unet().to(device), make_scheduler()
+    text_encoder, unet, noise_scheduler = (
+        make_text_encoder(tokenizer).to(device),
+        make_unet().to(device),
+        make_scheduler(),
+    )
     unet.to(memory_format=torch.channels_last)
     model = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-2)

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
+
 LFS_SUFFIXES = (".bin", ".npy", ".npz", ".parquet", ".png", ".pt", ".safetensors", ".zip")
 LFS_ABOVE_BYTES = 1_000_000
 # As on the real Hub, a new repo has one commit of this one file.

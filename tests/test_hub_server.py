@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer, User
 
+
 DATASET, MODEL = "ada/modules", "ada/detector"
 CARD = "---\nconfigs:\n- config_name: default\n  data_files: modules.parquet\n---\n# Modules\n"
 PRELUDE = """

@@ -63,6 +63,7 @@ from nullspace_utils import (
     model_type,
     push_folder,
     read_config,
+    reason,
     timestep_groups,
 )
 
@@ -180,16 +181,18 @@ def read_prompts(args):
             rows = load_dataset(
                 args.prompts_dataset_name, args.prompts_dataset_config_name, split=args.prompts_split, streaming=True
             )
-            lines = [row[args.prompt_column] for row in (rows.take(args.max_prompts) if args.max_prompts else rows)]
-        except KeyError as error:
-            raise NullSpaceError(
-                f"--prompts_dataset_name {args.prompts_dataset_name} has no column {error}; choose a --prompt_column "
-                f"of {', '.join(rows.column_names or [])}."
-            ) from error
+            columns = list(next(iter(rows), {args.prompt_column: None}))
+            rows = rows.take(args.max_prompts) if args.max_prompts else rows
+            lines = [row[args.prompt_column] or "" for row in rows] if args.prompt_column in columns else []
         except (OSError, ValueError) as error:
             raise NullSpaceError(
-                f"--prompts_dataset_name {args.prompts_dataset_name} cannot be read: {error}"
+                f"--prompts_dataset_name {args.prompts_dataset_name} cannot be read ({reason(error)})."
             ) from error
+        if args.prompt_column not in columns:
+            raise NullSpaceError(
+                f"--prompts_dataset_name {args.prompts_dataset_name} has no column '{args.prompt_column}'; choose a "
+                f"--prompt_column of {', '.join(columns)}."
+            )
     prompts = [line.strip() for line in lines if line.strip()][: args.max_prompts]
     if not prompts:
         raise NullSpaceError(f"{args.prompts_file or args.prompts_dataset_name} holds no prompt.")
@@ -211,7 +214,7 @@ def find_model(args):
             name, revision=args.revision, variant=args.variant, token=args.hub_token, safety_checker=None
         )
     except (OSError, ValueError) as error:
-        raise NullSpaceError(f"The base model {name} cannot be had: {error}") from error
+        raise NullSpaceError(f"The base model {name} cannot be had ({reason(error)}).") from error
     return Path(folder), kind, Path(folder).name  # a snapshot is named after its commit
 
 

@@ -106,7 +106,7 @@ def model_type(name_or_path, revision=None, token=None):
     try:
         kind = DiffusionPipeline.load_config(name_or_path, revision=revision, token=token)["_class_name"]
     except (OSError, ValueError) as error:
-        raise NullSpaceError(f"The base model {name_or_path} cannot be had: {error}") from error
+        raise NullSpaceError(f"The base model {name_or_path} cannot be had ({reason(error)}).") from error
     if kind not in MODEL_TYPES:
         raise NullSpaceError(f"{name_or_path} is a {kind}; only {' and '.join(MODEL_TYPES)} models are supported.")
     return MODEL_TYPES[kind]

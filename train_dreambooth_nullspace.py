@@ -403,7 +403,10 @@ def find_checkpoint(args):
 
 
 def load_pipeline(args, dtype, device, **components):
-    """The base model's pipeline with the sampler that diffusers' scripts validate with."""
+    """The base model's pipeline with the sampler that diffusers' scripts validate with.
+
+    Components that are given, which may be in training, are left as they are.
+    """
     pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
@@ -413,7 +416,10 @@ def load_pipeline(args, dtype, device, **components):
     )
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, dtype)
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and name not in components:
+            component.to(device, dtype)
+    return pipeline
 
 
 def draw(pipeline, prompts, args, description):
@@ -634,12 +640,12 @@ def main(args):
             revision=args.nullspace_revision,
             token=args.hub_token,
         )
-    kind = model_type(args.pretrained_model_name_or_path, args.revision)
-    if kind != "sd" or bundle.config["model_type"] != "sd":
-        raise NullSpaceError("This trainer is made for Stable Diffusion models, and for bundles of them.")
     nearest = split_groups(bundle.config) if args.nullspace_timesteps == "nearest" else []
     names = [group["name"] for group in nearest] or [JOINT]
     protected = {name: bundle.protected(name, args.nullspace_criterion, args.nullspace_threshold) for name in names}
+    kind = model_type(args.pretrained_model_name_or_path, args.revision)
+    if kind != "sd" or bundle.config["model_type"] != "sd":
+        raise NullSpaceError("This trainer is made for Stable Diffusion models, and for bundles of them.")
     for line in describe_protection(bundle, protected[names[0]], args):
         logger.info(line)
     if not any(item.rank for item in protected[names[0]].values()):
@@ -817,10 +823,11 @@ def main(args):
         if args.validation_prompt and epoch % args.validation_epochs == 0 and accelerator.is_main_process:
             model = unwrap(unet).eval()
             pipeline = load_pipeline(args, weight_dtype, accelerator.device, unet=model, vae=vae)
-            tuned = draw(pipeline, args.validation_prompt, args, "Validating")
-            model.disable_adapters()
-            base = draw(pipeline, args.validation_prompt, args, "Validating")
-            model.enable_adapters()
+            with accelerator.autocast():
+                tuned = draw(pipeline, args.validation_prompt, args, "Validating")
+                model.disable_adapters()
+                base = draw(pipeline, args.validation_prompt, args, "Validating")
+                model.enable_adapters()
             picture = comparison_grid({"base": base, "tuned": tuned}, args.validation_prompt)
             save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
             log_picture(accelerator, "validation", picture, step)

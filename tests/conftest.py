@@ -119,8 +119,13 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpro
     config = tmp_path_factory.mktemp("accelerate") / "default_config.yaml"
     config.write_text(ACCELERATE_CONFIG)
 
-    def run(script, *args, env: dict[str, str] | None = None, check: bool = True) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, script, *args]
+    def run(
+        script, *args, env: dict[str, str] | None = None, check: bool = True, processes: int = 1
+    ) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+        if processes > 1:
+            command += ["--multi_gpu" if torch.cuda.is_available() else "--cpu", "--num_processes", processes]
+        command += [script, *args]
         done = subprocess.run(
             [str(part) for part in command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=600
         )

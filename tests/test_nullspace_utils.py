@@ -1,24 +1,31 @@
 """The mathematics and the bundle, against plain numpy in float64 and against diffusers itself."""
 
 import copy
+import json
 import math
 import re
+import shutil
 from contextlib import ExitStack
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import nullspace_utils
 from nullspace_utils import (
     JOINT,
     LORA_NAME,
     TEXT_INPUT,
     Bundle,
+    LoraLayer,
     NullSpaceError,
     NullSpaceProjector,
     Protected,
@@ -29,6 +36,7 @@ from nullspace_utils import (
     fingerprint,
     leakage,
     load_lora,
+    predicted_drift,
     timestep_groups,
 )
 
@@ -74,10 +82,11 @@ def leading(moment, rank):
     return np.linalg.eigh(moment)[1][:, ::-1][:, :rank]
 
 
-def energy_rank(moment, energy):
-    """The fewest leading eigenvalues that hold a share of the trace."""
+def is_energy_rank(rank, moment, energy):
+    """Whether that many leading eigenvalues are the fewest that hold a share of the trace, to float32's rounding."""
     values = np.linalg.eigvalsh(moment)[::-1]
-    return next(k for k in range(len(values) + 1) if values[:k].sum() >= energy * values.sum())
+    shares = np.array([values[:k].sum() for k in (rank, rank - 1)]) / values.sum()
+    return shares[0] > energy - 3e-6 and shares[1] < energy + 3e-6
 
 
 class World:
@@ -299,6 +308,20 @@ def test_moments_of_a_model_with_lora_layers_are_those_of_the_model(world):
     assert all(distance(total, plain.sums[key]) < 1e-5 for key, total in moments.sums.items())
 
 
+def test_sums_of_all_processes_are_added():
+    moments = SecondMoments(None, {}, {})
+    moments.add("first", "a", torch.ones(3, 2))
+    moments.add("second", "b", torch.ones(5, 4))
+    order = []
+    moments.reduce(lambda tensor: order.append(tuple(tensor.shape)) or 2 * tensor)  # two processes with the same inputs
+    assert order == [(2, 2), (), (4, 4), ()]
+    for name, source, size, tokens in (("first", "a", 2, 6), ("second", "b", 4, 10)):
+        total, counted = moments.group(name)[source]
+        assert torch.equal(total, torch.full((size, size), float(tokens)))
+        assert counted == tokens
+        assert isinstance(counted, int)
+
+
 def test_half_precision_inputs_are_summed_in_float32():
     moments = SecondMoments(None, {}, {})
     x = torch.full((4096, 2), 3.0, dtype=torch.float16)
@@ -352,6 +375,16 @@ def test_a_spectrum_reconstructs_its_second_moment(size):
     kept = values >= 1e-5 * values[-1]
     assert 0 < kept.sum() < size
     np.testing.assert_allclose(restored[kept], values[kept], rtol=0.1)
+
+
+def test_directions_that_no_input_has_are_free_and_without_drift():
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    spectrum = Spectrum.from_sum(x.T @ x, len(x))
+    assert spectrum.eigenvalues.min() >= 0
+    assert spectrum.rank("energy", 0.999999) == 5
+    weight, unseen = torch.eye(24), torch.from_numpy(np.linalg.svd(array(x))[2][5:].copy())  # (19, in)
+    assert predicted_drift(LoraLayer(unseen[:4], torch.ones(24, 4), 1.0), weight, spectrum) < 2e-3
+    assert predicted_drift(LoraLayer(x[:4], torch.eye(24)[:, :4], 1.0), weight, spectrum) > 0.1
 
 
 @pytest.mark.parametrize("size", [24, 96, 320])
@@ -414,7 +447,7 @@ def test_ranks(criterion, threshold, rank):
 def test_energy_ranks_are_those_of_numpy(world, bundle, energy):
     for name, info in bundle.config["modules"].items():
         spectrum = bundle.group(JOINT)[info["input"]]
-        assert spectrum.rank("energy", energy) == energy_rank(world.moment(name), energy)
+        assert is_energy_rank(spectrum.rank("energy", energy), world.moment(name), energy)
     assert STAIRS.rank() == STAIRS.rank("energy", 0.999)
 
 
@@ -450,7 +483,7 @@ def test_a_bundle_protects_the_leading_directions_of_each_layer(any_world):
     assert set(protected) == set(attention_inputs(any_world.unet, "all"))
     for name, item in protected.items():
         moment = any_world.moment(name)
-        assert item.rank == energy_rank(moment, 0.99)
+        assert is_energy_rank(item.rank, moment, 0.99)
         basis = array(item.basis)
         free = basis[:, item.rank :]
         assert free.shape[1] > 0
@@ -476,7 +509,8 @@ def test_each_group_is_of_its_own_timesteps_and_joint_of_all(world, bundle):
 
 
 @pytest.mark.parametrize(
-    ("criterion", "threshold", "advice"), [("eigenvalue", 1.0, "higher"), ("percentile", 10, "higher"), ("energy", 0.99, "lower")]
+    ("criterion", "threshold", "advice"),
+    [("eigenvalue", 1.0, "higher"), ("percentile", 10, "higher"), ("energy", 0.99, "lower")],
 )
 def test_a_layer_without_a_free_direction_is_refused_by_name(criterion, threshold, advice):
     roomy = Spectrum(torch.tensor([8.0] + [0.01] * 9), torch.eye(10).half(), 1)
@@ -495,7 +529,8 @@ def test_a_layer_without_a_free_direction_is_refused_by_name(criterion, threshol
 
 def mixture(adapter="default", rank=3, seed=0):
     """Modules with A (rank, in) alone, as LoRA layers hold it, and bases of all kinds for them, own and shared."""
-    own = {"small": (24, 5), "smaller": (24, 2), "half": (24, 12), "large": (24, 20), "larger": (24, 13), "none": (24, 0)}
+    small, large = {"small": (24, 5), "smaller": (24, 2), "half": (24, 12)}, {"large": (24, 20), "larger": (24, 13)}
+    own = {**small, **large, "none": (24, 0)}
     shared = {"small_shared": (16, 3), "large_shared": (16, 15), "none_shared": (16, 0), "triple": (24, 7)}
     protected = {}
     for index, (kind, (size, k)) in enumerate((own | shared).items()):
@@ -602,6 +637,40 @@ def test_values_are_projected_after_each_step(make_optimizer):
     assert projector.leakage() < 1e-6
 
 
+class TensorFloat32(TorchDispatchMode):
+    """Rounds what float32 matrix products read to TF32, as a GPU does where `allow_tf32` is on."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm") and torch.backends.cuda.matmul.allow_tf32:
+            args = [self.round(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return func(*args, **(kwargs or {}))
+
+    def round(self, x):
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
+
+
+@pytest.fixture
+def tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    with TensorFloat32():
+        yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_tf32_does_not_leak(tf32):
+    unet, protected = mixture()
+    x = torch.randn(8, 8)
+    assert 1e-5 < distance(x @ x, array(x) @ array(x)) < 1e-2
+    projector = NullSpaceProjector(unet, {JOINT: protected})
+    set_gradients(unet, 0)
+    gradients = {name: parameter.grad.clone() for name, parameter in down(unet).items()}
+    projector.project_gradients()
+    assert projector.leakage() < 1e-6
+    for name, parameter in down(unet).items():
+        assert_close(parameter.grad, projected(gradients[name], protected[name]))
+    assert torch.backends.cuda.matmul.allow_tf32  # as the user chose
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_two_optimizers_can_share_a_projector(several):
     unet, protected = mixture()
@@ -635,11 +704,12 @@ def test_with_several_groups_the_change_is_projected_with_the_selected_one(make_
     twin = copy.deepcopy(unet)
     optimizer, twin_optimizer = make_optimizer(unet.parameters()), make_optimizer(twin.parameters())
     projector.attach(optimizer)
-    for step, group in enumerate(["early", "late", "late", "early"]):
+    nothing = {name: item._replace(rank=0) for name, item in early.items()}
+    for step, group in enumerate(["early", "late", "late", "none of them", "early"]):
         twin.load_state_dict(unet.state_dict())
         if step:  # the first group is selected from the start
             projector.select(group)
-        protected = {"early": early, "late": late}[group]
+        protected = {"early": early, "late": late}.get(group, nothing)
         before = {name: parameter.detach().clone() for name, parameter in down(unet).items()}
         set_gradients(unet, step)
         set_gradients(twin, step)
@@ -718,14 +788,9 @@ def test_the_guarantee(world, bundle, tmp_path):
     assert worst[torch.bfloat16] <= 2e-3
     assert worst[torch.float16] <= 2e-3
 
-    save_lora(tmp_path / "without", train(world, protected, after_steps=False))
-    without = load_lora(tmp_path / "without")
-    assert worst_leakage(world, without, protected) >= 100 * worst[torch.float32]
-    drifts = []
-    for layers in (load_lora(tmp_path / "torch.float32"), without):
-        report = audit(layers, bundle, world.unet, "energy", 0.99)
-        drifts.append(report["predicted_drift"]["mean"])
-    assert drifts[0] < drifts[1]
+    save_lora(tmp_path / "without", train(world, protected, after_steps=False, steps=100))
+    without = worst_leakage(world, load_lora(tmp_path / "without"), protected)
+    assert without >= 100 * max(worst[torch.float32], 1e-5)  # after a fifth of the steps
 
 
 # ---- The audit of a saved LoRA ---------------------------------------------------------------------------------------
@@ -775,7 +840,8 @@ def test_the_audit_lists_every_layer_and_sums_up_those_that_are_covered(world):
     layers = {}
     for name in attention_inputs(lora, "all"):
         module = lora.get_submodule(name)
-        layers[name] = LoraLayer(module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach(), 1.0)
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        layers[name] = LoraLayer(a.detach(), b.detach(), 1.0)
     found = audit(layers, bundle, world.unet, "energy", 0.9)
     protected = bundle.protected(JOINT, "energy", 0.9)
     assert [row["module"] for row in found["layers"]] == list(layers)
@@ -892,7 +958,8 @@ def test_merging_two_halves_gives_the_bundle_of_all(world, bundle):
             assert spectrum.tokens == bundle.spectra[name][source].tokens
             assert distance(spectrum.sum(), bundle.spectra[name][source].sum()) < 2e-3
     for name, source in attention_inputs(world.unet, "all").items():
-        assert distance(merged.group(JOINT)[source].sum() / merged.group(JOINT)[source].tokens, world.moment(name)) < 1e-3
+        spectrum = merged.group(JOINT)[source]
+        assert distance(spectrum.sum() / spectrum.tokens, world.moment(name)) < 1e-3
     prompts = merged.config["prompts"]
     assert (prompts["source"], prompts["count"], prompts["examples"]) == ("test + more", 5, ["a star", "a moon"])
     assert prompts["sha256"] not in ("0" * 64, "1" * 64)
@@ -937,11 +1004,13 @@ def test_restricting_keeps_the_second_moments_of_those_timesteps(world, bundle):
         assert distance(spectrum.sum() / spectrum.tokens, world.moment(name, timesteps)) < 1e-3
 
 
-def test_restricting_to_one_group_or_to_all_of_them(world, bundle):
+def test_restricting_to_one_group_or_to_all_of_them(world, bundle, tmp_path):
     alone = bundle.restrict(*world.groups[0]["range"])
     assert [group["name"] for group in alone.config["groups"]] == [JOINT, world.groups[0]["name"]]
     for source, spectrum in alone.group(JOINT).items():
         assert distance(spectrum.sum(), bundle.group(world.groups[0]["name"])[source].sum()) < 1e-3
+    alone.save(tmp_path / "alone")
+    assert_same(Bundle.load(tmp_path / "alone"), alone, {JOINT, TEXT_INPUT})
     whole = bundle.restrict(0, 999)
     assert whole.config["groups"] == bundle.config["groups"]
     for source, spectrum in whole.group(JOINT).items():
@@ -1012,7 +1081,7 @@ def test_the_table_counts_the_ranks_of_every_module_and_group(world, bundle, sav
         assert int(row["tokens"]) == len(world.inputs(name, timesteps.get(row["group"])))
         moment = world.moment(name, timesteps.get(row["group"]))
         for energy in (0.9, 0.99, 0.999, 0.9999):
-            assert int(row[f"rank_{energy}"]) == energy_rank(moment, energy)
+            assert is_energy_rank(int(row[f"rank_{energy}"]), moment, energy)
 
 
 def test_only_the_files_that_are_needed_are_read(world, bundle, saved):
@@ -1084,7 +1153,8 @@ def test_a_missing_file_is_named(saved):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "", "[]", "null", "{}", '{"format_version": null}', '{"format_version": "1"}', '{"format_version": 1}']
+    "content",
+    ["{", "", "[]", "null", "{}", '{"format_version": null}', '{"format_version": "1"}', '{"format_version": 1}'],
 )
 def test_a_configuration_that_is_none_is_refused(saved, content):
     (saved / "nullspace_config.json").write_text(content)

@@ -1,0 +1,261 @@
+"""build_nullspace.py: what it collects, from what it is given, and what it refuses."""
+
+import csv
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import build_nullspace
+from nullspace_utils import JOINT, TEXT_INPUT, Bundle, NullSpaceError, SecondMoments, attention_inputs
+
+
+PROMPTS = ["a red star", "a photo of a large blue heart on a white background", "a ring", "a moon on black", "a cross"]
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n\n")
+    return path
+
+
+def build(output_dir, model, prompts_file, *flags):
+    """Build in this process: `build_nullspace.py` with a short sampling."""
+    argv = ["--pretrained_model_name_or_path", model, "--output_dir", output_dir, "--num_inference_steps", 4]
+    argv += ["--prompts_file", prompts_file, *flags]
+    build_nullspace.main(build_nullspace.parse_args([str(word) for word in argv]))
+    return json.loads((output_dir / "nullspace_config.json").read_text())
+
+
+def sums(folder, name=JOINT):
+    """Sum of x x^T (in, in) of each input in a group, from the files of a bundle."""
+    timesteps = JOINT if name == JOINT else "nearest"
+    return {source: spectrum.sum() for source, spectrum in Bundle.load(folder, timesteps).group(name).items()}
+
+
+def relative(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def test_launched_as_a_user_does(run_script, tiny_sd1, prompts_file, tmp_path):
+    bundle = tmp_path / "bundle"
+    done = run_script(
+        "build_nullspace.py", "--pretrained_model_name_or_path", tiny_sd1, "--prompts_file", prompts_file,
+        "--num_inference_steps", 4, "--output_dir", bundle, "--timestep_groups", "stages",
+    )  # fmt: skip
+    assert {"README.md", "spectra.png", "modules.csv", "joint.safetensors"} <= {path.name for path in bundle.iterdir()}
+    assert "rank at 0.999" in done.stdout and f"Wrote {bundle}" in done.stdout
+    assert "Collecting" in done.stderr  # the progress bar
+    config = json.loads((bundle / "nullspace_config.json").read_text())
+    assert len(config["groups"]) == 1 + build_nullspace.STAGES
+    assert config["prompts"]["count"] == len(PROMPTS) + 1  # and the empty one
+    rows = list(csv.DictReader(open(bundle / "modules.csv")))
+    assert {row["group"] for row in rows} == {TEXT_INPUT} | {group["name"] for group in config["groups"]}
+    assert all(0 < int(row["rank_0.9"]) <= int(row["rank_0.9999"]) <= int(row["in_features"]) for row in rows)
+
+
+def test_collects_what_the_pipeline_reads(tiny_sd2, prompts_file, tmp_path):
+    """Against inputs gathered by hooks of this test while the pipeline draws the prompts one by one."""
+    build(tmp_path / "bundle", tiny_sd2, prompts_file, "--seed", 5, "--guidance_scale", 3, "--timestep_groups", "steps")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd2, safety_checker=None)
+    pipeline.scheduler = build_nullspace.make_scheduler("ddim", pipeline.scheduler.config)
+    queries, name = {}, "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    texts, timesteps = [], []
+    pipeline.unet.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: queries.setdefault(timesteps[-1], []).append(args[0].detach())
+    )
+
+    def remember(module, args, kwargs):
+        timesteps.append(int(args[1]))
+        texts.append(kwargs["encoder_hidden_states"])
+
+    pipeline.unet.register_forward_pre_hook(remember, with_kwargs=True)
+    for index, prompt in enumerate(["", *PROMPTS]):
+        generator = torch.Generator().manual_seed(5 + index)
+        pipeline(prompt, num_inference_steps=4, guidance_scale=3, generator=generator, output_type="latent")
+    joint, config = sums(tmp_path / "bundle"), Bundle.load(tmp_path / "bundle").config
+    x = torch.cat([each.reshape(-1, each.shape[-1]) for group in queries.values() for each in group]).double()
+    assert relative(joint[name], x.T @ x) < 2e-3
+    assert config["tokens"][JOINT][name] == len(x)
+    for group in config["groups"][1:]:
+        (timestep,) = group["timesteps"]
+        x = torch.cat([each.reshape(-1, each.shape[-1]) for each in queries[timestep]]).double()
+        assert relative(sums(tmp_path / "bundle", group["name"])[name], x.T @ x) < 2e-3
+    x = torch.cat([each.reshape(-1, each.shape[-1]) for each in texts[::4]]).double()  # once for each prompt
+    assert config["tokens"][TEXT_INPUT][TEXT_INPUT] == len(x)
+    assert relative(joint[TEXT_INPUT], x.T @ x) < 2e-3
+
+
+def test_two_processes_build_what_one_does(run_script, tiny_sd1, prompts_file, tmp_path):
+    flags = ("--sampler", "euler_a", "--guidance_scale", 5)
+    build(tmp_path / "one", tiny_sd1, prompts_file, *flags)
+    run_script(
+        "build_nullspace.py", "--pretrained_model_name_or_path", tiny_sd1, "--prompts_file", prompts_file,
+        "--num_inference_steps", 4, "--output_dir", tmp_path / "two", *flags, processes=2,
+    )  # fmt: skip
+    one, two = Bundle.load(tmp_path / "one"), Bundle.load(tmp_path / "two")
+    assert two.config["tokens"] == one.config["tokens"]
+    for source, spectrum in one.group(JOINT).items():
+        # Eigenvalues are stored in float32 and do not depend on the rounding of the eigenvectors.
+        assert relative(two.group(JOINT)[source].eigenvalues, spectrum.eigenvalues) < 1e-5
+
+
+def test_sums_before_rounding_do_not_depend_on_the_batch(tiny_sd1):
+    """In float32, as accumulated: to 1e-5, with a sampler that adds noise at every step."""
+    collected = []
+    for size in (1, 3):
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = build_nullspace.make_scheduler("euler_a", pipeline.scheduler.config)
+        argv = ["--pretrained_model_name_or_path", "x", "--prompts_file", "x", "--batch_size", str(size)]
+        args = build_nullspace.parse_args(argv + ["--num_inference_steps", "3", "--resolution", "32"])
+        args.guidance_scale = 5.0
+        pipeline.scheduler.set_timesteps(3)
+        groups = [{"name": JOINT, "timesteps": [round(t) for t in pipeline.scheduler.timesteps.tolist()]}]
+        state = build_nullspace.PartialState()
+        moments = build_nullspace.collect_moments(pipeline, ["", *PROMPTS], groups, args, state)
+        collected.append(moments.sums)
+    assert collected[0].keys() == collected[1].keys()
+    assert max(relative(collected[1][key], collected[0][key]) for key in collected[0]) < 1e-5
+
+
+@pytest.mark.parametrize("sampler", build_nullspace.SAMPLERS)
+def test_every_sampler_samples(sampler, tiny_sd1, prompts_file, tmp_path):
+    config = build(tmp_path / "bundle", tiny_sd1, prompts_file, "--sampler", sampler, "--max_prompts", 1)
+    assert config["sampler"] == sampler
+    assert len(config["groups"][0]["timesteps"]) == 4
+
+
+def test_samplers_differ(tiny_sd1, prompts_file, tmp_path):
+    found = {}
+    for sampler in build_nullspace.SAMPLERS:
+        build(tmp_path / sampler, tiny_sd1, prompts_file, "--sampler", sampler, "--num_inference_steps", 6)
+        found[sampler] = sums(tmp_path / sampler)["mid_block.attentions.0.transformer_blocks.0.attn2.to_q"]
+    names = list(found)
+    for i, first in enumerate(names):
+        for second in names[:i]:
+            assert relative(found[first], found[second]) > 1e-6, (first, second)
+
+
+@pytest.mark.parametrize("attention", ["cross", "self", "all"])
+def test_attention_choices(attention, tiny_sd1, prompts_file, tmp_path):
+    config = build(tmp_path / "bundle", tiny_sd1, prompts_file, "--attention", attention, "--max_prompts", 1)
+    kinds = {"cross": {"attn2"}, "self": {"attn1"}, "all": {"attn1", "attn2"}}[attention]
+    assert {name.split(".")[-2 - name.endswith(".0")] for name in config["modules"]} == kinds
+    Bundle.load(tmp_path / "bundle").check(StableDiffusionPipeline.from_pretrained(tiny_sd1).unet)
+
+
+def test_settings_change_what_is_collected(tiny_sd1, prompts_file, tmp_path):
+    """Each flag against the same build without it."""
+    reference_config = build(tmp_path / "reference", tiny_sd1, prompts_file)
+    reference = sums(tmp_path / "reference")
+    for flags in (("--guidance_scale", 1.0), ("--seed", 7), ("--resolution", 48), ("--mixed_precision", "bf16")):
+        config = build(tmp_path / flags[0], tiny_sd1, prompts_file, *flags)
+        assert config[flags[0][2:]] == flags[1] != reference_config[flags[0][2:]]
+        other = sums(tmp_path / flags[0])
+        assert max(relative(other[key], reference[key]) for key in other) > 1e-3
+        assert config["base_model"]["fingerprint"] == reference_config["base_model"]["fingerprint"]
+
+
+def test_several_step_counts_are_joined(tiny_sd1, prompts_file, tmp_path):
+    flags = ("--max_prompts", 1, "--num_inference_steps", 2, 5)
+    config = build(tmp_path / "bundle", tiny_sd1, prompts_file, *flags)
+    assert config["groups"][0]["timesteps"] == [1, 201, 401, 501, 601, 801]
+
+
+def test_prompts_from_a_dataset(tiny_sd1, prompts_file, tmp_path):
+    data = tmp_path / "prompts"
+    data.mkdir()
+    with open(data / "train.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["caption"], *[[prompt] for prompt in PROMPTS]])
+    argv = ["--pretrained_model_name_or_path", str(tiny_sd1), "--prompts_dataset_name", str(data), "--prompt_column"]
+    args = build_nullspace.parse_args([*argv, "caption", "--max_prompts", "3"])
+    assert build_nullspace.read_prompts(args) == ["", *PROMPTS[:3]]
+    with pytest.raises(NullSpaceError, match="no column 'text'.*caption"):
+        build_nullspace.read_prompts(build_nullspace.parse_args(argv[:-1]))
+
+
+def test_nan_is_an_error_that_names_a_layer(tiny_sd1, prompts_file, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
+    layer.weight.data[0, 0] = float("nan")
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(NullSpaceError, match="blocks.*attn2.*NaN"):
+        build(tmp_path / "bundle", tmp_path / "model", prompts_file)
+    assert not (tmp_path / "bundle").exists()
+
+
+NOWHERE = "no/such/model"  # given with bad input that must be found before the model is looked for
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompts_file", "{tmp}/empty.txt"], "holds no prompt"),
+        (["--prompts_file", "{tmp}/none.txt"], "cannot be read"),
+        (["--prompts_file", "{tmp}/picture.png"], "cannot be read"),
+        (["--prompts_dataset_name", "{tmp}/no-data"], "cannot be read"),
+        (["--prompts_file", "{prompts}", "--output_dir", "{tmp}/empty.txt/bundle"], "cannot be written"),
+        (["--prompts_file", "{prompts}", "--output_dir", "{tmp}/other"], "not a bundle"),
+        (["--prompts_file", "{prompts}", "--output_dir", "{tmp}/empty.txt"], "is a file"),
+        (["--prompts_file", "{prompts}"], "cannot be had"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, message, tmp_path, prompts_file):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("keep me")
+    argv = [flag.format(tmp=tmp_path, prompts=prompts_file) for flag in flags]
+    model = ["--pretrained_model_name_or_path", NOWHERE, "--output_dir", f"{tmp_path}/b"]
+    args = build_nullspace.parse_args(model + argv)
+    with pytest.raises(NullSpaceError, match=message) as caught:
+        build_nullspace.main(args)
+    assert "\n" not in str(caught.value).strip()
+    assert (tmp_path / "other" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sampler", "best"], "invalid choice: 'best'"),
+        (["--num_inference_steps", "0"], "--num_inference_steps must be at least 1"),
+        (["--prompts_dataset_name", "also"], "either --prompts_file or --prompts_dataset_name"),
+    ],
+)
+def test_bad_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        build_nullspace.parse_args(["--pretrained_model_name_or_path", NOWHERE, "--prompts_file", "x", *flags])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path, prompts_file):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(NullSpaceError, match="is a FluxPipeline"):
+        build(tmp_path / "bundle", tmp_path / "model", prompts_file)
+
+
+def test_an_error_ends_the_script_with_its_sentence_and_no_traceback(run_script, tmp_path):
+    done = run_script(
+        "build_nullspace.py", "--pretrained_model_name_or_path", NOWHERE, "--prompts_file", tmp_path / "no", check=False
+    )
+    assert done.returncode != 0
+    assert "error: --prompts_file" in done.stderr
+    assert "NullSpaceError" not in done.stderr
+
+
+def test_second_moments_hold_no_features(tiny_sd1):
+    """What is kept does not grow with the number of prompts."""
+    unet = StableDiffusionPipeline.from_pretrained(tiny_sd1).unet
+    moments = SecondMoments(unet, attention_inputs(unet), {500: JOINT})
+    sizes = []
+    with moments.collect(), torch.no_grad():
+        for _ in range(3):
+            moments.start_batch()
+            unet(torch.randn(2, 4, 8, 8), 500, torch.randn(2, 16, 32))
+            sizes.append(sum(tensor.numel() for tensor in moments.sums.values()))
+    assert sizes[0] == sizes[1] == sizes[2]

@@ -771,8 +771,20 @@ class _Batch(NamedTuple):
         """Project the rows of tensors (r, in), one for each name, in order."""
         stacked = torch.stack(tensors)
         x = stacked.view(len(self.directions), -1, stacked.shape[-1])
-        inside = torch.bmm(torch.bmm(x, self.directions), self.directions.mT)
+        with _full_float32():
+            inside = torch.bmm(torch.bmm(x, self.directions), self.directions.mT)
         return (inside if self.free else x - inside).view_as(stacked).unbind()
+
+
+@contextmanager
+def _full_float32():
+    """Matrix products in full float32: with TF32, where the user allows it, a projection would leak about 1e-3."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _make_batches(protected, device):

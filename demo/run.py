@@ -13,6 +13,7 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import torch
 import transformers
 from diffusers import StableDiffusionPipeline
 
@@ -94,7 +95,7 @@ def main():
     heldout = (DEMO / "heldout_prompts.txt").read_text().splitlines()[:100]
     scores, rows, base = {}, {}, None
     for name, folder in {"base": None, "plain LoRA": OUTPUT / "plain-lora", "null space": OUTPUT / "lora"}.items():
-        pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None)
+        pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None).to(torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         if folder:
             pipeline.load_lora_weights(folder)

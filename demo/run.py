@@ -29,6 +29,7 @@ from train_dreambooth_nullspace import REPORT_NAME, comparison_grid, save_pictur
 
 MODEL, OUTPUT, SUBJECT = DEMO / "shapes-sd", DEMO / "output", "star"
 SUBJECT_PROMPTS = ["a photo of a sks star", "a sks star on a green background", "a small sks star on white"]
+GUIDANCE = 2.5  # more of it exaggerates what a model this small has just learned
 OTHER_PROMPTS = ["a photo of a star", "a blue heart on a yellow background", "a large red ring on black"]
 
 
@@ -43,7 +44,10 @@ def launch(script, **flags):
 
 
 def train(folder, **flags):
-    """Train the demo's subject; the flags that are the same in both runs stand here."""
+    """Train the demo's subject; the flags that are the same in both runs stand here.
+
+    The learning rates differ: each is one that learns the subject to about the same distance in these steps.
+    """
     launch(
         "train_dreambooth_nullspace.py",
         pretrained_model_name_or_path=MODEL,
@@ -53,21 +57,24 @@ def train(folder, **flags):
         output_dir=folder,
         resolution=32,
         rank=8,
-        learning_rate=5e-3,
-        max_train_steps=500,
+        train_batch_size=5,
+        lr_scheduler="cosine",
+        lr_warmup_steps=0,
+        max_train_steps=1000,
         seed=0,
         num_validation_images=1,
         validation_prompt=SUBJECT_PROMPTS + OTHER_PROMPTS,
-        validation_epochs=1000,
+        validation_epochs=10_000,
+        checkpointing_steps=10_000,
         **flags,
     )
 
 
 def measure(pipeline, heldout, base=None):
     """Scores of a model, and its pictures (n, 32, 32, 3) of the held-out prompts."""
-    subject = draw(pipeline, SUBJECT_PROMPTS * 8, seed=0)
-    drawn_class = draw(pipeline, [f"a photo of a {SUBJECT}"] * 24, seed=100)
-    others = draw(pipeline, heldout, seed=200)
+    subject = draw(pipeline, SUBJECT_PROMPTS[:1] * 24, guidance_scale=GUIDANCE, seed=0)
+    drawn_class = draw(pipeline, [f"a photo of a {SUBJECT}"] * 24, guidance_scale=GUIDANCE, seed=100)
+    others = draw(pipeline, heldout, guidance_scale=GUIDANCE, seed=200)
     return {
         "distance to the subject": subject_distance(SUBJECT, subject).mean(),
         "distance of its class": subject_distance(SUBJECT, drawn_class).mean(),
@@ -85,8 +92,8 @@ def main():
         batch_size=64,
         output_dir=OUTPUT / "bundle",
     )
-    train(OUTPUT / "plain-lora", nullspace_threshold=0)
-    train(OUTPUT / "lora")
+    train(OUTPUT / "plain-lora", learning_rate=1e-3, nullspace_threshold=0)
+    train(OUTPUT / "lora", learning_rate=5e-3)
 
     # Measure and draw base model, plain LoRA and null-space LoRA with equal seeds
     for library in (transformers, diffusers):
@@ -101,7 +108,8 @@ def main():
             pipeline.load_lora_weights(folder)
         scores[name], drawn = measure(pipeline, heldout, base)
         base = drawn if base is None else base
-        rows[name] = [pipeline.numpy_to_pil(draw(pipeline, SUBJECT_PROMPTS + OTHER_PROMPTS, seed=7))]
+        drawn = draw(pipeline, SUBJECT_PROMPTS + OTHER_PROMPTS, guidance_scale=GUIDANCE, seed=7)
+        rows[name] = [pipeline.numpy_to_pil(drawn)]
     save_picture(comparison_grid(rows, SUBJECT_PROMPTS + OTHER_PROMPTS), OUTPUT / "comparison.png")
 
     # Tell

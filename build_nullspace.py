@@ -19,7 +19,10 @@ are summed on the way. Add `--push_to_hub` to publish the bundle as a dataset, n
 
 import argparse
 import hashlib
+import json
+import os
 import platform
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -45,6 +48,7 @@ from huggingface_hub import DatasetCardData
 from tqdm.auto import tqdm
 
 from nullspace_utils import (
+    CARD_NAME,
     CONFIG_NAME,
     ENERGIES,
     JOINT,
@@ -55,8 +59,11 @@ from nullspace_utils import (
     SecondMoments,
     attention_inputs,
     base_license,
+    check_files,
     check_output_folder,
+    config_sha256,
     create_repository,
+    download_model,
     fingerprint,
     group_file,
     hub_repository,
@@ -64,6 +71,7 @@ from nullspace_utils import (
     push_folder,
     read_config,
     reason,
+    sha256,
     timestep_groups,
 )
 
@@ -207,15 +215,8 @@ def find_model(args):
     """
     name = args.pretrained_model_name_or_path
     kind = model_type(name, args.revision, args.hub_token)
-    if Path(name).is_dir():
-        return Path(name), kind, None
-    try:
-        folder = DiffusionPipeline.download(
-            name, revision=args.revision, variant=args.variant, token=args.hub_token, safety_checker=None
-        )
-    except (OSError, ValueError) as error:
-        raise NullSpaceError(f"The base model {name} cannot be had ({reason(error)}).") from error
-    return Path(folder), kind, Path(folder).name  # a snapshot is named after its commit
+    folder = download_model(name, args.revision, args.variant, args.hub_token)
+    return folder, kind, None if Path(name).is_dir() else folder.name  # a snapshot is named after its commit
 
 
 def make_scheduler(sampler, config):
@@ -309,9 +310,12 @@ def describe(pipeline, prompts, revision, args):
 
 def without_token(argv):
     """A command line without the secret that may be in it."""
-    kept = [word for word in argv if not word.startswith("--hub_token=")]
-    if "--hub_token" in kept:
-        del kept[kept.index("--hub_token") :][:2]
+    kept, words = [], iter(argv)
+    for word in words:
+        if not word.startswith("--hub_t"):  # argparse takes a beginning of --hub_token for it
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
     return kept
 
 
@@ -333,6 +337,12 @@ def rank_table(bundle):
         label = f"{size} (text)" if is_text else str(size)
         rows.append([label, str(len(unique)), str(len(members)), *ranks, f"{stored:,}"])
     return header, rows
+
+
+def model_name(config):
+    """The base model's id on the Hub, or the name of its folder."""
+    model = config["base_model"]
+    return model["id"] if model["revision"] else Path(model["id"]).name
 
 
 def print_table(header, rows):
@@ -389,11 +399,11 @@ def write_card(license_name):
     def write(bundle, folder):
         config = bundle.config
         model = config["base_model"]
-        is_hub_id = not Path(model["id"]).exists()
+        is_hub_id = model["revision"] is not None
         data = DatasetCardData(
             license=license_name,
             task_categories=["text-to-image"],
-            size_categories=["n<1K"],
+            size_categories=["n<1K" if len(bundle.table()) < 1000 else "1K<n<10K"],
             tags=["null-space", "dreambooth", "lora", "diffusers", f"model-type:{config['model_type']}"],
             pretty_name=f"Null-space bundle of {Path(model['id']).name}",
             configs=[{"config_name": "default", "data_files": TABLE_NAME}],
@@ -410,7 +420,7 @@ def write_card(license_name):
         steps = ", ".join(map(str, config["num_inference_steps"]))
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
         named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else f"`{model['id']}`"
-        (folder / "README.md").write_text(
+        (folder / CARD_NAME).write_text(
             f"""---
 {data.to_yaml()}
 ---
@@ -436,7 +446,7 @@ accelerate launch train_dreambooth_nullspace.py \\
 
 | | |
 |---|---|
-| base model | {named}, revision `{model["revision"]}` |
+| base model | {named}{f", revision `{model['revision']}`" if is_hub_id else ""} |
 | fingerprint of its covered weights | `{model["fingerprint"]}` |
 | model type, prediction type | {config["model_type"]}, {config["prediction_type"]} |
 | attention layers | {config["attention"]}, {len(config["modules"])} projections |
@@ -464,7 +474,8 @@ at all timesteps. `{CONFIG_NAME}` describes everything and holds the sha256 of e
 ```bash
 {config["command"]}
 ```
-"""
+""",
+            encoding="utf-8",
         )
 
     return write
@@ -473,31 +484,49 @@ at all timesteps. `{CONFIG_NAME}` describes everything and holds the sha256 of e
 # ---- Publishing ------------------------------------------------------------------------------------------------------
 
 
+def push_command(repo_id, args):
+    """The command that pushes the bundle in --output_dir later."""
+    words = ["python", Path(sys.argv[0]).name, "--output_dir", str(args.output_dir), "--push_to_hub"]
+    words += ["--hub_dataset_id", repo_id] if repo_id else []
+    return shlex.join(words + ["--hub_private_repo"] * args.hub_private_repo)
+
+
+def name_repository(repo_id, folder):
+    """Write the repository's id into the card's training command, and record the card as it is now."""
+    config, card = read_config(folder), folder / CARD_NAME
+    if card.is_file():  # a bundle that was merged has none
+        text = card.read_text(encoding="utf-8")
+        text = re.sub(r"(--nullspace_name_or_path ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text)
+        replace_text(card, text)
+        config["files"][CARD_NAME] = sha256(card)
+        config["sha256"] = config_sha256(config)
+        replace_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def replace_text(path, text):
+    partial = path.with_name(f"partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def push(repo_id, args):
     """Upload the bundle in --output_dir in one commit.
 
     Raises:
         NullSpaceError: if that fails, with the command that tries again.
     """
-    config = read_config(args.output_dir)
-    retry = [
-        "python",
-        Path(sys.argv[0]).name,
-        "--output_dir",
-        args.output_dir,
-        "--push_to_hub",
-        "--hub_dataset_id",
-        repo_id,
-    ]
+    config = name_repository(repo_id, args.output_dir)
     url = push_folder(
         repo_id,
         "dataset",
         args.output_dir,
         [CONFIG_NAME, *config["files"]],
-        f"Null-space bundle of {config['base_model']['id']}: {config['prompts']['count']:,} prompts, "
+        f"Null-space bundle of {model_name(config)}: {config['prompts']['count']:,} prompts, "
         f"{config['sampler']}, format {config['format_version']}",
-        shlex.join(map(str, retry)),
+        push_command(repo_id, args),
         args.hub_token,
+        outdated=group_file("timesteps-*"),  # of an earlier bundle, which may have had other groups
     )
     print(f"Pushed to {url}")
 
@@ -512,16 +541,22 @@ def main(args):
         library.utils.logging.disable_progress_bar()
 
     # Find out all that can go wrong before the work
-    repo_id = None
+    repo_id, retry = args.hub_dataset_id, "run this command again"
+    if args.pretrained_model_name_or_path is not None:
+        check_output_folder(args.output_dir)
+        prompts = read_prompts(args)
+    elif (args.output_dir / CONFIG_NAME).is_file():
+        check_files(args.output_dir)
+        retry = f"push it with: {push_command(repo_id, args)}"
+    else:
+        raise NullSpaceError(f"{args.output_dir} holds no bundle; build one with --pretrained_model_name_or_path.")
     if args.push_to_hub and state.is_main_process:
-        repo_id = hub_repository(args.hub_dataset_id, args.output_dir, args.hub_token)
-        create_repository(repo_id, "dataset", args.hub_private_repo, args.hub_token)
+        repo_id = hub_repository(repo_id, args.output_dir, args.hub_token, retry)
+        create_repository(repo_id, "dataset", args.hub_private_repo, args.hub_token, retry)
     if args.pretrained_model_name_or_path is None:
         if state.is_main_process:
             push(repo_id, args)
         return
-    check_output_folder(args.output_dir)
-    prompts = read_prompts(args)
     with state.main_process_first():
         folder, args.model_type, revision = find_model(args)
     for name, value in DEFAULTS[args.model_type].items():

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
@@ -42,6 +41,7 @@ from safetensors.torch import load_file, save_file
 FORMAT_VERSION = 1
 CONFIG_NAME = "nullspace_config.json"
 TABLE_NAME = "modules.csv"
+CARD_NAME = "README.md"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 TEXT_INPUT = "encoder_hidden_states"
 JOINT = "joint"
@@ -52,6 +52,10 @@ DEFAULT_THRESHOLDS = {"energy": 0.999, "eigenvalue": 2e-2, "percentile": 10.0}
 
 class NullSpaceError(ValueError):
     """What is wrong and what to do about it, in one sentence that a user can act on."""
+
+
+class DamagedError(NullSpaceError):
+    """A file of a bundle is not what it was when the bundle was built."""
 
 
 # ---- Which layers, and which of them share an input ------------------------------------------------------------------
@@ -105,11 +109,31 @@ def model_type(name_or_path, revision=None, token=None):
 
     try:
         kind = DiffusionPipeline.load_config(name_or_path, revision=revision, token=token)["_class_name"]
-    except (OSError, ValueError) as error:
+    except Exception as error:  # among them those of the HTTP library, which differ between versions
         raise NullSpaceError(f"The base model {name_or_path} cannot be had ({reason(error)}).") from error
     if kind not in MODEL_TYPES:
         raise NullSpaceError(f"{name_or_path} is a {kind}; only {' and '.join(MODEL_TYPES)} models are supported.")
     return MODEL_TYPES[kind]
+
+
+def download_model(name_or_path, revision=None, variant=None, token=None):
+    """The folder of a base model: the given one, or the snapshot of a Hub model, with all that a pipeline of it loads.
+
+    Raises:
+        NullSpaceError: if it cannot be had.
+    """
+    from diffusers import DiffusionPipeline
+
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        return Path(
+            DiffusionPipeline.download(
+                name_or_path, revision=revision, variant=variant, token=token, safety_checker=None
+            )
+        )
+    except Exception as error:
+        raise NullSpaceError(f"The base model {name_or_path} cannot be had ({reason(error)}).") from error
 
 
 def base_layer(module):
@@ -302,7 +326,7 @@ def timestep_groups(timesteps, count, num_train_timesteps=1000):
 class Bundle:
     """The second moments of one base model's layer inputs, decomposed, by timestep group.
 
-    On disk: `nullspace_config.json` describes it and holds the sha256 of all other files; each group is a safetensors
+    On disk: `nullspace_config.json` describes it and holds the sha256 of all files; each group is a safetensors
     file with, for each input, `<input>.eigenvalues` (in,) float32 and `<input>.eigenvectors` (in, in) float16. The
     text encoder's output does not depend on the timestep and has a file of its own. The group "joint", the sum over
     all timesteps, is always there.
@@ -350,9 +374,22 @@ class Bundle:
         Raises:
             NullSpaceError: if it cannot be had, is of a newer format, or a file differs from its recorded sha256.
         """
-        config = read_config(name_or_path, revision, token)
+        try:
+            return cls._load(name_or_path, timesteps, timestep_range, revision, token)
+        except DamagedError:
+            if Path(name_or_path).is_dir() or is_offline_mode():
+                raise
+            # Without force, the cache would give the damaged file for ever.
+            return cls._load(name_or_path, timesteps, timestep_range, revision, token, force=True)
+
+    @classmethod
+    def _load(cls, name_or_path, timesteps, timestep_range, revision, token, force=False):
+        folder = fetch_files(name_or_path, [CONFIG_NAME], revision, token, force)
+        config = read_config(folder)
         names = needed_groups(config, timesteps, timestep_range)
-        folder = fetch_files(name_or_path, [group_file(name) for name in names], revision, token)
+        if not Path(name_or_path).is_dir():
+            revision = folder.name  # a snapshot is named after its commit: a push in between must not mix two bundles
+        folder = fetch_files(name_or_path, [group_file(name) for name in names], revision, token, force)
         bundle = cls(config)
         bundle.spectra = {name: bundle._read_group(folder, name) for name in names}
         return bundle if timestep_range is None else bundle.restrict(*timestep_range)
@@ -364,9 +401,9 @@ class Bundle:
             actual = sha256(path)
             tensors = load_file(path) if actual == expected else None
         except (OSError, SafetensorError) as error:
-            raise NullSpaceError(f"{path} cannot be read ({error}); download or build the bundle again.") from error
+            raise DamagedError(f"{path} cannot be read ({error}); download or build the bundle again.") from error
         if tensors is None:
-            raise NullSpaceError(
+            raise DamagedError(
                 f"{path} is truncated or altered (its sha256 differs from the one in {CONFIG_NAME}); "
                 "download or build the bundle again."
             )
@@ -493,7 +530,7 @@ class Bundle:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        config = {key: value for key, value in self.config.items() if key not in ("tokens", "files")}
+        config = {key: value for key, value in self.config.items() if key not in ("tokens", "files", "sha256")}
         config["tokens"] = {
             name: {source: spectrum.tokens for source, spectrum in spectra.items()}
             for name, spectra in self.spectra.items()
@@ -508,6 +545,7 @@ class Bundle:
         for write in extras:
             write(self, partial)
         config["files"] = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+        config["sha256"] = config_sha256(config)
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         self.config = config
         old = folder.with_name(folder.name + ".old")
@@ -599,6 +637,12 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def config_sha256(config):
+    """Hex digest of what a configuration says, all but this digest itself."""
+    content = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def check_output_folder(folder):
     """Raise `NullSpaceError` if a bundle cannot be written to a folder: it holds other files or is not writable."""
     folder = Path(folder)
@@ -620,28 +664,42 @@ def check_writable(folder):
         raise NullSpaceError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir.") from error
 
 
-def read_config(name_or_path, revision=None, token=None):
-    """The parsed and checked `nullspace_config.json` of a bundle in a folder or on the Hub.
+def read_config(folder):
+    """The parsed and checked `nullspace_config.json` of a bundle's folder.
 
     Raises:
-        NullSpaceError: if there is none, it is no bundle's, or its format is newer than this code.
+        NullSpaceError: if there is none, it is no bundle's or altered, or its format is newer than this code.
     """
-    path = fetch_files(name_or_path, [CONFIG_NAME], revision, token) / CONFIG_NAME
+    path = fetch_files(folder, [CONFIG_NAME]) / CONFIG_NAME
     try:
         config = json.loads(path.read_text())
-        version = config["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise NullSpaceError(f"{path} is not a bundle's configuration; download or build the bundle again.") from error
-    if version > FORMAT_VERSION:
-        raise NullSpaceError(
-            f"The bundle {name_or_path} has format {version}, newer than the {FORMAT_VERSION} known here; "
-            "update this project."
+        if config["format_version"] > FORMAT_VERSION:
+            raise NullSpaceError(
+                f"The bundle in {folder} has format {config['format_version']}, newer than the {FORMAT_VERSION} known "
+                "here; update this project."
+            )
+        whole = config["sha256"] == config_sha256(config)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path} is not a bundle's configuration; download or build the bundle again.") from error
+    if not whole:
+        raise DamagedError(
+            f"{path} is altered (its sha256 differs from the one in it); download or build the bundle again."
         )
     return config
 
 
-def fetch_files(name_or_path, names, revision=None, token=None):
+def check_files(folder):
+    """Raise `NullSpaceError` unless a folder holds all files of a bundle as they were built; its card may be edited."""
+    for name, digest in read_config(folder)["files"].items():
+        if sha256(fetch_files(folder, [name]) / name) != digest and name != CARD_NAME:
+            raise DamagedError(f"{Path(folder) / name} is truncated or altered; download or build the bundle again.")
+
+
+def fetch_files(name_or_path, names, revision=None, token=None, force=False):
     """The folder that holds the named files of a bundle: the given one, or a snapshot of a Hub dataset repository.
+
+    Args:
+        force (`bool`): download again what the cache holds.
 
     Raises:
         NullSpaceError: if they are not there.
@@ -652,80 +710,116 @@ def fetch_files(name_or_path, names, revision=None, token=None):
             if not (folder / name).is_file():
                 raise NullSpaceError(f"{folder} has no {name}: it is not a bundle, or not a whole one.")
         return folder
-    where = f"the Hub dataset {name_or_path}" + (f" at revision {revision}" if revision else "")
+    where = f"The Hub dataset {name_or_path}" + (f" at revision {revision}" if revision else "")
+    options = {"repo_type": "dataset", "revision": revision, "token": token, "force_download": force}
     try:
-        if names == [CONFIG_NAME]:  # asked for alone, a missing file is an error of its own
-            path = hf_hub_download(name_or_path, CONFIG_NAME, repo_type="dataset", revision=revision, token=token)
-            return Path(path).parent
-        return Path(
-            snapshot_download(name_or_path, repo_type="dataset", revision=revision, token=token, allow_patterns=names)
-        )
+        if len(names) > 1:
+            folder = Path(snapshot_download(name_or_path, allow_patterns=names, **options))
+        for name in names:
+            # snapshot_download passes over a file that is missing there and, where the Hub refuses or does not answer,
+            # returns what the cache has of the snapshot: asked for alone, a file comes or says why not.
+            if not (folder / name).is_file():
+                folder = Path(hf_hub_download(name_or_path, name, **options)).parent
+        return folder
     except HFValidationError as error:
         raise NullSpaceError(f"There is no folder {name_or_path}, and it is no Hub id either.") from error
     except GatedRepoError as error:
-        raise NullSpaceError(f"Access to {where} is gated; accept its conditions on the Hub and log in.") from error
+        raise NullSpaceError(f"{where} is gated; accept its conditions on the Hub and log in.") from error
     except RepositoryNotFoundError as error:
+        if _is_model(name_or_path, token):
+            raise NullSpaceError(
+                f"{name_or_path} is a model on the Hub, not a dataset; give the repository of its bundle."
+            ) from error
         raise NullSpaceError(
             f"There is no folder {name_or_path} and no Hub dataset of that name that you may read; if it is private, "
             "log in with `hf auth login` or pass --hub_token."
         ) from error
     except RevisionNotFoundError as error:
-        raise NullSpaceError(f"The Hub dataset {name_or_path} has no revision {revision}.") from error
+        raise NullSpaceError(f"The Hub dataset {name_or_path} has no revision {revision or 'main'}.") from error
     except LocalEntryNotFoundError as error:
         raise NullSpaceError(
             f"{where} is not in the local cache and cannot be downloaded now ({reason(error)})."
         ) from error
     except EntryNotFoundError as error:
-        raise NullSpaceError(f"{where} has no {CONFIG_NAME}: it is not a bundle.") from error
-    except HfHubHTTPError as error:
+        raise NullSpaceError(f"{where} has no {name}: it is not a bundle, or not a whole one.") from error
+    except Exception as error:  # among them those of the HTTP library, which differ between versions of huggingface_hub
+        if isinstance(error, OSError) and error.filename:
+            raise NullSpaceError(
+                f"{where} cannot be stored in the cache ({reason(error)}); set HF_HOME to a folder that can be written."
+            ) from error
+        if status(error) in (401, 403):
+            raise NullSpaceError(
+                f"{where} cannot be downloaded ({reason(error)}); log in again with `hf auth login` or pass another "
+                "--hub_token."
+            ) from error
         raise NullSpaceError(f"{where} cannot be downloaded ({reason(error)}); try again.") from error
+
+
+def _is_model(name, token=None):
+    try:
+        return HfApi(token=token).repo_exists(name, repo_type="model")
+    except Exception:
+        return False  # it only makes an error clearer, and must not raise one of its own
 
 
 def base_license(name_or_path, token=None):
     """The licence named in a model's card, or None where that is not known."""
-    card = Path(name_or_path) / "README.md"
+    card = Path(name_or_path) / CARD_NAME
     if Path(name_or_path).is_dir() and not card.is_file():
         return None
     try:
         return ModelCard.load(card if card.is_file() else name_or_path, token=token).data.license
-    except (OSError, ValueError, HfHubHTTPError):
+    except Exception:
         return None  # no card, no metadata in it or no network: unknown, which is no error
 
 
-def hub_repository(repo_id, folder, token=None):
+def hub_repository(repo_id, folder, token=None, retry="run this command again"):
     """The full id of the repository to push to: the given one, or the folder's name under the user's account.
 
+    Args:
+        retry (`str`): what to do once that is mended, for the error.
+
     Raises:
-        NullSpaceError: if nobody is logged in, or the token is refused.
+        NullSpaceError: if nobody is logged in, or the token is refused or cannot write.
     """
+    login = f"log in with `hf auth login` or pass --hub_token, then {retry}"
     try:
-        user = HfApi(token=token).whoami()["name"]
-    except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
-        raise NullSpaceError(
-            f"--push_to_hub needs a Hub account that answers ({str(error).splitlines()[0]}); "
-            "log in with `hf auth login` or pass --hub_token."
-        ) from error
+        account = HfApi(token=token).whoami()
+    except LocalTokenNotFoundError as error:
+        raise NullSpaceError(f"--push_to_hub needs a token of the Hub; {login}") from error
+    except Exception as error:
+        if status(error) in (401, 403):
+            raise NullSpaceError(f"The Hub refuses the token ({reason(error)}); {login}") from error
+        raise NullSpaceError(f"The Hub cannot be reached ({reason(error)}); once it can, {retry}") from error
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise NullSpaceError(f"--push_to_hub needs a token that can write, and this one can only read; {login}")
     repo_id = repo_id or Path(folder).resolve().name
-    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    return repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
 
 
-def create_repository(repo_id, repo_type, private=None, token=None):
+def create_repository(repo_id, repo_type, private=None, token=None, retry="run this command again"):
     """Create a Hub repository, or find it there.
+
+    Args:
+        retry (`str`): what to do once that is mended, for the error.
 
     Raises:
         NullSpaceError: if that is not allowed or the Hub does not answer.
     """
     try:
         HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise NullSpaceError(f"The Hub repository {repo_id} cannot be created ({reason(error)}).") from error
+    except Exception as error:
+        raise NullSpaceError(
+            f"The Hub repository {repo_id} cannot be created ({reason(error)}); once it can, {retry}"
+        ) from error
 
 
-def push_folder(repo_id, repo_type, folder, patterns, message, retry, token=None):
+def push_folder(repo_id, repo_type, folder, patterns, message, retry, token=None, outdated=None):
     """Upload files of a folder to a Hub repository in one commit and return the repository's address.
 
     Args:
         patterns (`list[str]`): which files, as in huggingface_hub's `allow_patterns`.
+        outdated (`str`, *optional*): pattern of the files there to delete when they are not among these.
         message (`str`): of the commit.
         retry (`str`): the command that tries again, for the error.
 
@@ -734,20 +828,38 @@ def push_folder(repo_id, repo_type, folder, patterns, message, retry, token=None
     """
     try:
         commit = HfApi(token=token).upload_folder(
-            repo_id=repo_id, repo_type=repo_type, folder_path=folder, allow_patterns=patterns, commit_message=message
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            allow_patterns=patterns,
+            delete_patterns=outdated,
+            commit_message=message,
         )
-    except (OSError, RuntimeError, ValueError, HfHubHTTPError) as error:
+    except Exception as error:  # whatever it is, the user must learn how to push later
         raise NullSpaceError(
             f"Everything is whole in {folder}, but was not pushed to {repo_id} ({reason(error)}); push it with: {retry}"
         ) from error
     return commit.repo_url
 
 
-def reason(error):
-    """The first line of what went wrong at the bottom of a chain of exceptions."""
-    while error.__cause__ is not None:
+def status(error):
+    """The HTTP status that the Hub answered in a chain of exceptions, or None."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return response.status_code
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+def reason(error):
+    """What the Hub said in a chain of exceptions, or the first sentence of what went wrong at its bottom."""
+    while True:
+        if getattr(error, "server_message", None):
+            return f"{status(error)} {error.server_message}".splitlines()[0].rstrip(".")
+        if error.__cause__ is None:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return first.split(". ")[0].rstrip(".")
+        error = error.__cause__
 
 
 # ---- The projector ---------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ from nullspace_utils import (
     check_threshold,
     check_writable,
     create_repository,
+    download_model,
     hub_repository,
     load_lora,
     model_type,
@@ -187,10 +188,10 @@ def parse_args(argv=None):
     group.add_argument("--hub_token", help="Token to use instead of the one you are logged in with.")
     args = parser.parse_args(argv)
 
-    if args.report_to == "wandb" and args.hub_token is not None:
+    if args.report_to in ("wandb", "all") and args.hub_token is not None:
         parser.error(
-            "--report_to wandb with --hub_token would record the token with the run; log in with `hf auth login` "
-            "instead."
+            f"--report_to {args.report_to} with --hub_token would record the token with the run; log in with "
+            "`hf auth login` instead."
         )
     if args.nullspace_threshold is None:
         args.nullspace_threshold = DEFAULT_THRESHOLDS[args.nullspace_criterion]
@@ -408,11 +409,7 @@ def load_pipeline(args, dtype, device, **components):
     Components that are given, which may be in training, are left as they are.
     """
     pipeline = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        safety_checker=None,
-        **components,
+        args.model_folder, variant=args.variant, safety_checker=None, **components
     )
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -537,7 +534,7 @@ def write_card(bundle, report, prompts, pictures, args):
         save_picture(picture, args.output_dir / "pictures" / f"{index}.png")
     base, source = args.pretrained_model_name_or_path, args.nullspace_name_or_path
     data = ModelCardData(
-        license=base_license(base),
+        license=base_license(base, args.hub_token),
         library_name="diffusers",
         base_model=None if Path(base).is_dir() else base,
         datasets=None if Path(source).is_dir() else [source],
@@ -605,7 +602,7 @@ image = pipeline("{args.instance_prompt}").images[0]
 `{REPORT_NAME}` has the figures of every layer. Trained with `train_dreambooth_nullspace.py`.
 """
     partial = args.output_dir / "partial-README.md"
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, args.output_dir / "README.md")
 
 
@@ -632,6 +629,8 @@ def main(args):
     pictures = read_pictures(args.instance_data_dir)
     check_writable(args.output_dir)
     checkpoint = find_checkpoint(args)
+    if args.push_to_hub and accelerator.is_main_process:
+        args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, args.hub_token)
     with accelerator.main_process_first():
         bundle = Bundle.load(
             args.nullspace_name_or_path,
@@ -643,7 +642,7 @@ def main(args):
     nearest = split_groups(bundle.config) if args.nullspace_timesteps == "nearest" else []
     names = [group["name"] for group in nearest] or [JOINT]
     protected = {name: bundle.protected(name, args.nullspace_criterion, args.nullspace_threshold) for name in names}
-    kind = model_type(args.pretrained_model_name_or_path, args.revision)
+    kind = model_type(args.pretrained_model_name_or_path, args.revision, args.hub_token)
     if kind != "sd" or bundle.config["model_type"] != "sd":
         raise NullSpaceError("This trainer is made for Stable Diffusion models, and for bundles of them.")
     for line in describe_protection(bundle, protected[names[0]], args):
@@ -652,8 +651,11 @@ def main(args):
         logger.warning("Nothing is protected: this trains a plain DreamBooth LoRA.")
 
     if args.push_to_hub and accelerator.is_main_process:
-        args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, args.hub_token)
         create_repository(args.hub_model_id, "model", args.hub_private_repo, args.hub_token)
+    with accelerator.main_process_first():  # all of it, so that nothing is left to download after the training
+        args.model_folder = download_model(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.hub_token
+        )
 
     # Seed everything
     if args.seed is None:
@@ -664,14 +666,13 @@ def main(args):
 
     # Load the models
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    source = {"revision": args.revision, "variant": args.variant}
-    path = args.pretrained_model_name_or_path
-    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **source)
+    folder = args.model_folder
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=args.variant)
     bundle.check(unet)
-    tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", revision=args.revision)
-    text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **source)
-    vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **source)
-    noise_scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", revision=args.revision)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", variant=args.variant)
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=args.variant)
+    noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     for model in (unet, text_encoder, vae):
         model.requires_grad_(False).to(accelerator.device, weight_dtype)
 
@@ -753,7 +754,7 @@ def main(args):
         settings = {
             key: value if isinstance(value, (int, float, str)) else str(value) for key, value in vars(args).items()
         }
-        del settings["hub_token"]
+        del settings["hub_token"], settings["model_folder"]
         accelerator.init_trackers("dreambooth-nullspace", config=settings)
 
     # Resume
@@ -856,13 +857,15 @@ def main(args):
         logger.info(f"Wrote {LORA_NAME}, {REPORT_NAME} and {COMPARISON_NAME} to {args.output_dir}")
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
+        published = PUBLISHED + [f"{args.logging_dir}/**"]
+        included = [word for pattern in published for word in ("--include", pattern)]
         url = push_folder(
             args.hub_model_id,
             "model",
             args.output_dir,
-            PUBLISHED + [f"{args.logging_dir}/**"],
+            published,
             f"Null-space DreamBooth LoRA of {args.pretrained_model_name_or_path}: {args.instance_prompt}",
-            shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", "--include", *PUBLISHED]),
+            shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *included]),
             args.hub_token,
         )
         logger.info(f"Pushed to {url}")

@@ -33,9 +33,11 @@ from nullspace_utils import (
     Spectrum,
     attention_inputs,
     audit,
+    check_files,
     fingerprint,
     leakage,
     load_lora,
+    model_type,
     predicted_drift,
     timestep_groups,
 )
@@ -248,6 +250,20 @@ def test_inputs_that_share_a_name_are_equal_and_others_are_not(any_world):
         for index, first in enumerate(owners):
             for second in owners[:index]:
                 assert seen[first].shape != seen[second].shape or not torch.equal(seen[first], seen[second])
+
+
+def test_the_pipelines_class_is_the_type_of_the_model(tiny_sd1, tmp_path):
+    assert model_type(tiny_sd1) == "sd"
+    for name, expected in (("LatentConsistencyModelPipeline", "lcm"), ("StableDiffusionXLPipeline", None)):
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.35.0"}))
+        if expected:
+            assert model_type(tmp_path) == expected
+        else:
+            with pytest.raises(NullSpaceError, match=f"{name}.*StableDiffusionPipeline and LatentConsistency"):
+                model_type(tmp_path)
+    (tmp_path / "model_index.json").unlink()
+    with pytest.raises(NullSpaceError, match=f"The base model {tmp_path} cannot be had"):
+        model_type(tmp_path)
 
 
 # ---- Second moments --------------------------------------------------------------------------------------------------
@@ -568,9 +584,9 @@ def assert_close(found, expected):
     np.testing.assert_allclose(array(found), expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("adapter", ["default", "subject"])
-def test_initial_values_are_projected(adapter):
-    unet, protected = mixture(adapter)
+@pytest.mark.parametrize(("adapter", "seed"), [("default", 0), ("default", 1), ("default", 2), ("subject", 3)])
+def test_initial_values_are_projected(adapter, seed):
+    unet, protected = mixture(adapter, seed=seed)
     before = {name: parameter.clone() for name, parameter in down(unet, adapter).items()}
     projector = NullSpaceProjector(unet, {JOINT: protected}, adapter)
     for name, parameter in down(unet, adapter).items():
@@ -1161,6 +1177,28 @@ def test_a_configuration_that_is_none_is_refused(saved, content):
         Bundle.load(saved)
 
 
+def test_an_altered_configuration_is_refused(saved):
+    path = saved / "nullspace_config.json"
+    config = json.loads(path.read_text())
+    config["groups"][0]["range"][1] -= 1
+    path.write_text(json.dumps(config))
+    with pytest.raises(NullSpaceError, match=r"nullspace_config\.json is altered .* again\.$"):
+        Bundle.load(saved)
+
+
+def test_every_file_of_a_bundle_but_its_card_is_checked(bundle, saved):
+    bundle.save(saved, extras=[lambda bundle, folder: (folder / "README.md").write_text("# A card")])
+    check_files(saved)
+    (saved / "README.md").write_text("# A card, edited by hand")
+    check_files(saved)
+    (saved / "modules.csv").write_text((saved / "modules.csv").read_text() + "\n")
+    with pytest.raises(NullSpaceError, match=r"modules\.csv is truncated or altered.* again\.$"):
+        check_files(saved)
+    (saved / "modules.csv").unlink()
+    with pytest.raises(NullSpaceError, match=r"has no modules\.csv"):
+        check_files(saved)
+
+
 def test_a_newer_format_is_refused(saved, bundle):
     assert bundle.config["format_version"] == nullspace_utils.FORMAT_VERSION
     newer = {"format_version": nullspace_utils.FORMAT_VERSION + 1, "spectra": "elsewhere"}
@@ -1278,6 +1316,12 @@ def test_a_bundle_does_not_fit_other_weights(world):
     self_attention = copy.deepcopy(world.unet)
     self_attention.get_submodule(name.replace("attn2", "attn1")).weight.data.zero_()
     bundle.check(self_attention)  # not covered
+
+
+def test_the_fingerprint_is_of_names_and_weights():
+    unet = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2, bias=False) for name in "abc"})
+    unet["c"].weight = unet["b"].weight
+    assert fingerprint(unet, ["a", "b"]) == fingerprint(unet, ["b", "a"]) != fingerprint(unet, ["a", "c"])
 
 
 def test_a_bundle_does_not_fit_another_architecture(world, tiny_sd2):

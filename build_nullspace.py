@@ -207,18 +207,6 @@ def read_prompts(args):
     return [""] + prompts
 
 
-def find_model(args):
-    """Download what is missing of the base model: its folder, its type ("sd" or "lcm") and its revision.
-
-    Raises:
-        NullSpaceError: if there is no such model, or it is of another kind.
-    """
-    name = args.pretrained_model_name_or_path
-    kind = model_type(name, args.revision, args.hub_token)
-    folder = download_model(name, args.revision, args.variant, args.hub_token)
-    return folder, kind, None if Path(name).is_dir() else folder.name  # a snapshot is named after its commit
-
-
 def make_scheduler(sampler, config):
     """The diffusers scheduler of a sampler's name, on the noise schedule of the model's own."""
     scheduler_class, overrides = SAMPLERS[sampler]
@@ -377,7 +365,8 @@ def draw_spectra(bundle, folder):
     right.set_title("What protecting more of them leaves")
     for energy in ENERGIES:
         right.axhline(1 - energy, color="grey", linewidth=0.5)
-        right.annotate(f"energy {energy}", (1, 1 - energy), ha="right", va="bottom", fontsize=7, color="grey")
+        place = {"xycoords": ("axes fraction", "data"), "annotation_clip": False, "va": "center"}
+        right.annotate(f"energy {energy}", (1.02, 1 - energy), fontsize=8, color="grey", **place)
     kinds = [("black", "-", "text: to_k, to_v")] + [
         (f"C{index}", line, f"{size}: {label}")
         for index, size in enumerate(sizes)
@@ -391,6 +380,16 @@ def draw_spectra(bundle, folder):
     left.legend(lines, [label for _, _, label in kinds], fontsize=7, loc="lower left")
     figure.savefig(folder / "spectra.png", dpi=120)
     plt.close(figure)
+
+
+def break_lines(command):
+    """A command line with each flag on a line of its own."""
+    lines = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(shlex.join(line) for line in lines)
 
 
 def write_card(license_name):
@@ -472,7 +471,7 @@ at all timesteps. `{CONFIG_NAME}` describes everything and holds the sha256 of e
 ## How it was built
 
 ```bash
-{config["command"]}
+{break_lines(config["command"])}
 ```
 """,
             encoding="utf-8",
@@ -541,10 +540,11 @@ def main(args):
         library.utils.logging.disable_progress_bar()
 
     # Find out all that can go wrong before the work
-    repo_id, retry = args.hub_dataset_id, "run this command again"
-    if args.pretrained_model_name_or_path is not None:
+    repo_id, retry, model = args.hub_dataset_id, "run this command again", args.pretrained_model_name_or_path
+    if model is not None:
         check_output_folder(args.output_dir)
         prompts = read_prompts(args)
+        args.model_type = model_type(model, args.revision, args.hub_token)
     elif (args.output_dir / CONFIG_NAME).is_file():
         check_files(args.output_dir)
         retry = f"push it with: {push_command(repo_id, args)}"
@@ -553,12 +553,13 @@ def main(args):
     if args.push_to_hub and state.is_main_process:
         repo_id = hub_repository(repo_id, args.output_dir, args.hub_token, retry)
         create_repository(repo_id, "dataset", args.hub_private_repo, args.hub_token, retry)
-    if args.pretrained_model_name_or_path is None:
+    if model is None:
         if state.is_main_process:
             push(repo_id, args)
         return
     with state.main_process_first():
-        folder, args.model_type, revision = find_model(args)
+        folder = download_model(model, args.revision, args.variant, args.hub_token)
+    revision = None if Path(model).is_dir() else folder.name  # a snapshot is named after its commit
     for name, value in DEFAULTS[args.model_type].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

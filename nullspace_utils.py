@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -335,10 +336,12 @@ class Bundle:
         config (`dict`): what `nullspace_config.json` holds.
         spectra (`dict[str, dict[str, Spectrum]]`): group -> input -> spectrum, for the groups that were loaded;
             the text encoder's output is the group "encoder_hidden_states".
+        revision (`str` or `None`): the commit that it was read from, where that was on the Hub.
     """
 
     config: dict
     spectra: dict = field(default_factory=dict)
+    revision: str | None = None
 
     @classmethod
     def from_moments(cls, moments, groups, config):
@@ -390,7 +393,7 @@ class Bundle:
         if not Path(name_or_path).is_dir():
             revision = folder.name  # a snapshot is named after its commit: a push in between must not mix two bundles
         folder = fetch_files(name_or_path, [group_file(name) for name in names], revision, token, force)
-        bundle = cls(config)
+        bundle = cls(config, revision=None if Path(name_or_path).is_dir() else revision)
         bundle.spectra = {name: bundle._read_group(folder, name) for name in names}
         return bundle if timestep_range is None else bundle.restrict(*timestep_range)
 
@@ -482,6 +485,9 @@ class Bundle:
                 mine, theirs = mine["fingerprint"], theirs["fingerprint"]
             if mine != theirs:
                 raise NullSpaceError(f"These bundles cannot be merged: their {key.replace('_', ' ')} differ.")
+        for bundle in (self, other):
+            if not {group["name"] for group in bundle.config["groups"]} <= set(bundle.spectra):
+                raise NullSpaceError("These bundles cannot be merged: they were loaded in part; load all groups.")
         merged = Bundle(copy.deepcopy(self.config))
         for name in self.spectra:
             merged.spectra[name] = Bundle({}, {0: self.spectra[name], 1: other.spectra[name]})._sum([0, 1])
@@ -502,7 +508,7 @@ class Bundle:
         """
         kept = groups_inside(self.config, first, last)
         names = [group["name"] for group in kept]
-        restricted = Bundle(copy.deepcopy(self.config))
+        restricted = Bundle(copy.deepcopy(self.config), revision=self.revision)
         restricted.spectra = {name: self.spectra[name] for name in names + [TEXT_INPUT] if name in self.spectra}
         if len(kept) == len(split_groups(self.config)):
             restricted.spectra[JOINT] = self.spectra[JOINT]
@@ -525,9 +531,9 @@ class Bundle:
             NullSpaceError: if the folder holds something other than a bundle.
             OSError: if it cannot be written.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         check_output_folder(folder)
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         config = {key: value for key, value in self.config.items() if key not in ("tokens", "files", "sha256")}
@@ -548,7 +554,7 @@ class Bundle:
         config["sha256"] = config_sha256(config)
         (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         self.config = config
-        old = folder.with_name(folder.name + ".old")
+        old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -645,7 +651,7 @@ def config_sha256(config):
 
 def check_output_folder(folder):
     """Raise `NullSpaceError` if a bundle cannot be written to a folder: it holds other files or is not writable."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise NullSpaceError(f"{folder} is a file; choose a folder for --output_dir.")
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_NAME).exists():
@@ -655,7 +661,7 @@ def check_output_folder(folder):
 
 def check_writable(folder):
     """Raise `NullSpaceError` if a folder, which may not exist yet, cannot be made or written to."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     probe = folder.with_name(f"{folder.name}.probe-{os.getpid()}")
     try:
         probe.mkdir(parents=True)
@@ -935,8 +941,8 @@ class NullSpaceProjector:
         projector.project_gradients()
         optimizer.step()
 
-    With several groups, no null space holds at all times, so the initial value is left as it is, and of each step
-    the gradient and the change are projected with the group that is selected.
+    That is the joint group's way. With others, no null space holds at all times, so the initial value is left as it
+    is, and of each step the gradient and the change are projected with the group that is selected.
 
     Args:
         unet (`UNet2DConditionModel`): a model with LoRA layers on the protected modules.
@@ -952,12 +958,12 @@ class NullSpaceProjector:
         device = next(iter(self.parameters.values())).device
         self._batches = {group: _make_batches(protected, device) for group, protected in groups.items()}
         self._before = None
-        if len(groups) == 1:
+        if JOINT in groups:
             self.project_values()
 
     def attach(self, optimizer):
         """Project the values after each of the optimizer's steps, whichever `torch.optim.Optimizer` it is."""
-        if len(self.groups) == 1:
+        if JOINT in self.groups:
             optimizer.register_step_post_hook(lambda *_: self.project_values())
         else:
             optimizer.register_step_pre_hook(lambda *_: self._remember_values())
@@ -971,12 +977,15 @@ class NullSpaceProjector:
         """Project, in place, the tensor (r, in) that belongs to each parameter; those without one are left out."""
         for batch in self._batches.get(self.selected, ()):
             tensors = [tensor_of(self.parameters[name]) for name in batch.names]
-            if all(tensor is not None for tensor in tensors):
-                torch._foreach_copy_(tensors, batch.project(tensors))
+            present = [index for index, tensor in enumerate(tensors) if tensor is not None]
+            if present:
+                zero = torch.zeros_like(tensors[present[0]])
+                projected = batch.project([zero if tensor is None else tensor for tensor in tensors])
+                torch._foreach_copy_([tensors[i] for i in present], [projected[i] for i in present])
 
     @torch.no_grad()
     def project_values(self):
-        """Project A itself, as a single group's null space asks for after every change."""
+        """Project A itself, as the joint group's null space asks for after every change."""
         self._apply(lambda parameter: parameter)
 
     @torch.no_grad()
@@ -1000,7 +1009,7 @@ class NullSpaceProjector:
     def leakage(self):
         """The largest share of any A's norm that lies in what the selected group protects: 0 is none."""
         worst = 0.0
-        for name, item in self.groups[self.selected].items():
+        for name, item in self.groups.get(self.selected, {}).items():
             parameter = self.parameters[name].float().cpu()
             inside = (parameter @ item.basis[:, : item.rank]).norm()
             worst = max(worst, (inside / parameter.norm().clamp_min(1e-30)).item())
@@ -1025,20 +1034,27 @@ def load_lora(name_or_path):
         NullSpaceError: if the file holds no LoRA layer of a UNet.
     """
     from diffusers import StableDiffusionPipeline  # takes seconds to import, and only this needs it
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     try:
-        state_dict, alphas = StableDiffusionPipeline.lora_state_dict(name_or_path)
+        read = StableDiffusionPipeline.lora_state_dict(name_or_path, return_lora_metadata=True)
     except (OSError, SafetensorError) as error:
         raise NullSpaceError(f"{name_or_path} cannot be read as a LoRA: {error}") from error
+    state_dict, alphas, config = (
+        {key.removeprefix("unet."): value for key, value in (part or {}).items() if key.startswith("unet.")}
+        for part in read
+    )
+    state_dict, alphas = convert_unet_state_dict_to_peft(state_dict), convert_unet_state_dict_to_peft(alphas)
     layers = {}
     for key, down in state_dict.items():
-        for down_suffix, up_suffix in ((".lora_A.weight", ".lora_B.weight"), (".lora.down.weight", ".lora.up.weight")):
-            if key.startswith("unet.") and key.endswith(down_suffix):
-                prefix = key.removesuffix(down_suffix)
-                alpha = (alphas or {}).get(f"{prefix}.alpha", down.shape[0])
-                layers[prefix.removeprefix("unet.")] = LoraLayer(
-                    down, state_dict[prefix + up_suffix], alpha / len(down)
-                )
+        if key.endswith(".lora_A.weight"):
+            name, rank = key.removesuffix(".lora_A.weight"), len(down)
+            alpha = alphas.get(f"{name}.alpha", alphas.get(f"{key}.alpha", rank))
+            if config:  # of peft, which takes the place of the alphas
+                pattern = config.get("alpha_pattern") or {}
+                alpha = pattern.get(get_pattern_key(pattern, name), config["lora_alpha"])
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            layers[name] = LoraLayer(down, state_dict[f"{name}.lora_B.weight"], scale)
     if not layers:
         raise NullSpaceError(f"{name_or_path} holds no LoRA layer of a UNet.")
     return layers
@@ -1089,6 +1105,10 @@ def audit(layers, bundle, unet, criterion="energy", threshold=0.999):
         row = {"module": name, "in_features": layer.down.shape[1]}
         row |= {"protected_rank": 0, "leakage": None, "predicted_drift": None}
         if name in protected:
+            if layer.down.shape[1] != len(protected[name].basis):
+                raise NullSpaceError(
+                    f"The LoRA was made for another model than the bundle: their sizes of {name} differ."
+                )
             spectrum = spectra[bundle.config["modules"][name]["input"]]
             row["protected_rank"] = protected[name].rank
             row["leakage"] = leakage(layer, protected[name]) if protected[name].rank else None

@@ -508,7 +508,7 @@ def make_report(bundle, unet, args):
         "base_model": bundle.config["base_model"],
         "nullspace": {
             "bundle": str(args.nullspace_name_or_path),
-            "revision": args.nullspace_revision,
+            "revision": bundle.revision,
             "prompts": {key: bundle.config["prompts"][key] for key in ("source", "count", "sha256")},
             "criterion": args.nullspace_criterion,
             "threshold": args.nullspace_threshold,
@@ -562,6 +562,8 @@ def write_card(bundle, report, prompts, pictures, args):
         if report["leakage"]["max"] is not None
         else "It was trained without protection, as a plain DreamBooth LoRA."
     )
+    base_shown = f"[{base}](https://huggingface.co/{base})" if data.base_model else f"`{base}`"
+    source_shown = f"[{source}](https://huggingface.co/datasets/{source})" if data.datasets else f"`{source}`"
     text = f"""---
 {data.to_yaml()}
 ---
@@ -570,7 +572,7 @@ def write_card(bundle, report, prompts, pictures, args):
 
 <Gallery />
 
-A DreamBooth LoRA for `{base}`. {protection}
+A DreamBooth LoRA for {base_shown}. {protection}
 
 ![Base model and LoRA, equal seeds]({COMPARISON_NAME})
 
@@ -593,7 +595,7 @@ image = pipeline("{args.instance_prompt}").images[0]
 
 | | |
 |---|---|
-| bundle | `{source}` |
+| bundle | {source_shown} |
 | protected | {setting}, timesteps {covered[0]} to {covered[1]} |
 | leakage, share of a layer's change that protected inputs see | {shown["leakage"]} |
 | predicted drift, relative change of a layer's output on protected inputs | {shown["predicted_drift"]} |
@@ -618,6 +620,8 @@ def main(args):
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    for name in ("httpx", "httpx2"):  # the Hub client's: they log each address, upload signatures included
+        logging.getLogger(name).setLevel(logging.WARNING)
     logger.info(f"{accelerator.state}".replace("\n", ", "), main_process_only=False)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
@@ -764,7 +768,7 @@ def main(args):
         step = json.loads((checkpoint / "training.json").read_text())["step"]
         logger.info(f"Resuming from {checkpoint} at step {step}")
         # A checkpoint of these settings is in the null space and stays as it is, bit for bit; one of others is not.
-        if len(protected) == 1 and projector.leakage() > 1e-6:
+        if JOINT in protected and projector.leakage() > 1e-6:
             logger.warning("The checkpoint was not in this null space: projecting it.")
             projector.project_values()
 

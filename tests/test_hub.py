@@ -190,6 +190,15 @@ def runs(hub, home, tiny_sd1, tiny_sd2, run_script):
         words = training("ada/secret", home / "lora", "--push_to_hub", "--hub_model_id", "ada/named", model=tiny_sd1)
         return run([sys.executable, *words, "--hub_private_repo"], env("named", WRITE), check=False)
 
+    def publish_in_the_name_of_another():
+        """From both scripts."""
+        futures["seed"].result()
+        words = ["build_nullspace.py", "--pretrained_model_name_or_path", MODEL, "--prompts_file", prompts]
+        words += ["--output_dir", home / "none", "--push_to_hub", "--hub_dataset_id", "eve/bundle"]
+        built = run([sys.executable, *words], env("refusals", WRITE), check=False)
+        words = training("ada/other-model", home / "none", "--push_to_hub", "--hub_model_id", "eve/lora")
+        return built, run([sys.executable, *words], env("refusals", WRITE), check=False)
+
     def train_on_another_model():
         futures["seed"].result()
         words = training("ada/other-model", home / "none", model=tiny_sd2)
@@ -251,6 +260,7 @@ def runs(hub, home, tiny_sd1, tiny_sd2, run_script):
             "nearest": train_nearest,
             "failed push": train_without_publishing,
             "another model": train_on_another_model,
+            "another's name": publish_in_the_name_of_another,
         }.items():
             futures[name] = pool.submit(job)
         special = {
@@ -266,7 +276,6 @@ def runs(hub, home, tiny_sd1, tiny_sd2, run_script):
             "no token": (None,),
             "wrong token": ("wrong",),
             "read token": (READ, "ada/other"),
-            "another's": (WRITE, "eve/bundle"),
         }.items():
             futures[f"push {name}"] = pool.submit(push_later, *arguments)
         futures["push unreachable"] = pool.submit(push_later, WRITE, HF_ENDPOINT="http://127.0.0.1:9")
@@ -324,7 +333,6 @@ def test_a_finished_build_is_pushed_later_without_computing(runs, hub, home):
         ("no token", "needs a token of the Hub; log in with `hf auth login`", ""),
         ("wrong token", r"refuses the token \(401 Invalid credentials in Authorization header\)", ""),
         ("read token", "needs a token that can write, and this one can only read", " --hub_dataset_id ada/other"),
-        ("another's", "eve/bundle cannot be created .403 This takes a write", " --hub_dataset_id eve/bundle"),
         ("unreachable", "The Hub cannot be reached .*Connection refused", ""),
     ],
 )
@@ -334,7 +342,16 @@ def test_a_push_that_fails_names_the_command_for_later(runs, hub, home, name, sa
     assert re.search(said, error), error
     assert error.endswith(f"push it with: python build_nullspace.py --output_dir {folder} --push_to_hub{command}")
     assert contents(folder) == contents(home / "tiny-bundle")
-    assert not {("dataset", "ada/other"), ("dataset", "eve/bundle")} & hub.repos.keys()
+    assert ("dataset", "ada/other") not in hub.repos
+
+
+def test_the_repository_is_made_before_any_work(runs, home):
+    built, trained = map(sentence, runs["another's name"].result())
+    refusal = "cannot be created (403 This takes a write token of the namespace); once it can, run this command again"
+    assert built == f"error: The Hub repository eve/bundle {refusal}"
+    assert trained == f"error: The Hub repository eve/lora {refusal}"
+    assert not list((home / "cache-refusals").rglob("unet"))  # they have seen no more of the model than its index
+    assert not (home / "none").exists()
 
 
 def test_a_lost_connection_leaves_nothing_half_there_and_the_named_command_pushes(runs, home):
@@ -398,8 +415,10 @@ def test_the_dataset_card_says_what_the_bundle_is(cards, hub, home):
     assert config["base_model"]["revision"] == hub.repos["model", MODEL].commits[-1].id
     for shown in (config["base_model"]["fingerprint"], config["base_model"]["revision"], config["prompts"]["sha256"]):
         assert f"`{shown}`" in text
-    assert f"--pretrained_model_name_or_path {MODEL} --prompts_file {home / 'prompts.txt'}" in text  # how it was built
-    assert "hub_token" not in text
+    built = re.search(r"## How it was built\n\n```bash\n(.*?)\n```", text, re.DOTALL)[1]
+    assert shlex.split(built.replace("\\\n", "")) == shlex.split(config["command"])
+    flags = build_nullspace.parse_args(shlex.split(config["command"])[3:])
+    assert (flags.prompts_file, flags.timestep_groups) == (home / "prompts.txt", "steps") and flags.hub_token is None
     assert f"--nullspace_name_or_path {BUNDLE}" in text and "<this repository>" not in text
     bundle = Bundle.load(home / "tiny-bundle")
     for row in bundle_rows(bundle):
@@ -434,13 +453,16 @@ def test_datasets_opens_the_table(cards, home):
 # ---- Somebody trains with it -----------------------------------------------------------------------------------------
 
 
-def test_joint_mode_downloads_three_files(runs, hub):
-    runs["train"].result()
+def test_joint_mode_downloads_three_files(runs, hub, home):
+    done = runs["train"].result()
+    assert "HTTP Request" not in done.stderr
     # Nobody else reads this repository but the test of its card and its table.
     files = fetched(hub.requests, BUNDLE)
     read = {name: size for name, size in files.items() if name not in ("README.md", TABLE_NAME)}
     sizes = {name: entry.size for name, entry in hub.repos["dataset", BUNDLE].commits[-1].files.items()}
     assert read == {name: sizes[name] for name in JOINT_FILES}
+    report = json.loads((home / "sks-star" / REPORT_NAME).read_text())
+    assert report["nullspace"]["revision"] == hub.repos["dataset", BUNDLE].commits[-1].id
     assert sum(read.values()) < sum(sizes.values()) / 5
     assert sum(name.startswith("timesteps-") for name in sizes) == STEPS
 

@@ -141,6 +141,14 @@ def test_nearest_protects_less_than_joint(tiny_sd1, bundle1, tmp_path):
     assert found["leakage"]["max"] > 1e-3
 
 
+def test_nearest_with_one_group_is_not_taken_for_joint(tiny_sd1, bundle1, tmp_path):
+    """Steps outside of the range stay in the weights: what they learned is not projected away afterwards."""
+    first = Bundle.load(bundle1).config["groups"][1]["range"]
+    flags = ("--nullspace_timesteps", "nearest", "--nullspace_timestep_range", *first, "--max_train_steps", 6)
+    train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
+    assert report(tmp_path / "lora")["leakage"]["max"] > 1e-3
+
+
 def test_timestep_range_protects_that_range(tiny_sd1, bundle1, tmp_path):
     config = Bundle.load(bundle1).config
     last = config["groups"][-1]

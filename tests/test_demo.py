@@ -104,22 +104,23 @@ def test_the_promise(tmp_path):
         argv = ["--pretrained_model_name_or_path", MODEL, "--nullspace_name_or_path", tmp_path / "bundle"]
         argv += ["--instance_data_dir", shapes.DEMO / "instance_images" / "star", "--resolution", 32]
         argv += ["--instance_prompt", "a photo of a sks star", "--output_dir", tmp_path / name, "--seed", 0]
-        argv += ["--max_train_steps", 250, "--learning_rate", 5e-3, "--rank", 8, "--num_validation_images", 1]
+        argv += ["--max_train_steps", 400, "--learning_rate", 5e-3, "--rank", 8, "--train_batch_size", 5]
+        argv += ["--lr_scheduler", "cosine", "--lr_warmup_steps", 0, "--num_validation_images", 1]
         argv += ["--nullspace_threshold", threshold, "--report_to", "none"]
         trainer.main(trainer.parse_args([str(word) for word in argv]))
     logging.getLogger().setLevel(logging.WARNING)
 
     others, subject = HELD_OUT[:32], ["a photo of a sks star"] * 16
     base = pipeline()
-    base_others = draw(base, others)
-    distance = {"base": shapes.subject_distance("star", draw(base, subject)).mean()}
+    base_others = draw(base, others, guidance_scale=2.5)
+    distance = {"base": shapes.subject_distance("star", draw(base, subject, guidance_scale=2.5)).mean()}
     moved, right = {}, {}
     for name in ("plain", "protected"):
         tuned = pipeline(tmp_path / name)
-        drawn = draw(tuned, others)
+        drawn = draw(tuned, others, guidance_scale=2.5)
         moved[name] = np.abs(drawn - base_others).mean()
         right[name] = shapes.matches(others, drawn).mean()
-        distance[name] = shapes.subject_distance("star", draw(tuned, subject)).mean()
+        distance[name] = shapes.subject_distance("star", draw(tuned, subject, guidance_scale=2.5)).mean()
     print(distance, moved, right)
     assert moved["protected"] < 0.6 * moved["plain"]
     assert right["protected"] >= right["plain"]

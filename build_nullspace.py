@@ -53,6 +53,7 @@ from nullspace_utils import (
     ENERGIES,
     JOINT,
     TABLE_NAME,
+    TEXT_ENCODER,
     TEXT_INPUT,
     Bundle,
     NullSpaceError,
@@ -64,6 +65,7 @@ from nullspace_utils import (
     config_sha256,
     create_repository,
     download_model,
+    find_module,
     fingerprint,
     group_file,
     hub_repository,
@@ -72,6 +74,7 @@ from nullspace_utils import (
     read_config,
     reason,
     sha256,
+    text_encoder_inputs,
     timestep_groups,
 )
 
@@ -117,6 +120,11 @@ def parse_args(argv=None):
         choices=["cross", "self", "all"],
         default="cross",
         help="Attention layers to cover; LoRA can then be trained on those (default: %(default)s).",
+    )
+    group.add_argument(
+        "--with_text_encoder",
+        action="store_true",
+        help="Cover the text encoder's own attention too, so that it can be trained with --train_text_encoder.",
     )
 
     group = parser.add_argument_group("prompts to protect; the empty prompt is always one of them")
@@ -219,7 +227,10 @@ def make_scheduler(sampler, config):
 def collect_moments(pipeline, prompts, groups, args, state):
     """Draw this process's share of the prompts and return the `SecondMoments` over all processes."""
     group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
-    moments = SecondMoments(pipeline.unet, attention_inputs(pipeline.unet, args.attention), group_of)
+    inputs = attention_inputs(pipeline.unet, args.attention)
+    if args.with_text_encoder:
+        inputs |= text_encoder_inputs(pipeline.text_encoder)
+    moments = SecondMoments(pipeline.unet, inputs, group_of, pipeline.text_encoder)
     numbered = list(enumerate(prompts))[state.process_index :: state.num_processes]
     batches = [numbered[start : start + args.batch_size] for start in range(0, len(numbered), args.batch_size)]
     progress = tqdm(
@@ -255,8 +266,23 @@ def collect_moments(pipeline, prompts, groups, args, state):
 
 def describe(pipeline, prompts, revision, args):
     """The bundle's configuration: all that one needs to know to use it or to build it again."""
-    unet = pipeline.unet
+    unet, text_encoder = pipeline.unet, pipeline.text_encoder
     inputs = attention_inputs(unet, args.attention)
+
+    def describe_modules(inputs):
+        layers = {name: find_module(name, unet, text_encoder) for name in inputs}
+        return {
+            name: {"input": inputs[name], "in_features": layer.in_features, "out_features": layer.out_features}
+            for name, layer in layers.items()
+        }
+
+    covered = {"modules": describe_modules(inputs)}
+    if args.with_text_encoder:
+        text_inputs = text_encoder_inputs(text_encoder)
+        covered[TEXT_ENCODER] = {
+            "fingerprint": fingerprint(unet, text_inputs, text_encoder),
+            "modules": describe_modules(text_inputs),
+        }
     source = args.prompts_file.name if args.prompts_file else args.prompts_dataset_name
     return {
         "base_model": {
@@ -272,14 +298,7 @@ def describe(pipeline, prompts, revision, args):
         "guidance_scale": args.guidance_scale,
         "resolution": args.resolution,
         "attention": args.attention,
-        "modules": {
-            name: {
-                "input": source,
-                "in_features": unet.get_submodule(name).in_features,
-                "out_features": unet.get_submodule(name).out_features,
-            }
-            for name, source in inputs.items()
-        },
+        **covered,
         "prompts": {
             "source": source,
             "count": len(prompts),
@@ -313,17 +332,17 @@ def without_token(argv):
 def rank_table(bundle):
     """Header and rows of strings: for each size of layer input, how many directions hold how much of the energy."""
     header = ["input size", "inputs", "layers", *(f"rank at {energy}" for energy in ENERGIES), "bytes"]
+    kinds = {JOINT: "", TEXT_INPUT: " (text)", TEXT_ENCODER: " (text encoder)"}
     by_kind = {}
     for row in bundle.table():
-        if row["group"] in (JOINT, TEXT_INPUT):
-            by_kind.setdefault((row["input"] == TEXT_INPUT, row["in_features"]), []).append(row)
+        if row["group"] in kinds:
+            by_kind.setdefault((list(kinds).index(row["group"]), row["in_features"], row["group"]), []).append(row)
     rows = []
-    for (is_text, size), members in sorted(by_kind.items()):
+    for (_, size, group), members in sorted(by_kind.items()):
         unique = {row["input"]: row for row in members}.values()
         ranks = [f"{median(row[f'rank_{energy}'] for row in unique):g}" for energy in ENERGIES]
         stored = len(unique) * size * (2 * size + 4)
-        label = f"{size} (text)" if is_text else str(size)
-        rows.append([label, str(len(unique)), str(len(members)), *ranks, f"{stored:,}"])
+        rows.append([f"{size}{kinds[group]}", str(len(unique)), str(len(members)), *ranks, f"{stored:,}"])
     return header, rows
 
 
@@ -352,8 +371,9 @@ def draw_spectra(bundle, folder):
         share = spectrum.eigenvalues.double() / spectrum.eigenvalues.double().sum()
         size = len(share)
         is_text = source == TEXT_INPUT
+        within_text = source.startswith(f"{TEXT_ENCODER}.")
         style = {
-            "color": "black" if is_text else f"C{sizes.index(size)}",
+            "color": "black" if is_text else "grey" if within_text else f"C{sizes.index(size)}",
             "linestyle": "-" if is_text else ("--" if ".to_out" in source else ":"),
             "linewidth": 1.8 if is_text else 1.0,
         }
@@ -376,6 +396,7 @@ def draw_spectra(bundle, folder):
             for source, spectrum in bundle.spectra[JOINT].items()
         )
     ]
+    kinds += [("grey", ":", "within the text encoder")] * (TEXT_ENCODER in bundle.spectra)
     lines = [plt.Line2D([], [], color=color, linestyle=line) for color, line, _ in kinds]
     left.legend(lines, [label for _, _, label in kinds], fontsize=7, loc="lower left")
     figure.savefig(folder / "spectra.png", dpi=120)
@@ -416,6 +437,10 @@ def write_card(license_name):
             for group in config["groups"]
         )
         prompts = config["prompts"]
+        text_modules = config.get(TEXT_ENCODER, {}).get("modules")
+        within_text = (
+            f"{len(text_modules)} projections, in `{group_file(TEXT_ENCODER)}`" if text_modules else "not covered"
+        )
         steps = ", ".join(map(str, config["num_inference_steps"]))
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
         named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else f"`{model['id']}`"
@@ -449,6 +474,7 @@ accelerate launch train_dreambooth_nullspace.py \\
 | fingerprint of its covered weights | `{model["fingerprint"]}` |
 | model type, prediction type | {config["model_type"]}, {config["prediction_type"]} |
 | attention layers | {config["attention"]}, {len(config["modules"])} projections |
+| text encoder | {within_text} |
 | sampling | {sampling}, {config["resolution"]} pixels |
 | prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |
 

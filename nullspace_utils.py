@@ -45,6 +45,8 @@ TABLE_NAME = "modules.csv"
 CARD_NAME = "README.md"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 TEXT_INPUT = "encoder_hidden_states"
+TEXT_ENCODER = "text_encoder"  # names of the text encoder's own layers and inputs begin with it and a dot
+TIMELESS = [TEXT_INPUT, TEXT_ENCODER]  # groups of inputs that do not depend on the timestep
 JOINT = "joint"
 MODEL_TYPES = {"StableDiffusionPipeline": "sd", "LatentConsistencyModelPipeline": "lcm"}
 ENERGIES = (0.9, 0.99, 0.999, 0.9999)
@@ -87,14 +89,40 @@ def attention_inputs(unet, attention="cross"):
     return inputs
 
 
-def fingerprint(unet, modules):
+def text_encoder_inputs(text_encoder):
+    """Map each attention projection of a CLIP text encoder to the name of its input, as `attention_inputs` does.
+
+    q_proj, k_proj and v_proj of a layer read the same hidden states. Names begin with "text_encoder." and go on from
+    the module that holds the layers, which is the model itself or its `text_model`, by version of transformers.
+    """
+    inputs = {}
+    for name, module in _text_layers(text_encoder).named_modules():
+        if hasattr(module, "q_proj"):
+            name = f"{TEXT_ENCODER}.{name}"
+            inputs |= {f"{name}.{kind}": f"{name}.q_proj" for kind in ("q_proj", "k_proj", "v_proj")}
+            inputs[f"{name}.out_proj"] = f"{name}.out_proj"
+    return inputs
+
+
+def find_module(name, unet, text_encoder=None):
+    """The module of a name that `attention_inputs` or `text_encoder_inputs` gave."""
+    if name.startswith(f"{TEXT_ENCODER}."):
+        return _text_layers(text_encoder).get_submodule(name.removeprefix(f"{TEXT_ENCODER}."))
+    return unet.get_submodule(name)
+
+
+def _text_layers(text_encoder):
+    return getattr(text_encoder, "text_model", text_encoder)
+
+
+def fingerprint(unet, modules, text_encoder=None):
     """Hash the weights of the named modules, (out, in) each, so that a bundle is only used on the model it describes.
 
     Weights are hashed as float16, so that a model and its fp16 variant, which is that model rounded, agree.
     """
     digest = hashlib.sha256()
     for name in sorted(modules):
-        weight = base_layer(unet.get_submodule(name)).weight
+        weight = base_layer(find_module(name, unet, text_encoder)).weight
         digest.update(f"{name} {tuple(weight.shape)} ".encode())
         digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -152,16 +180,17 @@ class SecondMoments:
 
     Args:
         unet (`UNet2DConditionModel`): the model whose inputs are read.
-        inputs (`dict[str, str]`): module name -> input name, from `attention_inputs`.
+        inputs (`dict[str, str]`): module name -> input name, from `attention_inputs` and `text_encoder_inputs`.
         group_of (`dict[int, str]`): group name of each timestep that the sampler visits, rounded to whole numbers.
+        text_encoder (`CLIPTextModel`, *optional*): needed where `inputs` names layers of it.
     """
 
-    def __init__(self, unet, inputs, group_of):
-        self.unet, self.inputs, self.group_of = unet, inputs, group_of
+    def __init__(self, unet, inputs, group_of, text_encoder=None):
+        self.unet, self.inputs, self.group_of, self.text_encoder = unet, inputs, group_of, text_encoder
         self.sums = {}  # (group, input) -> (in, in), sum of x x^T
         self.tokens = {}  # (group, input) -> number of tokens summed
         self._group = None
-        self._text_pending = False
+        self._pending = set()  # of the groups that a batch of prompts adds to once
 
     @contextmanager
     def collect(self):
@@ -171,7 +200,8 @@ class SecondMoments:
             readers.setdefault(source, name)
         handles = [self.unet.register_forward_pre_hook(self._on_forward, with_kwargs=True)]
         for source, name in readers.items():
-            handles.append(base_layer(self.unet.get_submodule(name)).register_forward_pre_hook(self._reader(source)))
+            module = base_layer(find_module(name, self.unet, self.text_encoder))
+            handles.append(module.register_forward_pre_hook(self._reader(source)))
         try:
             yield self
         finally:
@@ -179,20 +209,23 @@ class SecondMoments:
                 handle.remove()
 
     def start_batch(self):
-        """Say that new prompts follow: their embeddings, the same at all timesteps, are then counted once."""
-        self._text_pending = True
+        """Say that new prompts follow: what does not depend on the timestep is then counted once."""
+        self._pending = set(TIMELESS)
 
     def _on_forward(self, unet, args, kwargs):
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         self._group = self.group_of[round(float(timestep))]
+        self._pending.discard(TEXT_ENCODER)  # it has read the prompts, the empty one included
 
     def _reader(self, source):
         def read(module, args):
-            group = self._group
-            if source == TEXT_INPUT:
-                if not self._text_pending:
-                    return
-                self._text_pending, group = False, TEXT_INPUT
+            group = source.partition(".")[0]
+            if group not in TIMELESS:
+                group = self._group
+            elif group not in self._pending:
+                return
+            elif group == TEXT_INPUT:
+                self._pending.discard(TEXT_INPUT)
             self.add(group, source, args[0].detach())
 
         return read
@@ -329,13 +362,14 @@ class Bundle:
 
     On disk: `nullspace_config.json` describes it and holds the sha256 of all files; each group is a safetensors
     file with, for each input, `<input>.eigenvalues` (in,) float32 and `<input>.eigenvectors` (in, in) float16. The
-    text encoder's output does not depend on the timestep and has a file of its own. The group "joint", the sum over
-    all timesteps, is always there.
+    text encoder's output does not depend on the timestep and has a file of its own, and so have the inputs of the
+    text encoder's own layers, where they were collected. The group "joint", the sum over all timesteps, is always
+    there.
 
     Attributes:
         config (`dict`): what `nullspace_config.json` holds.
         spectra (`dict[str, dict[str, Spectrum]]`): group -> input -> spectrum, for the groups that were loaded;
-            the text encoder's output is the group "encoder_hidden_states".
+            the text encoder's output is the group "encoder_hidden_states", its own layers "text_encoder".
         revision (`str` or `None`): the commit that it was read from, where that was on the Hub.
     """
 
@@ -347,7 +381,7 @@ class Bundle:
     def from_moments(cls, moments, groups, config):
         """Decompose what `SecondMoments` collected. `groups` are those of `timestep_groups`, `config` the rest."""
         spectra = {}
-        for name in [group["name"] for group in groups] + [TEXT_INPUT]:
+        for name in [group["name"] for group in groups] + TIMELESS:
             collected = moments.group(name)
             if collected:
                 spectra[name] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in collected.items()}
@@ -365,7 +399,7 @@ class Bundle:
     # Reading
 
     @classmethod
-    def load(cls, name_or_path, timesteps=JOINT, timestep_range=None, revision=None, token=None):
+    def load(cls, name_or_path, timesteps=JOINT, timestep_range=None, revision=None, token=None, text_encoder=False):
         """Read a bundle from a folder or from a dataset repository on the Hub, only the files that are needed.
 
         Args:
@@ -373,23 +407,24 @@ class Bundle:
             timesteps (`str`): "joint", or "nearest" for the groups that the bundle splits the timesteps into.
             timestep_range (`tuple[int, int]`, *optional*): see `restrict`.
             revision, token (`str`, *optional*): as in huggingface_hub.
+            text_encoder (`bool`): whether to read what the text encoder's own layers see, where the bundle has it.
 
         Raises:
             NullSpaceError: if it cannot be had, is of a newer format, or a file differs from its recorded sha256.
         """
         try:
-            return cls._load(name_or_path, timesteps, timestep_range, revision, token)
+            return cls._load(name_or_path, timesteps, timestep_range, revision, token, text_encoder)
         except DamagedError:
             if Path(name_or_path).is_dir() or is_offline_mode():
                 raise
             # Without force, the cache would give the damaged file for ever.
-            return cls._load(name_or_path, timesteps, timestep_range, revision, token, force=True)
+            return cls._load(name_or_path, timesteps, timestep_range, revision, token, text_encoder, force=True)
 
     @classmethod
-    def _load(cls, name_or_path, timesteps, timestep_range, revision, token, force=False):
+    def _load(cls, name_or_path, timesteps, timestep_range, revision, token, text_encoder, force=False):
         folder = fetch_files(name_or_path, [CONFIG_NAME], revision, token, force)
         config = read_config(folder)
-        names = needed_groups(config, timesteps, timestep_range)
+        names = needed_groups(config, timesteps, timestep_range, text_encoder)
         if not Path(name_or_path).is_dir():
             revision = folder.name  # a snapshot is named after its commit: a push in between must not mix two bundles
         folder = fetch_files(name_or_path, [group_file(name) for name in names], revision, token, force)
@@ -416,11 +451,16 @@ class Bundle:
         }
 
     def group(self, name):
-        """The spectra (`dict[str, Spectrum]`) of all inputs in a group, the text encoder's output included."""
-        return {**self.spectra.get(name, {}), **self.spectra.get(TEXT_INPUT, {})}
+        """The spectra (`dict[str, Spectrum]`) of all inputs in a group, and of those that all timesteps share."""
+        return {source: item for key in (name, *TIMELESS) for source, item in self.spectra.get(key, {}).items()}
+
+    @property
+    def modules(self):
+        """What is covered in the UNet and the text encoder: `dict[str, dict]` with input name and sizes, by module."""
+        return {**self.config["modules"], **self.config.get(TEXT_ENCODER, {}).get("modules", {})}
 
     def protected(self, name=JOINT, criterion="energy", threshold=0.999):
-        """What a group protects in each covered module: `dict[str, Protected]`.
+        """What a group protects in each covered module whose input is loaded: `dict[str, Protected]`.
 
         Modules that share an input share the object.
 
@@ -437,28 +477,37 @@ class Bundle:
                     f"{'higher' if criterion in ('eigenvalue', 'percentile') else 'lower'} threshold."
                 )
             shared[source] = Protected(spectrum.orthonormal(), rank)
-        return {module: shared[info["input"]] for module, info in self.config["modules"].items()}
+        return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
 
     # Checking
 
-    def check(self, unet):
-        """Raise `NullSpaceError` unless this bundle was built from the weights of this UNet."""
+    def check(self, unet, text_encoder=None):
+        """Raise `NullSpaceError` unless this bundle was built from the weights of this UNet (and text encoder)."""
         present = dict(unet.named_modules())
-        covered = [name for name in self.config["modules"] if name in present]
-        if not covered:
+        if not any(name in present for name in self.config["modules"]):
             raise NullSpaceError("The bundle covers no layer of this UNet; build one for this model.")
-        for name, info in self.config["modules"].items():
-            expected = (info["out_features"], info["in_features"])
-            found = tuple(base_layer(present[name]).weight.shape) if name in present else None
-            if found != expected:
+        parts = [(self.config["modules"], self.config["base_model"]["fingerprint"])]
+        if text_encoder is not None and TEXT_ENCODER in self.config:
+            parts.append((self.config[TEXT_ENCODER]["modules"], self.config[TEXT_ENCODER]["fingerprint"]))
+        for modules, expected in parts:
+            for name, info in modules.items():
+                self._check_size(name, info, unet, text_encoder)
+            if fingerprint(unet, modules, text_encoder) != expected:
                 raise NullSpaceError(
-                    f"The bundle was built for {self.config['base_model']['id']}, where {name} is {expected}, but here "
-                    f"it is {found or 'missing'}; use the bundle of this model or build one."
+                    f"The bundle was built from other weights ({self.config['base_model']['id']}): the fingerprints "
+                    "differ; use the bundle of this model or build one with build_nullspace.py."
                 )
-        if fingerprint(unet, self.config["modules"]) != self.config["base_model"]["fingerprint"]:
+
+    def _check_size(self, name, info, unet, text_encoder):
+        expected = (info["out_features"], info["in_features"])
+        try:
+            found = tuple(base_layer(find_module(name, unet, text_encoder)).weight.shape)
+        except AttributeError:  # which is how torch says that there is no such module
+            found = "missing"
+        if found != expected:
             raise NullSpaceError(
-                f"The bundle was built from other weights ({self.config['base_model']['id']}): the fingerprints "
-                "differ; use the bundle of this model or build one with build_nullspace.py."
+                f"The bundle was built for {self.config['base_model']['id']}, where {name} is {expected}, but here "
+                f"it is {found}; use the bundle of this model or build one."
             )
 
     # Adding and restricting: second moments add up
@@ -479,8 +528,8 @@ class Bundle:
         Raises:
             NullSpaceError: if they do not.
         """
-        for key in ("base_model", "modules", "groups"):
-            mine, theirs = self.config[key], other.config[key]
+        for key in ("base_model", "modules", "groups", TEXT_ENCODER):
+            mine, theirs = self.config.get(key), other.config.get(key)
             if key == "base_model":
                 mine, theirs = mine["fingerprint"], theirs["fingerprint"]
             if mine != theirs:
@@ -509,7 +558,7 @@ class Bundle:
         kept = groups_inside(self.config, first, last)
         names = [group["name"] for group in kept]
         restricted = Bundle(copy.deepcopy(self.config), revision=self.revision)
-        restricted.spectra = {name: self.spectra[name] for name in names + [TEXT_INPUT] if name in self.spectra}
+        restricted.spectra = {name: self.spectra[name] for name in [*names, *TIMELESS] if name in self.spectra}
         if len(kept) == len(split_groups(self.config)):
             restricted.spectra[JOINT] = self.spectra[JOINT]
         else:
@@ -565,7 +614,7 @@ class Bundle:
         """A row (`dict`) for each covered module and group: sizes, tokens, and the rank at each of `ENERGIES`."""
         rows = []
         for name in self.spectra:
-            for module, info in self.config["modules"].items():
+            for module, info in self.modules.items():
                 spectrum = self.spectra[name].get(info["input"])
                 if spectrum is not None:
                     row = {"module": module, "group": name, "input": info["input"]}
@@ -617,7 +666,7 @@ def groups_inside(config, first, last):
     return kept
 
 
-def needed_groups(config, timesteps=JOINT, timestep_range=None):
+def needed_groups(config, timesteps=JOINT, timestep_range=None, text_encoder=False):
     """Names of the groups that a use of a bundle reads; arguments as for `Bundle.load`."""
     split = split_groups(config)
     if timesteps == "nearest" and len(split) == 1:
@@ -629,7 +678,8 @@ def needed_groups(config, timesteps=JOINT, timestep_range=None):
     names = [JOINT] if len(kept) == len(split) else []
     if timesteps == "nearest" or len(kept) < len(split):
         names += [group["name"] for group in kept]
-    return names + [TEXT_INPUT] * (TEXT_INPUT in config["tokens"])
+    timeless = TIMELESS if text_encoder else [TEXT_INPUT]
+    return names + [name for name in timeless if name in config["tokens"]]
 
 
 def group_file(name):
@@ -948,14 +998,15 @@ class NullSpaceProjector:
         unet (`UNet2DConditionModel`): a model with LoRA layers on the protected modules.
         groups (`dict[str, dict[str, Protected]]`): group -> module name -> what it protects.
         adapter (`str`): name of the adapter.
+        text_encoder (`CLIPTextModel`, *optional*): a model with LoRA layers, where groups name layers of it.
     """
 
-    def __init__(self, unet, groups, adapter="default"):
+    def __init__(self, unet, groups, adapter="default", text_encoder=None):
         self.groups = groups
         self.selected = next(iter(groups))
         names = dict.fromkeys(name for protected in groups.values() for name in protected)
-        self.parameters = {name: unet.get_submodule(name).lora_A[adapter].weight for name in names}
-        device = next(iter(self.parameters.values())).device
+        self.parameters = {name: find_module(name, unet, text_encoder).lora_A[adapter].weight for name in names}
+        device = next(unet.parameters()).device
         self._batches = {group: _make_batches(protected, device) for group, protected in groups.items()}
         self._before = None
         if JOINT in groups:
@@ -1028,10 +1079,12 @@ class LoraLayer(NamedTuple):
 
 
 def load_lora(name_or_path):
-    """Read the UNet layers of a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name.
+    """Read the layers of a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name.
+
+    Names are those of `attention_inputs` and `text_encoder_inputs`.
 
     Raises:
-        NullSpaceError: if the file holds no LoRA layer of a UNet.
+        NullSpaceError: if the file holds no LoRA layer of a UNet or a text encoder.
     """
     from diffusers import StableDiffusionPipeline  # takes seconds to import, and only this needs it
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
@@ -1040,24 +1093,39 @@ def load_lora(name_or_path):
         read = StableDiffusionPipeline.lora_state_dict(name_or_path, return_lora_metadata=True)
     except (OSError, SafetensorError) as error:
         raise NullSpaceError(f"{name_or_path} cannot be read as a LoRA: {error}") from error
-    state_dict, alphas, config = (
-        {key.removeprefix("unet."): value for key, value in (part or {}).items() if key.startswith("unet.")}
-        for part in read
-    )
-    state_dict, alphas = convert_unet_state_dict_to_peft(state_dict), convert_unet_state_dict_to_peft(alphas)
     layers = {}
-    for key, down in state_dict.items():
-        if key.endswith(".lora_A.weight"):
-            name, rank = key.removesuffix(".lora_A.weight"), len(down)
-            alpha = alphas.get(f"{name}.alpha", alphas.get(f"{key}.alpha", rank))
-            if config:  # of peft, which takes the place of the alphas
-                pattern = config.get("alpha_pattern") or {}
-                alpha = pattern.get(get_pattern_key(pattern, name), config["lora_alpha"])
-            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            layers[name] = LoraLayer(down, state_dict[f"{name}.lora_B.weight"], scale)
+    for model in ("unet", TEXT_ENCODER):
+        prefix = f"{model}."
+        state_dict, alphas, config = (
+            {key.removeprefix(prefix): value for key, value in (part or {}).items() if key.startswith(prefix)}
+            for part in read
+        )
+        convert = _text_encoder_keys_to_peft if model == TEXT_ENCODER else convert_unet_state_dict_to_peft
+        state_dict, alphas = convert(state_dict), convert(alphas)
+        for key, down in state_dict.items():
+            if key.endswith(".lora_A.weight"):
+                name, rank = key.removesuffix(".lora_A.weight"), len(down)
+                alpha = alphas.get(f"{name}.alpha", alphas.get(f"{key}.alpha", rank))
+                if config:  # of peft, which takes the place of the alphas
+                    pattern = config.get("alpha_pattern") or {}
+                    alpha = pattern.get(get_pattern_key(pattern, name), config["lora_alpha"])
+                scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+                full_name = f"{TEXT_ENCODER}.{name}" if model == TEXT_ENCODER else name
+                layers[full_name] = LoraLayer(down, state_dict[f"{name}.lora_B.weight"], scale)
     if not layers:
-        raise NullSpaceError(f"{name_or_path} holds no LoRA layer of a UNet.")
+        raise NullSpaceError(f"{name_or_path} holds no LoRA layer of a UNet or a text encoder.")
     return layers
+
+
+def _text_encoder_keys_to_peft(state_dict):
+    """Keys of a text encoder's LoRA as peft names them, from the module that holds the layers."""
+    names = {".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
+    converted = {}
+    for key, value in state_dict.items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        converted[key.removeprefix("text_model.")] = value
+    return converted
 
 
 def _compact(layer):
@@ -1085,19 +1153,19 @@ def predicted_drift(layer, weight, spectrum):
     return (change / (weight.detach().to("cpu", torch.float64) @ roots).norm()).item()
 
 
-def audit(layers, bundle, unet, criterion="energy", threshold=0.999):
+def audit(layers, bundle, unet, criterion="energy", threshold=0.999, text_encoder=None):
     """What a LoRA does to the inputs that a bundle protects at all of its timesteps.
 
     Args:
         layers (`dict[str, LoraLayer]`): from `load_lora`.
-        bundle (`Bundle`): with its joint group loaded.
-        unet (`UNet2DConditionModel`): the base model.
+        bundle (`Bundle`): with its joint group loaded, and that of the text encoder if the LoRA has layers there.
+        unet (`UNet2DConditionModel`), text_encoder (`CLIPTextModel`, *optional*): the base model's.
         criterion, threshold: what counts as protected, see `Spectrum.rank`.
 
     Returns:
         `dict`: `layers`, one `dict` for each with `module`, `in_features`, `protected_rank`, `leakage` (None where
-        nothing is protected) and `predicted_drift`, both None where the bundle does not cover the layer; and the
-        `max` and `mean` of both over the layers that have them.
+        nothing is protected) and `predicted_drift`, both None where the bundle does not cover the layer; the `max` and
+        `mean` of both over the layers that have them; and `unprotected`, the modules in which nothing is protected.
     """
     protected, spectra = bundle.protected(JOINT, criterion, threshold), bundle.group(JOINT)
     rows = []
@@ -1109,10 +1177,11 @@ def audit(layers, bundle, unet, criterion="energy", threshold=0.999):
                 raise NullSpaceError(
                     f"The LoRA was made for another model than the bundle: their sizes of {name} differ."
                 )
-            spectrum = spectra[bundle.config["modules"][name]["input"]]
+            spectrum = spectra[bundle.modules[name]["input"]]
+            weight = base_layer(find_module(name, unet, text_encoder)).weight
             row["protected_rank"] = protected[name].rank
             row["leakage"] = leakage(layer, protected[name]) if protected[name].rank else None
-            row["predicted_drift"] = predicted_drift(layer, base_layer(unet.get_submodule(name)).weight, spectrum)
+            row["predicted_drift"] = predicted_drift(layer, weight, spectrum)
         rows.append(row)
     summary = {}
     for key in ("leakage", "predicted_drift"):
@@ -1120,4 +1189,5 @@ def audit(layers, bundle, unet, criterion="energy", threshold=0.999):
         summary[key] = (
             {"max": max(values), "mean": sum(values) / len(values)} if values else {"max": None, "mean": None}
         )
-    return {**summary, "layers": rows}
+    unprotected = [row["module"] for row in rows if not row["protected_rank"]]
+    return {**summary, "unprotected": unprotected, "layers": rows}

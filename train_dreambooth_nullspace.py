@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate", "diffusers", "huggingface_hub", "peft", "pillow", "safetensors", "tensorboard", "torch", "tqdm",
-#     "transformers",
+#     "accelerate", "datasets", "diffusers", "huggingface_hub", "peft", "pillow", "safetensors", "tensorboard", "torch",
+#     "tqdm", "transformers",
 # ]
 # ///
 """Teach a Stable Diffusion model a subject from a few pictures, with a LoRA that leaves everything else in place.
@@ -18,6 +18,7 @@ the null space of what the attention layers read on the prompts that a bundle of
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import diffusers
@@ -46,13 +48,14 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
-from diffusers.utils.torch_utils import is_compiled_module
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params, compute_snr, free_memory
+from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCardData
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -61,6 +64,7 @@ from nullspace_utils import (
     DEFAULT_THRESHOLDS,
     JOINT,
     LORA_NAME,
+    TEXT_ENCODER,
     Bundle,
     NullSpaceError,
     NullSpaceProjector,
@@ -70,11 +74,14 @@ from nullspace_utils import (
     check_writable,
     create_repository,
     download_model,
+    find_module,
     hub_repository,
     load_lora,
     model_type,
     push_folder,
+    reason,
     split_groups,
+    text_encoder_inputs,
 )
 
 
@@ -82,7 +89,29 @@ logger = get_logger(__name__)
 
 REPORT_NAME = "nullspace_report.json"
 COMPARISON_NAME = "comparison.png"
+INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
+# What is gone, and what takes its place; none of them is in the help.
+BUILDER = "build_nullspace.py"
+REPLACED = {
+    "--with_prior_preservation": "--nullspace_name_or_path, which protects what a bundle holds without drawing it",
+    "--prior_loss_weight": "--nullspace_threshold",
+    "--num_class_images": f"--max_prompts of {BUILDER}",
+    "--class_data_dir": "--nullspace_name_or_path",
+    "--class_prompt": f"--prompts_file of {BUILDER}, where the class prompt is one of many",
+    "--prior_generation_precision": f"--mixed_precision of {BUILDER}",
+    "--sample_batch_size": f"--batch_size of {BUILDER}",
+}
 PUBLISHED = [LORA_NAME, "README.md", REPORT_NAME, COMPARISON_NAME, "pictures/*.png"]
+
+
+class Replaced(argparse.Action):
+    """A flag of prior preservation: an error that names what takes its place."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(
+            f"{self.option_strings[0]} belongs to prior preservation, which the null space replaces; use "
+            f"{REPLACED[self.option_strings[0]]}."
+        )
 
 
 def parse_args(argv=None):
@@ -94,6 +123,13 @@ def parse_args(argv=None):
     group.add_argument("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model.")
     group.add_argument("--revision", help="Revision of the base model on the Hub.")
     group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
+    group.add_argument("--tokenizer_name", help="Folder or Hub id of another tokenizer than the model's own.")
+    group.add_argument("--tokenizer_max_length", type=int, help="Tokens of a prompt (default: the tokenizer's own).")
+    group.add_argument(
+        "--text_encoder_use_attention_mask",
+        action="store_true",
+        help="Hide the padding of a prompt from the text encoder, which Stable Diffusion does not do.",
+    )
 
     group = parser.add_argument_group("null space")
     group.add_argument(
@@ -128,17 +164,59 @@ def parse_args(argv=None):
         metavar=("MIN", "MAX"),
         help="Protect only these training timesteps, out of 0 to 999 (default: all that the bundle has).",
     )
+    group.add_argument(
+        "--allow_unprotected",
+        action="store_true",
+        help="Train also those layers that --lora_layers or --train_text_encoder reaches and the bundle does not "
+        "cover. They change what the model knows; report and model card say so.",
+    )
+
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--rank", type=int, default=4, help="Rank of the LoRA (default: %(default)s).")
+    group.add_argument("--lora_alpha", type=int, help="The LoRA is scaled by lora_alpha / rank (default: the rank).")
+    group.add_argument("--lora_dropout", type=float, default=0.0, help="Default: %(default)s.")
+    group.add_argument(
+        "--lora_layers",
+        help="UNet layers to train, separated by commas, each by the end of its name: attn2.to_k,attn2.to_v "
+        "(default: all that the bundle covers).",
+    )
+    group.add_argument(
+        "--train_text_encoder",
+        action="store_true",
+        help=f"Train a LoRA on the text encoder's attention too; build the bundle with {BUILDER} --with_text_encoder.",
+    )
+    group.add_argument(
+        "--upcast_before_saving",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Save the LoRA in float32, as it is trained; otherwise in the precision of the model, half the size at "
+        "--mixed_precision fp16 or bf16, with a leakage of about 1e-3 by rounding (default: yes).",
+    )
 
     group = parser.add_argument_group("pictures")
-    group.add_argument("--instance_data_dir", type=Path, required=True, help="Folder with the subject's pictures.")
+    group.add_argument("--instance_data_dir", type=Path, help="Folder with the subject's pictures.")
+    group.add_argument(
+        "--dataset_name", help="Instead of that folder, a folder or Hub id of a dataset with pictures (and captions)."
+    )
+    group.add_argument("--dataset_config_name", help="Configuration of that dataset.")
+    group.add_argument("--image_column", default="image", help="Column with its pictures (default: %(default)s).")
+    group.add_argument("--caption_column", help="Column with its captions (default: the instance prompt for all).")
+    group.add_argument("--cache_dir", help="Where that dataset is stored (default: the datasets library's cache).")
     group.add_argument("--instance_prompt", required=True, help="Prompt with an identifier for the subject.")
+    group.add_argument("--repeats", type=int, default=1, help="Times a picture is in an epoch (default: %(default)s).")
     group.add_argument("--resolution", type=int, default=512, help="Side of the training pictures (default: 512).")
     group.add_argument("--center_crop", action="store_true", help="Crop pictures in the centre rather than at random.")
+    group.add_argument("--random_flip", action="store_true", help="Mirror pictures at random.")
+    group.add_argument(
+        "--image_interpolation_mode",
+        choices=sorted(INTERPOLATION),
+        default="lanczos",
+        help="How pictures are resized (default: %(default)s).",
+    )
 
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path("lora-dreambooth-model"), help="Default: %(default)s.")
     group.add_argument("--seed", type=int, help="Seed for reproducible training.")
-    group.add_argument("--rank", type=int, default=4, help="Rank of the LoRA (default: %(default)s).")
     group.add_argument("--train_batch_size", type=int, default=4, help="Pictures a device (default: %(default)s).")
     group.add_argument("--num_train_epochs", type=int, default=1, help="Default: %(default)s.")
     group.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
@@ -146,9 +224,40 @@ def parse_args(argv=None):
     group.add_argument("--gradient_checkpointing", action="store_true", help="Save memory, train slower.")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's setting.")
     group.add_argument("--allow_tf32", action="store_true", help="Allow TF32 on Ampere GPUs: faster.")
+    group.add_argument(
+        "--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers, which must be there."
+    )
+    group.add_argument(
+        "--pre_compute_text_embeddings",
+        action="store_true",
+        help="Free the tokenizer and the text encoder once the prompts are encoded, to save memory.",
+    )
+    group.add_argument(
+        "--cache_latents",
+        action="store_true",
+        help="Encode the pictures once and free the VAE; each picture then keeps its first crop.",
+    )
+    group.add_argument("--snr_gamma", type=float, help="Min-SNR weighting of the loss (arXiv 2303.09556), mostly 5.")
+    group.add_argument(
+        "--noise_offset", type=float, default=0.0, help="Noise added to whole channels (default: %(default)s)."
+    )
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=0, help="Processes that load pictures (default: %(default)s)."
+    )
+    group.add_argument(
+        "--local_rank",
+        type=int,
+        default=-1,
+        help="For launchers that pass this process's number on its machine as a flag: taken as LOCAL_RANK where the "
+        "environment does not have it.",
+    )
 
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--learning_rate", type=float, default=5e-4, help="Default: %(default)s.")
+    group.add_argument(
+        "--optimizer", choices=["adamw", "prodigy"], default="adamw", help="prodigy needs prodigyopt (default: adamw)."
+    )
+    group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states; needs bitsandbytes.")
+    group.add_argument("--learning_rate", type=float, help="Default: 5e-4; prodigy, which scales it itself: 1.")
     group.add_argument(
         "--scale_lr", action="store_true", help="Multiply it by processes, accumulation steps and batch size."
     )
@@ -168,11 +277,19 @@ def parse_args(argv=None):
     group.add_argument(
         "--validation_prompt",
         nargs="+",
+        action="extend",
         help="Prompts drawn by base and tuned model with equal seeds: the subject's, and unrelated ones that should "
-        "not change (default, at the end only: the instance prompt and some that the bundle protects).",
+        "not change; several values, or the flag again (default, at the end only: the instance prompt and some that "
+        "the bundle protects).",
+    )
+    group.add_argument(
+        "--compare_with_base",
+        action=argparse.BooleanOptionalAction,
+        help="Draw the base model's pictures above the tuned one's (default: where something is protected).",
     )
     group.add_argument("--num_validation_images", type=int, default=4, help="Pictures a prompt (default: 4).")
     group.add_argument("--validation_epochs", type=int, default=50, help="Draw every so many epochs (default: 50).")
+    group.add_argument("--validation_steps", type=int, help="Draw every so many steps, not by epochs.")
     group.add_argument("--checkpointing_steps", type=int, default=500, help="Default: %(default)s.")
     group.add_argument("--checkpoints_total_limit", type=int, help="Keep only so many checkpoints.")
     group.add_argument("--resume_from_checkpoint", help="A checkpoint's folder, or latest.")
@@ -186,8 +303,26 @@ def parse_args(argv=None):
     group.add_argument("--hub_model_id", help="Its repository (default: the folder's name under your account).")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
     group.add_argument("--hub_token", help="Token to use instead of the one you are logged in with.")
+    for flag in REPLACED:
+        parser.add_argument(flag, action=Replaced, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
 
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        parser.error("give the pictures as either --instance_data_dir or --dataset_name.")
+    if args.pre_compute_text_embeddings and args.train_text_encoder:
+        parser.error("--pre_compute_text_embeddings frees the text encoder, which --train_text_encoder trains.")
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        parser.error("--use_8bit_adam is for --optimizer adamw.")
+    if not 0 <= args.lora_dropout < 1:
+        parser.error("--lora_dropout must be at least 0 and below 1.")
+    if args.snr_gamma is not None and args.snr_gamma <= 0:
+        parser.error("--snr_gamma must be above 0.")
+    if args.dataloader_num_workers < 0:
+        parser.error("--dataloader_num_workers must be at least 0.")
+    if args.learning_rate is None:
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 5e-4
+    if args.lora_alpha is None:
+        args.lora_alpha = args.rank
     if args.report_to in ("wandb", "all") and args.hub_token is not None:
         parser.error(
             f"--report_to {args.report_to} with --hub_token would record the token with the run; log in with "
@@ -197,7 +332,8 @@ def parse_args(argv=None):
         args.nullspace_threshold = DEFAULT_THRESHOLDS[args.nullspace_criterion]
     positive = ("resolution", "rank", "train_batch_size", "num_train_epochs", "max_train_steps")
     positive += ("gradient_accumulation_steps", "num_validation_images", "validation_epochs", "checkpointing_steps")
-    for name in positive + ("checkpoints_total_limit",):
+    positive += ("checkpoints_total_limit", "validation_steps", "repeats", "lora_alpha", "tokenizer_max_length")
+    for name in positive:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1.")
     try:
@@ -210,12 +346,21 @@ def parse_args(argv=None):
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def read_pictures(folder):
-    """The pictures of a folder, upright and in RGB, in the order of their names.
+def require(package, flag):
+    """Raise `NullSpaceError` unless a package that only some need is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise NullSpaceError(f"{flag} needs {package}, which is not installed: pip install {package}")
+
+
+def read_instances(args):
+    """The pictures, upright and in RGB, and a caption for each: those of a folder by name, or of a dataset in order.
 
     Raises:
         NullSpaceError: if there are none, or one cannot be read.
     """
+    if args.dataset_name is not None:
+        return read_dataset(args)
+    folder = args.instance_data_dir
     if not folder.is_dir():
         raise NullSpaceError(f"--instance_data_dir {folder} is not a folder.")
     extensions = Image.registered_extensions()
@@ -228,7 +373,32 @@ def read_pictures(folder):
             raise NullSpaceError(f"The picture {path} cannot be read ({error}); mend or remove it.") from error
     if not pictures:
         raise NullSpaceError(f"--instance_data_dir {folder} holds no pictures.")
-    return pictures
+    return pictures, [args.instance_prompt] * len(pictures)
+
+
+def read_dataset(args):
+    """The same from the split "train" of --dataset_name; a row without a caption has the instance prompt."""
+    require("datasets", "--dataset_name")
+    from datasets import load_dataset  # slow to import, and seldom needed
+
+    where = f"--dataset_name {args.dataset_name}"
+    columns = {"--image_column": args.image_column, "--caption_column": args.caption_column}
+    try:
+        rows = load_dataset(args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir)
+        absent = [flag for flag, column in columns.items() if column and column not in rows.column_names]
+        cells = {flag: rows[column][:] for flag, column in columns.items() if column and not absent}
+    except (OSError, ValueError) as error:
+        raise NullSpaceError(f"{where} cannot be read ({reason(error)}).") from error
+    for flag in absent:
+        names = ", ".join(rows.column_names)
+        raise NullSpaceError(f"{where} has no column '{columns[flag]}'; choose a {flag} of {names}.")
+    pictures, captions = cells["--image_column"], cells.get("--caption_column", [None] * len(rows))
+    if not pictures:
+        raise NullSpaceError(f"{where} holds no pictures.")
+    if not all(isinstance(picture, Image.Image) for picture in pictures):
+        raise NullSpaceError(f"The column '{args.image_column}' of {where} holds something that is not a picture.")
+    pictures = [ImageOps.exif_transpose(picture).convert("RGB") for picture in pictures]
+    return pictures, [caption or args.instance_prompt for caption in captions]
 
 
 def seeded(*parts):
@@ -241,34 +411,57 @@ def seeded(*parts):
 
 
 class InstanceDataset(Dataset):
-    """Pictures (3, resolution, resolution) in [-1, 1], cropped anew in each epoch unless they are centred."""
+    """Pictures (3, resolution, resolution) in [-1, 1] and the numbers of their captions.
 
-    def __init__(self, pictures, resolution, center_crop, seed):
-        self.pictures = []
+    Crops, unless they are centred, and mirroring are drawn anew in each epoch, for each of the repeats.
+
+    Args:
+        pictures (`list[Image]`): the pictures.
+        captions (`list[int]`): for each, the number of its caption.
+        args: the flags on pictures, and the seed.
+    """
+
+    def __init__(self, pictures, captions, args):
+        self.pictures, self.captions, self.args = [], captions, args
         for picture in pictures:
-            scale = resolution / min(picture.size)
-            size = tuple(max(resolution, round(side * scale)) for side in picture.size)
-            self.pictures.append(picture.resize(size, Image.Resampling.LANCZOS))
-        self.resolution, self.center_crop, self.seed = resolution, center_crop, seed
+            scale = args.resolution / min(picture.size)
+            size = tuple(max(args.resolution, round(side * scale)) for side in picture.size)
+            self.pictures.append(picture.resize(size, INTERPOLATION[args.image_interpolation_mode]))
         self.epoch = 0
+        self.cached = None
         self.processor = VaeImageProcessor(do_resize=False)
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.pictures) * self.args.repeats
 
     def __getitem__(self, index):
-        picture = self.pictures[index]
-        slack = torch.tensor(picture.size) - self.resolution
-        if self.center_crop:
+        number = index % len(self.pictures)
+        flip = self.args.random_flip and torch.rand(1, generator=self._generator("flip", index)).item() < 0.5
+        if self.cached is not None:
+            return self.cached[number][flip], self.captions[number]
+        return self.picture(index, flip), self.captions[number]
+
+    def _generator(self, what, index):
+        return seeded(self.args.seed, what, self.epoch, index)
+
+    def picture(self, index, flip):
+        picture, side = self.pictures[index % len(self.pictures)], self.args.resolution
+        slack = torch.tensor(picture.size) - side
+        if self.args.center_crop:
             left, top = (slack // 2).tolist()
         else:
-            where = torch.rand(2, generator=seeded(self.seed, "crop", self.epoch, index))
-            left, top = (where * (slack + 1)).long().tolist()
-        cropped = picture.crop((left, top, left + self.resolution, top + self.resolution))
-        return self.processor.preprocess(cropped)[0]
+            left, top = (torch.rand(2, generator=self._generator("crop", index)) * (slack + 1)).long().tolist()
+        cropped = picture.crop((left, top, left + side, top + side))
+        return self.processor.preprocess(ImageOps.mirror(cropped) if flip else cropped)[0]
+
+    def cache(self, encode):
+        """From now on give, instead of pictures, what `encode` makes of them, (1, 3, side, side) each, crops fixed."""
+        flips = (False, True) if self.args.random_flip else (False,)
+        numbers = tqdm(range(len(self.pictures)), desc="Caching latents", unit="picture")
+        self.cached = [[encode(self.picture(number, flip)[None])[0].cpu() for flip in flips] for number in numbers]
 
 
 # ---- The training step -----------------------------------------------------------------------------------------------
@@ -306,51 +499,83 @@ class TimestepSampler:
         return next(interval for interval in self.intervals if interval[0] <= timestep < interval[1])
 
 
-def diffusion_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise):
+@torch.no_grad()
+def encode_pictures(vae, pixel_values):
+    """Mean and standard deviation (batch, 8, h, w), stacked, of the latents of pictures (batch, 3, H, W)."""
+    latents = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
+    return torch.cat([latents.mean, latents.std], dim=1)
+
+
+def draw_noise(latents, offset, generator):
+    """Noise (batch, 4, h, w); with an offset, also one value for each whole channel (crosslabs.org, offset noise)."""
+    noise = torch.randn(latents.shape, generator=generator)
+    if offset:
+        noise = noise + offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
+    return noise.to(latents)
+
+
+def diffusion_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise, snr_gamma=None):
     """Mean squared error of the prediction (noise or velocity) for latents (batch, 4, h, w), as a scalar.
 
-    DDPM, arXiv 2006.11239, eq. 14; v-prediction: arXiv 2202.00512, sec. 2.4.
+    DDPM, arXiv 2006.11239, eq. 14; v-prediction: arXiv 2202.00512, sec. 2.4. With `snr_gamma`, the loss of a picture
+    is weighted by min(SNR, gamma) / SNR, or / (SNR + 1) for the velocity: arXiv 2303.09556, sec. 3.4.
     """
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
-    prediction = unet(noisy, timesteps, prompt_embeds.expand(len(latents), -1, -1)).sample
+    prediction = unet(noisy, timesteps, prompt_embeds).sample
     kind = noise_scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise NullSpaceError(f"Models with prediction type {kind} cannot be trained.")
     target = noise if kind == "epsilon" else noise_scheduler.get_velocity(latents, noise, timesteps)
-    return F.mse_loss(prediction.float(), target.float())
+    if snr_gamma is None:
+        return F.mse_loss(prediction.float(), target.float())
+    snr = compute_snr(noise_scheduler, timesteps)
+    weights = snr.clamp(max=snr_gamma) / (snr if kind == "epsilon" else snr + 1)
+    losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    return (losses * weights).mean()
 
 
 # ---- What is written -------------------------------------------------------------------------------------------------
 
 
-def save_lora(unet, folder):
-    """Write the LoRA of a UNet in diffusers' format, whole or not at all."""
+def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
+    """Write the LoRA of a UNet, and of a text encoder that has one, in diffusers' format, whole or not at all."""
+    layers = {"unet": convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))}
+    adapted = {"unet": unet}
+    if text_encoder is not None:
+        state_dict = get_peft_model_state_dict(text_encoder, save_embedding_layers=False)
+        # Files name the module that holds the layers, whether this version of transformers has it or not.
+        prefix = "" if hasattr(text_encoder, "text_model") else "text_model."
+        state_dict = {f"{prefix}{key}": value for key, value in state_dict.items()}
+        layers[TEXT_ENCODER] = convert_state_dict_to_diffusers(state_dict)
+        adapted[TEXT_ENCODER] = text_encoder
+    layers = {
+        f"{model}_lora_layers": {key: value.to(dtype) for key, value in state_dict.items()}
+        for model, state_dict in layers.items()
+    }
     partial = f"partial-{LORA_NAME}"
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-        weight_name=partial,
-        **_collate_lora_metadata({"unet": unet}),
-    )
+    StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial, **layers, **_collate_lora_metadata(adapted))
     os.replace(folder / partial, folder / LORA_NAME)
 
 
-def restore_lora(unet, folder):
-    """Put the LoRA of a checkpoint back into a UNet that has adapters of the same kind."""
-    state_dict, _ = StableDiffusionPipeline.lora_state_dict(folder)
-    state_dict = {key.removeprefix("unet."): value for key, value in state_dict.items() if key.startswith("unet.")}
-    try:
-        result = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(state_dict))
-    except RuntimeError as error:
+def restore_lora(folder, unet, text_encoder=None):
+    """Put the LoRA of a checkpoint back into models that have adapters on the same layers."""
+    layers = load_lora(folder)
+    adapted = {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A")}
+    if text_encoder is not None:
+        names = text_encoder_inputs(text_encoder)
+        adapted |= {name: find_module(name, unet, text_encoder) for name in names}
+    elsewhere = sorted(layers.keys() ^ adapted.keys())
+    if elsewhere:
         raise NullSpaceError(
-            f"The checkpoint {folder} does not fit; resume with the --rank it was made with."
-        ) from error
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    if result.unexpected_keys or missing:
-        raise NullSpaceError(
-            f"The checkpoint {folder} has LoRA layers in other places ({(result.unexpected_keys or missing)[0]}); "
-            "resume with the bundle that it was made with."
+            f"The checkpoint {folder} has LoRA layers in other places ({elsewhere[0]}); resume with the bundle, "
+            "--lora_layers and --train_text_encoder that it was made with."
         )
+    for name, layer in layers.items():
+        parameters = adapted[name].lora_A["default"].weight, adapted[name].lora_B["default"].weight
+        for parameter, value in zip(parameters, (layer.down, layer.up), strict=True):
+            if parameter.shape != value.shape:
+                raise NullSpaceError(f"The checkpoint {folder} does not fit; resume with the --rank it was made with.")
+            parameter.data.copy_(value)
 
 
 def write_json(path, content):
@@ -366,7 +591,7 @@ def checkpoints(folder):
 
 
 def save_checkpoint(accelerator, step, args):
-    """Write `checkpoint-<step>`, whole or not at all, and drop those beyond --checkpoints_total_limit."""
+    """Write `checkpoint-<step>`, whole or not at all, drop those beyond --checkpoints_total_limit; return its path."""
     final = args.output_dir / f"checkpoint-{step}"
     partial = args.output_dir / f"partial-checkpoint-{step}"
     if accelerator.is_main_process:
@@ -382,6 +607,7 @@ def save_checkpoint(accelerator, step, args):
             for path in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
                 shutil.rmtree(path)
     accelerator.wait_for_everyone()
+    return final
 
 
 def find_checkpoint(args):
@@ -408,6 +634,8 @@ def load_pipeline(args, dtype, device, **components):
 
     Components that are given, which may be in training, are left as they are.
     """
+    if args.tokenizer_name:
+        components.setdefault("tokenizer", load_tokenizer(args))
     pipeline = DiffusionPipeline.from_pretrained(
         args.model_folder, variant=args.variant, safety_checker=None, **components
     )
@@ -493,17 +721,41 @@ def describe_protection(bundle, protected, args):
         f"{len(groups[0]['timesteps'])} timesteps ({args.nullspace_timesteps}), "
         f"{args.nullspace_criterion} {args.nullspace_threshold:g}:"
     )
-    sizes = {}
-    for item in protected.values():
-        sizes.setdefault(len(item.basis), []).append(item.rank)
-    for size, ranks in sorted(sizes.items()):
+    ranks_of = {}
+    for name, item in protected.items():
+        where = "text encoder layers" if name.startswith(f"{TEXT_ENCODER}.") else "layers"
+        ranks_of.setdefault((len(item.basis), where), []).append(item.rank)
+    for (size, where), ranks in sorted(ranks_of.items()):
         kept = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-        yield f"  {len(ranks)} layers of input size {size}: {kept} directions protected, the others free"
+        yield f"  {len(ranks)} {where} of input size {size}: {kept} directions protected, the others free"
 
 
-def make_report(bundle, unet, args):
-    """Read the saved LoRA back and tell what it does to the protected inputs: the content of the report."""
-    found = audit(load_lora(args.output_dir), bundle, unet, args.nullspace_criterion, args.nullspace_threshold)
+def kinds_of(names):
+    """Layer names in short: the kinds of layer among them, and how many there are of each."""
+    kinds = Counter(".".join(re.sub(r"\.\d+\b", "", name).split(".")[-2:]) for name in names)
+    return ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+
+
+def audit_file(folder, bundle, adapted, args):
+    """Read a saved LoRA back and tell what it does to the protected inputs, see `audit`."""
+    return audit(
+        load_lora(folder), bundle, **adapted, criterion=args.nullspace_criterion, threshold=args.nullspace_threshold
+    )
+
+
+def log_audit(accelerator, found, step):
+    """Send leakage and predicted drift to the trackers."""
+    values = {
+        f"{key}/{statistic}": value
+        for key in ("leakage", "predicted_drift")
+        for statistic, value in found[key].items()
+        if value is not None
+    }
+    accelerator.log(values | {"unprotected_layers": len(found["unprotected"])}, step=step)
+
+
+def make_report(found, bundle, args):
+    """What is written of a run: its settings, and what `audit_file` found."""
     return {
         "base_model": bundle.config["base_model"],
         "nullspace": {
@@ -516,16 +768,14 @@ def make_report(bundle, unet, args):
             "timestep_range": args.nullspace_timestep_range,
         },
         "training": {
-            "instance_prompt": args.instance_prompt,
-            "rank": args.rank,
-            "max_train_steps": args.max_train_steps,
-            "learning_rate": args.learning_rate,
-            "train_batch_size": args.train_batch_size,
-            "seed": args.seed,
-            "mixed_precision": args.mixed_precision,
+            key: getattr(args, key)
+            for key in (
+                "instance_prompt", "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
+                "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed", "mixed_precision",
+            )
         },
         **found,
-    }
+    }  # fmt: skip
 
 
 def write_card(bundle, report, prompts, pictures, args):
@@ -556,12 +806,20 @@ def write_card(bundle, report, prompts, pictures, args):
     prompt_count = bundle.config["prompts"]["count"]
     covered = args.nullspace_timestep_range or bundle.config["groups"][0]["range"]
     setting = f"{args.nullspace_criterion} {args.nullspace_threshold:g}, {args.nullspace_timesteps}"
+    total, unprotected = len(report["layers"]), report["unprotected"]
     protection = (
         f"It was trained in the null space of what the attention layers read on {prompt_count:,} protected prompts, so "
         "that pictures of other things stay as they were."
-        if report["leakage"]["max"] is not None
-        else "It was trained without protection, as a plain DreamBooth LoRA."
     )
+    if len(unprotected) == total:
+        protection = "It was trained without protection, as a plain DreamBooth LoRA."
+    elif unprotected:
+        protection = (
+            f"It was trained partly unprotected: {total - len(unprotected)} of its {total} layers are in the null "
+            f"space of what they read on {prompt_count:,} protected prompts, but the other {len(unprotected)} are "
+            f"not, and may change any picture: {kinds_of(unprotected)}."
+        )
+    drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
     base_shown = f"[{base}](https://huggingface.co/{base})" if data.base_model else f"`{base}`"
     source_shown = f"[{source}](https://huggingface.co/datasets/{source})" if data.datasets else f"`{source}`"
     text = f"""---
@@ -574,7 +832,7 @@ def write_card(bundle, report, prompts, pictures, args):
 
 A DreamBooth LoRA for {base_shown}. {protection}
 
-![Base model and LoRA, equal seeds]({COMPARISON_NAME})
+![{drawn}]({COMPARISON_NAME})
 
 ## Trigger words
 
@@ -599,6 +857,7 @@ image = pipeline("{args.instance_prompt}").images[0]
 | protected | {setting}, timesteps {covered[0]} to {covered[1]} |
 | leakage, share of a layer's change that protected inputs see | {shown["leakage"]} |
 | predicted drift, relative change of a layer's output on protected inputs | {shown["predicted_drift"]} |
+| layers trained, of them unprotected | {total}, {len(unprotected)} |
 | rank, steps, learning rate | {args.rank}, {args.max_train_steps}, {args.learning_rate:g} |
 
 `{REPORT_NAME}` has the figures of every layer. Trained with `train_dreambooth_nullspace.py`.
@@ -608,17 +867,244 @@ image = pipeline("{args.instance_prompt}").images[0]
     os.replace(partial, args.output_dir / "README.md")
 
 
+# ---- The models and what is trained of them --------------------------------------------------------------------------
+
+
+def load_tokenizer(args):
+    """The model's tokenizer, or that of --tokenizer_name."""
+    if not args.tokenizer_name:
+        return CLIPTokenizer.from_pretrained(args.model_folder, subfolder="tokenizer")
+    try:
+        return CLIPTokenizer.from_pretrained(args.tokenizer_name, token=args.hub_token)
+    except (OSError, ValueError) as error:
+        raise NullSpaceError(f"--tokenizer_name {args.tokenizer_name} cannot be had ({reason(error)}).") from error
+
+
+def lora_targets(unet, text_encoder, bundle, args):
+    """Names of the layers to train: those of the UNet that the bundle covers, or --lora_layers, and the text encoder's.
+
+    Raises:
+        NullSpaceError: if --lora_layers names no layer, or the bundle does not cover all without --allow_unprotected.
+    """
+    targets = dict.fromkeys(bundle.config["modules"])
+    if args.lora_layers is not None:
+        linear = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        targets = {}
+        for ending in args.lora_layers.split(","):
+            found = [name for name in linear if f".{name}".endswith(f".{ending.strip()}")]
+            if not ending.strip() or not found:
+                raise NullSpaceError(f"--lora_layers names '{ending.strip()}', which no layer of the UNet ends with.")
+            targets |= dict.fromkeys(found)
+    if args.train_text_encoder:
+        targets |= dict.fromkeys(text_encoder_inputs(text_encoder))
+    unprotected = [name for name in targets if name not in bundle.modules]
+    if unprotected and not args.allow_unprotected:
+        raise NullSpaceError(
+            f"The bundle leaves {len(unprotected)} layers to train unprotected ({kinds_of(unprotected)}); name others "
+            "in --lora_layers, build the bundle with --attention all, or pass --allow_unprotected."
+        )
+    if unprotected:
+        logger.warning(f"{len(unprotected)} of {len(targets)} layers train unprotected: {kinds_of(unprotected)}.")
+    return list(targets)
+
+
+def add_lora(adapted, targets, args):
+    """Put LoRA layers on the targets of the adapted models, and return their parameters, in float32."""
+    for name, model in adapted.items():
+        prefix = f"{TEXT_ENCODER}." if name == TEXT_ENCODER else ""
+        own = [
+            target.removeprefix(prefix) for target in targets if target.startswith(f"{TEXT_ENCODER}.") == bool(prefix)
+        ]
+        model.add_adapter(
+            LoraConfig(
+                r=args.rank,
+                lora_alpha=args.lora_alpha,
+                lora_dropout=args.lora_dropout,
+                init_lora_weights="gaussian",
+                target_modules=own,
+            )
+        )
+        cast_training_params(model, torch.float32)
+    return [parameter for model in adapted.values() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def save_memory(unet, text_encoder, args):
+    """Turn on what trades time for memory."""
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            # The reentrant kind would need gradients of the text encoder's inputs, which are none.
+            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def make_optimizer(parameters, args):
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters, **settings, use_bias_correction=True, safeguard_warmup=True)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings)
+
+
+class PromptEncoder:
+    """Embeddings of the captions: computed anew for each batch where the text encoder is trained, otherwise once.
+
+    Args:
+        captions (`list[str]`): different ones; batches name them by number.
+        args: --tokenizer_max_length, --text_encoder_use_attention_mask and --train_text_encoder.
+    """
+
+    def __init__(self, tokenizer, text_encoder, captions, device, args):
+        length = args.tokenizer_max_length or tokenizer.model_max_length
+        longest = text_encoder.config.max_position_embeddings
+        if length > longest:
+            raise NullSpaceError(f"--tokenizer_max_length {length} is more than the text encoder's {longest} tokens.")
+        self.tokens = tokenizer(
+            captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
+        ).to(device)
+        self.use_mask = args.text_encoder_use_attention_mask
+        self.embeddings = None
+        if not args.train_text_encoder:
+            batches = torch.arange(len(captions)).split(16)
+            progress = tqdm(batches, desc="Encoding prompts", unit="batch", disable=len(batches) == 1)
+            with torch.no_grad():
+                self.embeddings = torch.cat([self.encode(text_encoder, batch) for batch in progress])
+
+    def encode(self, text_encoder, numbers):
+        mask = self.tokens.attention_mask[numbers] if self.use_mask else None
+        return text_encoder(self.tokens.input_ids[numbers], attention_mask=mask)[0]
+
+    def __call__(self, text_encoder, numbers):
+        """Embeddings (batch, tokens, width) of the captions of these numbers (batch,)."""
+        return self.encode(text_encoder, numbers) if self.embeddings is None else self.embeddings[numbers]
+
+
 # ---- The job ---------------------------------------------------------------------------------------------------------
 
 
-def main(args):
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, args.output_dir / args.logging_dir),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+class ScalarLog:
+    """Sends the scalars of every step to the trackers and the progress bar, a few steps at a time.
+
+    Reading a value from the device waits for all that it has still to do, so values stay there until `flush`.
+    """
+
+    def __init__(self, accelerator, progress, every=10):
+        self.accelerator, self.progress, self.every = accelerator, progress, every
+        self.pending = []  # (step, lr, scalar tensors by name)
+
+    def add(self, step, lr, **tensors):
+        self.pending.append((step, lr, tensors))
+        self.progress.update()
+        if len(self.pending) == self.every:
+            self.flush()
+
+    def flush(self):
+        if not self.pending:
+            return
+        rows = torch.stack([torch.stack(list(tensors.values())).float() for _, _, tensors in self.pending]).tolist()
+        for (step, lr, tensors), row in zip(self.pending, rows, strict=True):
+            values = {**dict(zip(tensors, row, strict=True)), "lr": lr}
+            self.accelerator.log(values, step=step)
+        self.progress.set_postfix(loss=values["loss"], lr=values["lr"])
+        self.pending.clear()
+
+
+def make_accelerator(args):
+    try:
+        return Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, args.output_dir / args.logging_dir),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        )
+    except ValueError as error:  # a tracker that is not installed, a precision that the device does not have
+        raise NullSpaceError(reason(error)) from error
+
+
+def check_packages(args):
+    """Raise `NullSpaceError` unless what the flags need is installed."""
+    for wanted, package, flag in (
+        (args.enable_xformers_memory_efficient_attention, "xformers", "--enable_xformers_memory_efficient_attention"),
+        (args.use_8bit_adam, "bitsandbytes", "--use_8bit_adam"),
+        (args.optimizer == "prodigy", "prodigyopt", "--optimizer prodigy"),
+        (args.report_to in ("tensorboard", "wandb", "comet_ml"), args.report_to, f"--report_to {args.report_to}"),
+    ):
+        if wanted:
+            require(package, flag)
+
+
+def load_protection(args):
+    """The bundle, the groups of timesteps to draw from ("nearest") and what each group protects.
+
+    Raises:
+        NullSpaceError: if it cannot be had, or does not protect what is to be trained.
+    """
+    bundle = Bundle.load(
+        args.nullspace_name_or_path,
+        args.nullspace_timesteps,
+        args.nullspace_timestep_range,
+        revision=args.nullspace_revision,
+        token=args.hub_token,
+        text_encoder=args.train_text_encoder,
     )
+    if args.train_text_encoder and TEXT_ENCODER not in bundle.spectra and not args.allow_unprotected:
+        raise NullSpaceError(
+            "--train_text_encoder moves every prompt, and this bundle does not protect the text encoder; build one "
+            f"with {BUILDER} --with_text_encoder, or pass --allow_unprotected."
+        )
+    nearest = split_groups(bundle.config) if args.nullspace_timesteps == "nearest" else []
+    names = [group["name"] for group in nearest] or [JOINT]
+    return (
+        bundle,
+        nearest,
+        {name: bundle.protected(name, args.nullspace_criterion, args.nullspace_threshold) for name in names},
+    )
+
+
+def draw_in_training(accelerator, adapted, kept, dtype, args):
+    """Draw the validation prompts with the models in training, and without their LoRA: one picture."""
+    for model in adapted.values():
+        model.eval()
+    pipeline = load_pipeline(args, dtype, accelerator.device, **kept, **adapted)
+    rows = {}
+    with accelerator.autocast():
+        if args.compare_with_base:
+            for model in adapted.values():
+                model.disable_adapters()
+            rows["base"] = draw(pipeline, args.validation_prompt, args, "Validating, base")
+            for model in adapted.values():
+                model.enable_adapters()
+        rows["tuned"] = draw(pipeline, args.validation_prompt, args, "Validating")
+    for model in adapted.values():
+        model.train()
+    return comparison_grid(rows, args.validation_prompt)
+
+
+def draw_saved(prompts, device, dtype, args):
+    """Draw prompts with the base model and with the LoRA in --output_dir: `dict[str, list[list[Image]]]`."""
+    pipeline = load_pipeline(args, dtype, device)
+    rows = {"base": draw(pipeline, prompts, args, "Drawing with the base model")} if args.compare_with_base else {}
+    pipeline.load_lora_weights(args.output_dir)
+    return rows | {"tuned": draw(pipeline, prompts, args, "Drawing with the LoRA")}
+
+
+def main(args):
+    if args.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    check_packages(args)
+    accelerator = make_accelerator(args)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     for name in ("httpx", "httpx2"):  # the Hub client's: they log each address, upload signatures included
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -630,29 +1116,24 @@ def main(args):
         torch.backends.cuda.matmul.allow_tf32 = True
 
     # Find out all that can go wrong before the work
-    pictures = read_pictures(args.instance_data_dir)
+    with accelerator.main_process_first():
+        pictures, captions = read_instances(args)
     check_writable(args.output_dir)
     checkpoint = find_checkpoint(args)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, args.hub_token)
     with accelerator.main_process_first():
-        bundle = Bundle.load(
-            args.nullspace_name_or_path,
-            args.nullspace_timesteps,
-            args.nullspace_timestep_range,
-            revision=args.nullspace_revision,
-            token=args.hub_token,
-        )
-    nearest = split_groups(bundle.config) if args.nullspace_timesteps == "nearest" else []
-    names = [group["name"] for group in nearest] or [JOINT]
-    protected = {name: bundle.protected(name, args.nullspace_criterion, args.nullspace_threshold) for name in names}
+        bundle, nearest, protected = load_protection(args)
     kind = model_type(args.pretrained_model_name_or_path, args.revision, args.hub_token)
     if kind != "sd" or bundle.config["model_type"] != "sd":
         raise NullSpaceError("This trainer is made for Stable Diffusion models, and for bundles of them.")
-    for line in describe_protection(bundle, protected[names[0]], args):
+    for line in describe_protection(bundle, next(iter(protected.values())), args):
         logger.info(line)
-    if not any(item.rank for item in protected[names[0]].values()):
+    is_protected = any(item.rank for items in protected.values() for item in items.values())
+    if not is_protected:
         logger.warning("Nothing is protected: this trains a plain DreamBooth LoRA.")
+    if args.compare_with_base is None:
+        args.compare_with_base = is_protected
 
     if args.push_to_hub and accelerator.is_main_process:
         create_repository(args.hub_model_id, "model", args.hub_private_repo, args.hub_token)
@@ -669,57 +1150,45 @@ def main(args):
     set_seed(args.seed)
 
     # Load the models
+    device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     folder = args.model_folder
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=args.variant)
-    bundle.check(unet)
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    tokenizer = load_tokenizer(args)
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", variant=args.variant)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=args.variant)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=args.variant)
+    scaling_factor = vae.config.scaling_factor
     noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
+    bundle.check(**adapted)
+    targets = lora_targets(unet, text_encoder, bundle, args)
     for model in (unet, text_encoder, vae):
-        model.requires_grad_(False).to(accelerator.device, weight_dtype)
+        model.requires_grad_(False).to(device, weight_dtype)
 
-    # Add the LoRA, on the layers that the bundle covers and no others
-    unet.add_adapter(
-        LoraConfig(
-            r=args.rank,
-            lora_alpha=args.rank,
-            init_lora_weights="gaussian",
-            target_modules=list(bundle.config["modules"]),
-        )
-    )
-    cast_training_params(unet, torch.float32)
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-
-    # Optimizer, kept in the null space
+    # Add the LoRA, and an optimizer that is kept in the null space
+    parameters = add_lora(adapted, targets, args)
+    save_memory(unet, text_encoder, args)
     if args.scale_lr:
         args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    projector = NullSpaceProjector(unet, protected)
+    optimizer = make_optimizer(parameters, args)
+    protected = {group: {name: items[name] for name in targets if name in items} for group, items in protected.items()}
+    projector = NullSpaceProjector(unet, protected, text_encoder=text_encoder)
     projector.attach(optimizer)
 
-    # Data: the pictures, and the one prompt, whose embeddings never change
-    dataset = InstanceDataset(pictures, args.resolution, args.center_crop, args.seed)
-    dataloader = DataLoader(dataset, args.train_batch_size, shuffle=True)
-    with torch.no_grad():
-        tokens = tokenizer(
-            args.instance_prompt,
-            max_length=tokenizer.model_max_length,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        )
-        prompt_embeds = text_encoder(tokens.input_ids.to(accelerator.device))[0]
-    del text_encoder
+    # Data: pictures and captions, encoded once where nothing changes them
+    prompts = list(dict.fromkeys(captions))
+    dataset = InstanceDataset(pictures, [prompts.index(caption) for caption in captions], args)
+    dataloader = DataLoader(dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers)
+    prompt_encoder = PromptEncoder(tokenizer, text_encoder, prompts, device, args)
+    kept = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae}  # what validation need not load again
+    if args.pre_compute_text_embeddings:
+        del kept["tokenizer"], kept["text_encoder"]
+        tokenizer = text_encoder = None
+    if args.cache_latents:
+        dataset.cache(lambda pixel_values: encode_pictures(vae, pixel_values))
+        del kept["vae"]
+        vae = None
+    free_memory()
 
     # Schedule
     steps_per_epoch = math.ceil(
@@ -737,19 +1206,23 @@ def main(args):
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    unet, optimizer, dataloader, lr_scheduler = accelerator.prepare(unet, optimizer, dataloader, lr_scheduler)
+    # `adapted` keeps the models as they are, whatever they are wrapped in to train (DDP, torch.compile)
+    *models, optimizer, dataloader, lr_scheduler = accelerator.prepare(
+        *adapted.values(), optimizer, dataloader, lr_scheduler
+    )
+    unet = models[0]
+    if args.train_text_encoder:
+        text_encoder = models[1]
 
-    def unwrap(model):
-        model = accelerator.unwrap_model(model)
-        return model._orig_mod if is_compiled_module(model) else model
-
+    # Checkpoints hold the LoRA in the published format; it is all there is to save of the models
     def save_model_hook(models, weights, folder):
         if accelerator.is_main_process:
-            save_lora(unwrap(models[0]), Path(folder))
-        weights.clear()  # the LoRA is all there is to save
+            save_lora(Path(folder), **adapted)
+        weights.clear()
 
     def load_model_hook(models, folder):
-        restore_lora(unwrap(models.pop()), folder)
+        restore_lora(folder, **adapted)
+        models.clear()
 
     accelerator.register_save_state_pre_hook(save_model_hook)
     accelerator.register_load_state_pre_hook(load_model_hook)
@@ -786,78 +1259,93 @@ def main(args):
         unit="step",
         disable=not accelerator.is_local_main_process,
     )
+    scalars = ScalarLog(accelerator, progress)
+
+    def validate():
+        if accelerator.is_main_process:
+            scalars.flush()
+            picture = draw_in_training(accelerator, adapted, kept, weight_dtype, args)
+            save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
+            log_picture(accelerator, "validation", picture, step)
+
     first_epoch = step // steps_per_epoch
     for epoch in range(first_epoch, args.num_train_epochs):
-        unet.train()
+        for model in models:
+            model.train()
         dataset.set_epoch(epoch)
         dataloader.set_epoch(epoch)
         done = (step - epoch * steps_per_epoch) * args.gradient_accumulation_steps  # batches of this epoch
         batches = accelerator.skip_first_batches(dataloader, done) if done else dataloader
-        for index, pixel_values in enumerate(batches, done):
-            with accelerator.accumulate(unet):
-                generator = seeded(args.seed, "step", epoch, index, accelerator.process_index)
+        for index, (batch, numbers) in enumerate(batches, done):
+            with accelerator.accumulate(*models):
+                here = (args.seed, "step", epoch, index, accelerator.process_index)
+                generator = seeded(*here)
+                torch.manual_seed(seeded(*here, "dropout").initial_seed())  # dropout draws from the global generator
                 first, end, group = sampler.group(seeded(args.seed, "group", step))
                 projector.select(group)
-                latents = vae.encode(pixel_values.to(weight_dtype)).latent_dist
-                latents = latents.mean + latents.std * torch.randn(latents.mean.shape, generator=generator).to(
-                    latents.mean
-                )
-                latents = latents * vae.config.scaling_factor
+                moments = batch if args.cache_latents else encode_pictures(vae, batch)
+                mean, std = moments.chunk(2, dim=1)
+                latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
+                latents = latents * scaling_factor
                 timesteps = torch.randint(first, end, (len(latents),), generator=generator).to(latents.device)
-                noise = torch.randn(latents.shape, generator=generator).to(latents)
-                loss = diffusion_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise)
+                noise = draw_noise(latents, args.noise_offset, generator)
+                prompt_embeds = prompt_encoder(text_encoder, numbers)
+                loss = diffusion_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise, args.snr_gamma)
 
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
+                    accelerator.unscale_gradients()
+                    norm = get_total_norm([parameter.grad for parameter in parameters])
                     projector.project_gradients()
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    allowed_norm = clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
             step += 1
-            progress.update()
-            logs = {"loss": loss.detach().item(), "lr": lr_scheduler.get_last_lr()[0]}
-            progress.set_postfix(**logs)
-            accelerator.log(logs, step=step)
+            scalars.add(
+                step,
+                lr_scheduler.get_last_lr()[0],
+                loss=loss.detach(),
+                grad_norm=norm,
+                grad_norm_projected=allowed_norm,
+            )
             if step % args.checkpointing_steps == 0:
-                save_checkpoint(accelerator, step, args)
+                scalars.flush()
+                folder = save_checkpoint(accelerator, step, args)
+                if accelerator.trackers:
+                    log_audit(accelerator, audit_file(folder, bundle, adapted, args), step)
+            if args.validation_prompt and args.validation_steps and step % args.validation_steps == 0:
+                validate()
             if step >= args.max_train_steps:
                 break
-        if args.validation_prompt and epoch % args.validation_epochs == 0 and accelerator.is_main_process:
-            model = unwrap(unet).eval()
-            pipeline = load_pipeline(args, weight_dtype, accelerator.device, unet=model, vae=vae)
-            with accelerator.autocast():
-                tuned = draw(pipeline, args.validation_prompt, args, "Validating")
-                model.disable_adapters()
-                base = draw(pipeline, args.validation_prompt, args, "Validating")
-                model.enable_adapters()
-            picture = comparison_grid({"base": base, "tuned": tuned}, args.validation_prompt)
-            save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
-            log_picture(accelerator, "validation", picture, step)
+        if args.validation_prompt and not args.validation_steps and epoch % args.validation_epochs == 0:
+            validate()
+    scalars.flush()
     progress.close()
 
     # Save the LoRA, read it back, and show what it did
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        model = unwrap(unet)
-        save_lora(model, args.output_dir)
-        report = make_report(bundle, model, args)
+        save_lora(args.output_dir, **adapted, dtype=torch.float32 if args.upcast_before_saving else weight_dtype)
+        found = audit_file(args.output_dir, bundle, adapted, args)
+        log_audit(accelerator, found, step)
+        report = make_report(found, bundle, args)
         write_json(args.output_dir / REPORT_NAME, report)
         for key in ("leakage", "predicted_drift"):
-            if report[key]["max"] is not None:
-                logger.info(f"{key}: at most {report[key]['max']:.2e}, mean {report[key]['mean']:.2e}")
-        del unet, model, optimizer, vae
+            if found[key]["max"] is not None:
+                logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
+        del unet, text_encoder, vae, model, models, optimizer, projector, prompt_encoder
+        adapted.clear()
+        kept.clear()
+        free_memory()
         prompts = args.validation_prompt or [args.instance_prompt, *bundle.config["prompts"]["examples"][:3]]
-        pipeline = load_pipeline(args, weight_dtype, accelerator.device)
-        base = draw(pipeline, prompts, args, "Drawing with the base model")
-        pipeline.load_lora_weights(args.output_dir)
-        tuned = draw(pipeline, prompts, args, "Drawing with the LoRA")
-        picture = comparison_grid({"base": base, "tuned": tuned}, prompts)
+        rows = draw_saved(prompts, device, weight_dtype, args)
+        picture = comparison_grid(rows, prompts)
         save_picture(picture, args.output_dir / COMPARISON_NAME)
         log_picture(accelerator, "comparison", picture, step)
-        write_card(bundle, report, prompts, tuned[0], args)
+        write_card(bundle, report, prompts, rows["tuned"][0], args)
         logger.info(f"Wrote {LORA_NAME}, {REPORT_NAME} and {COMPARISON_NAME} to {args.output_dir}")
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:

@@ -247,18 +247,22 @@ def test_num_train_epochs(tiny_sd1, bundle1, tmp_path):
     assert report(tmp_path / "lora")["training"]["max_train_steps"] == 6
 
 
+def dataset_of(picture, *flags):
+    args = trainer.parse_args(command_line("m", "b", "o", *flags))
+    return trainer.InstanceDataset([picture], [0], args)
+
+
 def test_center_crop_and_random_crop():
     picture = Image.linear_gradient("L").resize((32, 64)).convert("RGB")
-    centred = trainer.InstanceDataset([picture], 32, True, seed=0)
-    random = trainer.InstanceDataset([picture], 32, False, seed=0)
-    assert centred[0].shape == random[0].shape == (3, 32, 32)
-    first = random[0]
-    assert torch.equal(first, random[0])
+    centred, random = dataset_of(picture, "--center_crop"), dataset_of(picture)
+    assert centred[0][0].shape == random[0][0].shape == (3, 32, 32)
+    first = random[0][0]
+    assert torch.equal(first, random[0][0])
     random.set_epoch(1)
-    assert not torch.equal(first, random[0])
+    assert not torch.equal(first, random[0][0])
     expected = trainer.VaeImageProcessor(do_resize=False).preprocess(picture.crop((0, 16, 32, 48)))[0]
-    assert torch.equal(centred[0], expected)
-    assert centred[0].min() >= -1 and centred[0].max() <= 1
+    assert torch.equal(centred[0][0], expected)
+    assert centred[0][0].min() >= -1 and centred[0][0].max() <= 1
 
 
 def test_defaults_are_those_of_the_reference():

@@ -5,7 +5,7 @@
 #     "tqdm", "transformers",
 # ]
 # ///
-"""Teach a Stable Diffusion model a subject from a few pictures, with a LoRA that leaves everything else in place.
+"""Teach Stable Diffusion a subject from a few pictures, with a LoRA that leaves all else in place.
 
     accelerate launch train_dreambooth_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -13,8 +13,9 @@
         --instance_data_dir pictures --instance_prompt "a photo of sks dog" \\
         --max_train_steps 500 --output_dir lora
 
-It is DreamBooth LoRA as in diffusers' train_dreambooth_lora.py; in place of prior preservation, the LoRA is kept in
-the null space of what the attention layers read on the prompts that a bundle of build_nullspace.py protects.
+It is DreamBooth LoRA as in diffusers' train_dreambooth_lora.py; in place of prior preservation, the
+LoRA is kept in the null space of what the attention layers read on the prompts that a bundle of
+build_nullspace.py protects.
 """
 
 import argparse
@@ -89,7 +90,9 @@ logger = get_logger(__name__)
 
 REPORT_NAME = "nullspace_report.json"
 COMPARISON_NAME = "comparison.png"
-INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling} | {"nearest_exact": Image.Resampling.NEAREST}
+INTERPOLATION = {
+    name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
+} | {"nearest_exact": Image.Resampling.NEAREST}
 # What is gone, and what takes its place; none of them is in the help.
 BUILDER = "build_nullspace.py"
 REPLACED = {
@@ -209,9 +212,10 @@ def parse_args(argv=None):
     group.add_argument("--random_flip", action="store_true", help="Mirror pictures at random.")
     group.add_argument(
         "--image_interpolation_mode",
-        choices=sorted(INTERPOLATION),
+        choices=INTERPOLATION,
         default="lanczos",
-        help="How pictures are resized (default: %(default)s).",
+        metavar="MODE",
+        help=f"How pictures are resized: {', '.join(INTERPOLATION)} (default: %(default)s).",
     )
 
     group = parser.add_argument_group("training")
@@ -262,7 +266,11 @@ def parse_args(argv=None):
         "--scale_lr", action="store_true", help="Multiply it by processes, accumulation steps and batch size."
     )
     group.add_argument(
-        "--lr_scheduler", choices=[kind.value for kind in SchedulerType], default="constant", help="Default: constant."
+        "--lr_scheduler",
+        choices=[kind.value for kind in SchedulerType],
+        default="constant",
+        metavar="SCHEDULE",
+        help=f"{', '.join(kind.value for kind in SchedulerType)} (default: %(default)s).",
     )
     group.add_argument("--lr_warmup_steps", type=int, default=500, help="Default: %(default)s.")
     group.add_argument("--lr_num_cycles", type=int, default=1, help="Hard resets of cosine_with_restarts.")
@@ -1077,7 +1085,7 @@ def draw_in_training(accelerator, adapted, kept, dtype, args):
     """Draw the validation prompts with the models in training, and without their LoRA: one picture."""
     for model in adapted.values():
         model.eval()
-    pipeline = load_pipeline(args, dtype, accelerator.device, **kept, **adapted)
+    pipeline = load_pipeline(args, dtype, accelerator.device, **{**kept, **adapted})
     rows = {}
     with accelerator.autocast():
         if args.compare_with_base:

@@ -1,8 +1,12 @@
 """train_dreambooth_nullspace.py: the LoRA that it writes, its flags, resuming, and what it refuses."""
 
+import csv
+import importlib.util
 import json
 import logging
+import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +14,30 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import tree_leaves
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
-from nullspace_utils import CONFIG_NAME, JOINT, LORA_NAME, Bundle, NullSpaceError, attention_inputs, leakage, load_lora
+from nullspace_utils import (
+    CONFIG_NAME,
+    JOINT,
+    LORA_NAME,
+    Bundle,
+    NullSpaceError,
+    attention_inputs,
+    find_module,
+    leakage,
+    load_lora,
+)
 from shapes import DEMO
 
 
 INSTANCES = DEMO / "instance_images" / "star"
+
+
+def needs(package):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
 def make_bundle(model, folder, *flags):
@@ -31,7 +51,7 @@ def make_bundle(model, folder, *flags):
 
 @pytest.fixture(scope="session")
 def bundle1(tiny_sd1, tmp_path_factory):
-    return make_bundle(tiny_sd1, tmp_path_factory.mktemp("bundles") / "sd1")
+    return make_bundle(tiny_sd1, tmp_path_factory.mktemp("bundles") / "sd1", "--with_text_encoder")
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +59,15 @@ def bundle2(tiny_sd2, tmp_path_factory):
     return make_bundle(tiny_sd2, tmp_path_factory.mktemp("bundles") / "sd2")
 
 
-def command_line(model, bundle, output_dir, *flags):
+def command_line(model, bundle, output_dir, *flags, without=()):
+    """What a user types: the common flags, without some of them, and those of a test."""
     argv = ["--pretrained_model_name_or_path", model, "--nullspace_name_or_path", bundle, "--output_dir", output_dir]
     argv += ["--instance_data_dir", INSTANCES, "--instance_prompt", "a photo of a sks star", "--resolution", 32]
     argv += ["--max_train_steps", 3, "--learning_rate", 1e-2, "--train_batch_size", 2, "--seed", 0, "--rank", 2]
     argv += ["--num_validation_images", 1, "--validation_prompt", "a sks star", "--report_to", "none", *flags]
+    for flag in without:
+        start = argv.index(flag)
+        del argv[start : start + 2]
     return [str(word) for word in argv]
 
 
@@ -51,10 +75,7 @@ def train(model, bundle, output_dir, *flags, without=()):
     """Train in this process, without some flags of the common command line, and return the tensors of the LoRA."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._shared_state.clear()  # what accelerate shares within a process must not leak from one run to the next
-    line = command_line(model, bundle, output_dir, *flags)
-    for flag in without:
-        del line[line.index(flag) : line.index(flag) + 2]
-    trainer.main(trainer.parse_args(line))
+    trainer.main(trainer.parse_args(command_line(model, bundle, output_dir, *flags, without=without)))
     return load_file(output_dir / LORA_NAME)
 
 
@@ -198,6 +219,15 @@ def test_timestep_sampler_is_uniform_and_names_the_group():
         ["--instance_prompt", "a ohwx star"],
         ["--nullspace_threshold", 0.9],
         ["--nullspace_criterion", "percentile"],
+        ["--lora_dropout", 0.5],
+        ["--random_flip"],
+        ["--repeats", 2],
+        ["--snr_gamma", 1],
+        ["--noise_offset", 0.5],
+        ["--text_encoder_use_attention_mask"],
+        ["--lora_layers", "attn2.to_k, attn2.to_v"],
+        pytest.param(["--optimizer", "prodigy"], marks=needs("prodigyopt")),
+        pytest.param(["--use_8bit_adam"], marks=needs("bitsandbytes")),
     ],
     ids=lambda flags: "-".join(map(str, flags)).replace("--", ""),
 )
@@ -275,15 +305,413 @@ def test_defaults_are_those_of_the_reference():
         "rank": 4, "checkpointing_steps": 500, "num_validation_images": 4, "validation_epochs": 50,
         "report_to": "tensorboard", "logging_dir": "logs", "nullspace_criterion": "energy",
         "nullspace_threshold": 0.999, "nullspace_timesteps": "joint", "nullspace_timestep_range": None,
+        "revision": None, "variant": None, "tokenizer_name": None, "validation_prompt": None, "seed": None,
+        "center_crop": False, "train_text_encoder": False, "max_train_steps": None, "checkpoints_total_limit": None,
+        "resume_from_checkpoint": None, "gradient_checkpointing": False, "scale_lr": False,
+        "dataloader_num_workers": 0, "use_8bit_adam": False, "push_to_hub": False, "hub_token": None,
+        "hub_model_id": None, "allow_tf32": False, "mixed_precision": None, "local_rank": -1,
+        "enable_xformers_memory_efficient_attention": False, "pre_compute_text_embeddings": False,
+        "tokenizer_max_length": None, "text_encoder_use_attention_mask": False, "lora_dropout": 0.0,
+        "image_interpolation_mode": "lanczos", "lora_alpha": 4, "optimizer": "adamw", "repeats": 1,
+        "upcast_before_saving": True,
     }  # fmt: skip
     assert {key: args[key] for key in expected} == expected
+
+
+def test_help_is_grouped_and_fits_in_100_columns(capsys):
+    with pytest.raises(SystemExit):
+        trainer.parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert {"null space:", "LoRA:", "pictures:", "training:", "publishing:"} <= set(lines)
+    assert not any(flag in line for flag in trainer.REPLACED for line in lines)
+
+
+@pytest.mark.parametrize("flag", trainer.REPLACED)
+def test_flags_of_prior_preservation_name_their_replacement(flag, capsys):
+    with pytest.raises(SystemExit) as caught:
+        trainer.parse_args(command_line("m", "b", "o", flag, "1"))
+    assert caught.value.code == 2
+    assert f"{flag} belongs to prior preservation" in capsys.readouterr().err
+    assert trainer.REPLACED[flag].startswith("--")
+
+
+def test_image_interpolation_mode_random_flip_and_repeats():
+    picture = Image.linear_gradient("L").rotate(90).resize((40, 40)).convert("RGB")
+    pictures = {mode: dataset_of(picture, "--image_interpolation_mode", mode)[0][0] for mode in trainer.INTERPOLATION}
+    assert not torch.equal(pictures["lanczos"], pictures["nearest"])
+    assert torch.equal(pictures["nearest"], pictures["nearest_exact"])
+    assert torch.equal(pictures["lanczos"], dataset_of(picture)[0][0])
+    mirrored = dataset_of(picture, "--random_flip", "--repeats", 40)
+    assert len(mirrored) == 40
+    flips = sum(torch.equal(mirrored[index][0], pictures["lanczos"].flip(-1)) for index in range(40))
+    assert flips + sum(torch.equal(mirrored[index][0], pictures["lanczos"]) for index in range(40)) == 40
+    assert 10 <= flips <= 30
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_snr_gamma_weighs_the_loss(kind):
+    """Against min(SNR, gamma) / SNR, or / (SNR + 1), on a model that predicts nothing."""
+    scheduler = trainer.DDPMScheduler(prediction_type=kind)
+    latents, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    timesteps = torch.tensor([10, 500, 990])
+    unet = lambda noisy, timesteps, embeds: SimpleNamespace(sample=torch.zeros_like(noisy))  # noqa: E731
+    actual = trainer.diffusion_loss(unet, scheduler, latents, None, timesteps, noise, snr_gamma=5.0)
+    kept = scheduler.alphas_cumprod[timesteps].double()
+    snr = kept / (1 - kept)
+    assert snr.max() > 5 > snr.min()
+    keep, lose = kept.sqrt().view(3, 1, 1, 1), (1 - kept).sqrt().view(3, 1, 1, 1)
+    target = noise if kind == "epsilon" else keep * noise - lose * latents
+    weights = snr.clamp(max=5) / (snr if kind == "epsilon" else snr + 1)
+    expected = (target.double().pow(2).mean(dim=(1, 2, 3)) * weights).mean()
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_noise_offset_moves_whole_channels():
+    latents = torch.zeros(200, 4, 8, 8)
+    plain, moved = (trainer.draw_noise(latents, offset, trainer.seeded(0)) for offset in (0, 2.0))
+    difference = moved - plain
+    assert (difference - difference[:, :, :1, :1]).abs().max() < 1e-5
+    assert abs(difference[:, :, 0, 0].std().item() - 2) < 0.2
+
+
+def test_lora_alpha_scales_the_lora_wherever_it_is_read(tiny_sd1, bundle1, reference, tmp_path):
+    tensors = train(tiny_sd1, bundle1, tmp_path / "lora", "--lora_alpha", 8)
+    assert not same(tensors, reference)
+    assert {layer.scale for layer in load_lora(tmp_path / "lora").values()} == {4.0}
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    layers = [module for module in pipeline.unet.modules() if hasattr(module, "lora_A")]
+    assert layers and all(list(module.scaling.values()) == [4.0] for module in layers)
+
+
+def test_tokenizer_name_and_tokenizer_max_length(tiny_sd1, bundle1, reference, tmp_path):
+    tokenizer = trainer.CLIPTokenizer.from_pretrained(tiny_sd1, subfolder="tokenizer", model_max_length=8)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    named = train(tiny_sd1, bundle1, tmp_path / "named", "--tokenizer_name", tmp_path / "tokenizer")
+    assert not same(named, reference)
+    assert same(named, train(tiny_sd1, bundle1, tmp_path / "short", "--tokenizer_max_length", 8))
+    for flags, message in (
+        (("--tokenizer_name", tmp_path / "none"), "--tokenizer_name .* cannot be had"),
+        (("--tokenizer_max_length", 1000), "more than the text encoder's"),
+    ):
+        with pytest.raises(NullSpaceError, match=message):
+            train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
+
+
+def test_dataloader_num_workers_load_the_same(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
+    made = []
+
+    class Recorded(trainer.DataLoader):
+        def __init__(self, *args, **kwargs):
+            made.append(kwargs["num_workers"])
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "DataLoader", Recorded)
+    tensors = train(tiny_sd1, bundle1, tmp_path / "lora", "--dataloader_num_workers", 2)
+    assert made == [2]
+    assert same(tensors, reference)
+
+
+def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
+    """--pre_compute_text_embeddings and --cache_latents: validation has to load the models anew."""
+    kept, encoded = [], []
+    load_pipeline, encode = trainer.load_pipeline, trainer.encode_pictures
+    monkeypatch.setattr(
+        trainer, "load_pipeline", lambda *args, **kwargs: (kept.append(set(kwargs)), load_pipeline(*args, **kwargs))[1]
+    )
+    monkeypatch.setattr(trainer, "encode_pictures", lambda *args: (encoded.append(1), encode(*args))[1])
+    flags = ("--validation_epochs", 1, "--center_crop")
+    plain = train(tiny_sd1, bundle1, tmp_path / "plain", *flags)
+    assert same(plain, reference)
+    assert kept == [{"unet", "tokenizer", "text_encoder", "vae"}, set()] and len(encoded) == 3  # one a step
+    kept.clear(), encoded.clear()
+    freed = train(tiny_sd1, bundle1, tmp_path / "freed", *flags, "--pre_compute_text_embeddings")
+    assert same(freed, reference)
+    assert kept == [{"unet", "vae"}, set()]
+    kept.clear(), encoded.clear()
+    cached = train(tiny_sd1, bundle1, tmp_path / "cached", *flags, "--cache_latents", "--max_train_steps", 3)
+    assert kept == [{"unet", "tokenizer", "text_encoder"}, set()] and len(encoded) == 5  # one a picture
+    for key in cached:  # encoded one by one rather than in batches, so not bit for bit
+        torch.testing.assert_close(cached[key], reference[key], rtol=1e-2, atol=1e-4)
+
+
+def test_local_rank_stands_in_for_the_environments(monkeypatch):
+    def stop(**kwargs):
+        raise ValueError("far enough")
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(trainer, "Accelerator", stop)
+    for before, after in (("1", "1"), (None, "3")):
+        os.environ.pop("LOCAL_RANK") if before is None else os.environ.update(LOCAL_RANK=before)
+        with pytest.raises(NullSpaceError, match="far enough"):
+            trainer.main(trainer.parse_args(command_line("m", "b", "o", "--local_rank", 3)))
+        assert os.environ["LOCAL_RANK"] == after
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        (["--use_8bit_adam"], "bitsandbytes"),
+        (["--optimizer", "prodigy"], "prodigyopt"),
+        (["--enable_xformers_memory_efficient_attention"], "xformers"),
+        (["--report_to", "wandb"], "wandb"),
+    ],
+)
+def test_a_missing_package_is_named_before_the_work(flags, package, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: find(name, *rest) if name != package else None)
+    with pytest.raises(NullSpaceError, match=f"{flags[0]}.* needs {package}.*pip install {package}"):
+        trainer.main(trainer.parse_args(command_line(NOWHERE, "b", "o", *flags)))
+
+
+def test_xformers_is_turned_on(tiny_sd1, bundle1, tmp_path, monkeypatch):
+    """With stand-ins, since the package needs a GPU to run."""
+    turned_on = []
+    monkeypatch.setattr(trainer, "require", lambda package, flag: None)
+    monkeypatch.setattr(
+        trainer.UNet2DConditionModel, "enable_xformers_memory_efficient_attention", lambda unet: turned_on.append(unet)
+    )
+    train(tiny_sd1, bundle1, tmp_path / "lora", "--enable_xformers_memory_efficient_attention")
+    assert len(turned_on) == 1
+
+
+def test_validation_prompts_steps_and_comparison(tiny_sd1, bundle1, tmp_path):
+    output = tmp_path / "lora"
+    flags = ("--validation_prompt", "a ring", "a moon", "--validation_steps", 2, "--max_train_steps", 5)
+    train(tiny_sd1, bundle1, output, *flags, "--no-compare_with_base")
+    assert sorted(path.name for path in (output / "validation").iterdir()) == ["000002.png", "000004.png"]
+    pictures = [output / "validation" / "000004.png", output / trainer.COMPARISON_NAME]
+    for picture in map(Image.open, pictures):  # three prompts, the tuned model alone
+        assert picture.size == (90 + 3 * 160, 60 + 160)
+    assert "base" not in trainer.parse_args(command_line("m", "b", "o")).validation_prompt
+
+
+def test_trackers_get_losses_norms_and_leakage(tiny_sd1, bundle1, tmp_path):
+    flags = ("--report_to", "tensorboard", "--checkpointing_steps", 2, "--max_train_steps", 3)
+    train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--logging_dir", "events")
+    events = EventAccumulator(str(next((tmp_path / "lora" / "events").rglob("events.*")).parent)).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag in ("loss", "lr", "grad_norm", "grad_norm_projected"):
+        assert steps[tag] == [1, 2, 3]
+    for tag in ("leakage/max", "leakage/mean", "predicted_drift/max", "predicted_drift/mean", "unprotected_layers"):
+        assert steps[tag] == [2, 3]  # a checkpoint, and the end
+    before, after = ([event.value for event in events.Scalars(tag)] for tag in ("grad_norm", "grad_norm_projected"))
+    assert all(0 < allowed <= norm * (1 + 1e-6) for norm, allowed in zip(before, after, strict=True))
+    assert after[-1] < before[-1]
+    assert events.Scalars("leakage/max")[-1].value == pytest.approx(report(tmp_path / "lora")["leakage"]["max"])
+
+
+# ---- A dataset -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A folder of pictures with captions, one of them missing, and a configuration with only one picture."""
+    folder = tmp_path / "dataset"
+    shutil.copytree(INSTANCES, folder / "data")
+    names = sorted(path.name for path in (folder / "data").glob("*.png"))
+    rows = [["file_name", "caption"], *[[name, f"sks number {name}"] for name in names[:-1]], [names[-1], ""]]
+    with open(folder / "data" / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    configs = [("all", "data/*"), ("one", ["data/0.png", "data/metadata.csv"])]
+    lines = [f"- config_name: {name}\n  data_files: {json.dumps(files)}" for name, files in configs]
+    (folder / "README.md").write_text("\n".join(["---", "configs:", *lines, "---", ""]))
+    return folder
+
+
+def test_a_dataset_with_captions(dataset, tiny_sd1, bundle1, reference, tmp_path):
+    flags = ["--dataset_name", dataset, "--dataset_config_name", "all", "--cache_dir", tmp_path / "cache"]
+    without = ["--instance_data_dir"]
+    line = command_line("m", "b", "o", *flags, "--caption_column", "caption", without=without)
+    pictures, captions = trainer.read_instances(trainer.parse_args(line))
+    assert len(pictures) == 5 and captions[:2] == ["sks number 0.png", "sks number 1.png"]
+    assert captions[-1] == "a photo of a sks star"  # the instance prompt, for want of a caption
+    assert any((tmp_path / "cache").iterdir())
+    captioned = train(tiny_sd1, bundle1, tmp_path / "captioned", *flags, "--caption_column", "caption", without=without)
+    assert not same(captioned, reference)
+    assert report(tmp_path / "captioned")["leakage"]["max"] < 1e-5
+    assert same(train(tiny_sd1, bundle1, tmp_path / "plain", *flags, without=without), reference)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_config_name", "all", "--image_column", "photo"], "no column 'photo'; choose a --image_column"),
+        (["--dataset_config_name", "all", "--caption_column", "text"], "no column 'text'; choose a --caption_column"),
+        (["--dataset_config_name", "all", "--image_column", "caption"], "not a picture"),
+        (["--dataset_config_name", "none"], "cannot be read"),
+        (["--dataset_name", "{tmp}/nothing"], "cannot be read"),
+    ],
+)
+def test_a_dataset_that_does_not_fit(flags, message, dataset, tmp_path):
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    flags = ["--dataset_name", dataset, "--cache_dir", tmp_path / "cache", *flags]
+    line = command_line(NOWHERE, "b", "o", *flags, without=["--instance_data_dir"])
+    with pytest.raises(NullSpaceError, match=message) as caught:
+        trainer.main(trainer.parse_args(line))
+    assert "\n" not in str(caught.value)
+
+
+def test_dataset_config_name_chooses_the_pictures(dataset, tmp_path):
+    flags = ["--dataset_name", dataset, "--dataset_config_name", "one", "--cache_dir", tmp_path / "cache"]
+    args = trainer.parse_args(command_line("m", "b", "o", *flags, without=["--instance_data_dir"]))
+    assert len(trainer.read_instances(args)[0]) == 1
+
+
+# ---- The text encoder, and layers that no bundle covers --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_text_encoder(tiny_sd1, bundle1, tmp_path_factory):
+    """A run that trains the text encoder too: its folder."""
+    folder = tmp_path_factory.mktemp("with-text-encoder") / "lora"
+    train(tiny_sd1, bundle1, folder, "--train_text_encoder", "--validation_epochs", 1)
+    return folder
+
+
+def embed(pipeline, prompt):
+    return pipeline.encode_prompt(prompt, "cpu", 1, False)[0]
+
+
+def test_train_text_encoder_leaves_protected_prompts(with_text_encoder, tiny_sd1, bundle1, tmp_path):
+    """As the loaded pipeline encodes them, far less than without protection; the file is one that diffusers reads."""
+    keys = load_file(with_text_encoder / LORA_NAME).keys()
+    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight" in keys
+    layers = load_lora(with_text_encoder)
+    protected = Bundle.load(bundle1, text_encoder=True).protected()
+    assert sum(name.startswith("text_encoder.") for name in layers) == 8
+    assert layers.keys() == protected.keys()
+    assert max(leakage(layer, protected[name]) for name, layer in layers.items()) < 1e-5
+    assert len(report(with_text_encoder)["layers"]) == len(layers) and not report(with_text_encoder)["unprotected"]
+    train(tiny_sd1, bundle1, tmp_path / "plain", "--train_text_encoder", "--nullspace_threshold", 0)
+
+    changes = []
+    for folder in (None, with_text_encoder, tmp_path / "plain"):
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+        if folder is not None:
+            pipeline.load_lora_weights(folder)
+        changes.append([embed(pipeline, "a red star"), embed(pipeline, "a photo of a sks star")])
+    base, kept, plain = changes
+    drift = [((tuned[0] - base[0]).norm() / base[0].norm()).item() for tuned in (kept, plain)]
+    assert drift[0] < 0.05 * drift[1], drift
+    assert (kept[1] - base[1]).norm() > 0  # the subject's prompt does move
+
+
+def test_train_text_encoder_with_gradient_checkpointing(with_text_encoder, tiny_sd1, bundle1, tmp_path, monkeypatch):
+    turned_on = []
+    enable = trainer.CLIPTextModel.gradient_checkpointing_enable
+    monkeypatch.setattr(
+        trainer.CLIPTextModel,
+        "gradient_checkpointing_enable",
+        lambda model, *args: (turned_on.append(1), enable(model, *args))[1],
+    )
+    tensors = train(tiny_sd1, bundle1, tmp_path / "lora", "--train_text_encoder", "--gradient_checkpointing")
+    assert turned_on
+    expected = load_file(with_text_encoder / LORA_NAME)
+    for key in tensors:
+        torch.testing.assert_close(tensors[key], expected[key], rtol=1e-2, atol=1e-4)
+
+
+def test_the_text_encoders_file_is_read_only_where_it_is_needed(tiny_sd1, bundle1, reference, tmp_path):
+    shutil.copytree(bundle1, tmp_path / "bundle")
+    (tmp_path / "bundle" / "text_encoder.safetensors").unlink()
+    assert same(train(tiny_sd1, tmp_path / "bundle", tmp_path / "lora"), reference)
+    with pytest.raises(NullSpaceError, match="has no text_encoder.safetensors"):
+        train(tiny_sd1, tmp_path / "bundle", tmp_path / "lora", "--train_text_encoder")
+
+
+def test_a_bundle_of_another_text_encoder_is_refused(tiny_sd1, bundle1, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    find_module("text_encoder.encoder.layers.1.self_attn.v_proj", None, pipeline.text_encoder).weight.data[0, 0] += 1
+    pipeline.save_pretrained(tmp_path / "finetuned")
+    with pytest.raises(NullSpaceError, match="fingerprints differ"):
+        train(tmp_path / "finetuned", bundle1, tmp_path / "lora", "--train_text_encoder")
+
+
+def test_an_unprotected_text_encoder_is_trained_only_on_demand(tiny_sd2, bundle2, tmp_path):
+    line = command_line(NOWHERE, bundle2, tmp_path / "lora", "--train_text_encoder")
+    with pytest.raises(NullSpaceError, match="--with_text_encoder, or pass --allow_unprotected"):
+        trainer.main(trainer.parse_args(line))
+    train(tiny_sd2, bundle2, tmp_path / "lora", "--train_text_encoder", "--allow_unprotected")
+    found = report(tmp_path / "lora")
+    assert len(found["unprotected"]) == 8 and all(name.startswith("text_encoder.") for name in found["unprotected"])
+    assert found["leakage"]["max"] < 1e-5  # of the layers that the bundle covers
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "partly unprotected" in card and "self_attn.q_proj (2)" in card
+
+
+def test_lora_layers(tiny_sd1, bundle1, tmp_path):
+    train(tiny_sd1, bundle1, tmp_path / "covered", "--lora_layers", "attn2.to_k,attn2.to_v")
+    assert {name.rpartition(".")[2] for name in load_lora(tmp_path / "covered")} == {"to_k", "to_v"}
+    for ending, message in (("to_q", "to train unprotected .attn1.to_q"), ("to_x", "no layer of the UNet ends with")):
+        with pytest.raises(NullSpaceError, match=message):
+            train(tiny_sd1, bundle1, tmp_path / "lora", "--lora_layers", ending)
+    flags = ("--lora_layers", "to_q,proj_in", "--allow_unprotected")
+    train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
+    found = report(tmp_path / "lora")
+    covered = set(Bundle.load(bundle1).config["modules"])
+    trained = {row["module"] for row in found["layers"]}
+    assert set(found["unprotected"]) == trained - covered != set() and trained & covered
+    assert found["leakage"]["max"] < 1e-5
+    assert f"{len(found['unprotected'])} are" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_lora_layers_that_are_all_unprotected(tiny_sd1, bundle1, tmp_path):
+    train(tiny_sd1, bundle1, tmp_path / "lora", "--lora_layers", "attn1.to_q", "--allow_unprotected")
+    assert report(tmp_path / "lora")["leakage"]["max"] is None
+    assert "without protection" in (tmp_path / "lora" / "README.md").read_text()
+
+
+# ---- Precisions and compilation --------------------------------------------------------------------------------------
+
+
+def test_a_lora_saved_in_half_precision_leaks_by_its_rounding(tiny_sd1, bundle1, tmp_path):
+    flags = ("--mixed_precision", "bf16", "--no-upcast_before_saving", "--train_text_encoder")
+    tensors = train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert 1e-5 < report(tmp_path / "lora")["leakage"]["max"] < 2e-3
+
+
+def test_fp16_stays_in_the_null_space(tiny_sd1, bundle1, tmp_path):
+    """With accelerate's scaling of the loss, on a GPU or, where torch can do it, without one."""
+    tensors = train(tiny_sd1, bundle1, tmp_path / "lora", "--mixed_precision", "fp16", "--train_text_encoder")
+    assert any(tensor.any() for key, tensor in tensors.items() if ".up." in key)  # not every step was skipped
+    assert report(tmp_path / "lora")["leakage"]["max"] < 1e-5
+
+
+def test_a_compiled_unet_stays_in_the_null_space(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
+    """Wrapped as accelerate's dynamo configuration does, without generating code, which takes minutes."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled = []
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **how: (compiled.append(1), compile_model(model, **how))[1])
+    flags = ("--checkpointing_steps", 2, "--validation_epochs", 1)
+    tensors = train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
+    assert compiled
+    assert report(tmp_path / "lora")["leakage"]["max"] < 1e-5
+    for key in tensors:
+        torch.testing.assert_close(tensors[key], reference[key], rtol=1e-2, atol=1e-4)
+    resumed = train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--resume_from_checkpoint", "checkpoint-2")
+    assert same(resumed, tensors)
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--nullspace_timesteps", "nearest"], ["--gradient_accumulation_steps", 2]], ids=str
+    "flags",
+    [
+        [],
+        ["--nullspace_timesteps", "nearest"],
+        ["--gradient_accumulation_steps", 2],
+        ["--train_text_encoder", "--lora_dropout", 0.3, "--random_flip", "--noise_offset", 0.1, "--snr_gamma", 5],
+        ["--cache_latents", "--random_flip", "--repeats", 2, "--dataloader_num_workers", 1],
+        pytest.param(["--optimizer", "prodigy"], marks=needs("prodigyopt")),
+        # Only from 4,096 numbers on are its states of 8 bits
+        pytest.param(["--use_8bit_adam", "--rank", 128], marks=needs("bitsandbytes")),
+    ],
+    ids=lambda flags: " ".join(map(str, flags)) or "plain",
 )
 def test_resuming_gives_what_an_undisturbed_run_gives(flags, tiny_sd1, bundle1, tmp_path):
     """Bit for bit, with a checkpoint in the middle of an epoch and a decaying learning rate."""
@@ -294,9 +722,11 @@ def test_resuming_gives_what_an_undisturbed_run_gives(flags, tiny_sd1, bundle1, 
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", resumed_dir / "checkpoint-4")
     resumed = train(tiny_sd1, bundle1, resumed_dir, *flags, "--resume_from_checkpoint", "latest")
     assert same(undisturbed, resumed)
-    last = torch.load(tmp_path / "whole" / "checkpoint-8" / "optimizer.bin", weights_only=False)["state"]
-    again = torch.load(resumed_dir / "checkpoint-8" / "optimizer.bin", weights_only=False)["state"]
-    assert all(torch.equal(last[i][key], again[i][key]) for i in last for key in ("exp_avg", "exp_avg_sq", "step"))
+    folders = (tmp_path / "whole", resumed_dir)
+    last, again = (torch.load(folder / "checkpoint-8" / "optimizer.bin", weights_only=False) for folder in folders)
+    states = list(zip(tree_leaves(last["state"]), tree_leaves(again["state"]), strict=True))
+    assert states and all(torch.equal(*pair) for pair in states if torch.is_tensor(pair[0]))
+    assert report(resumed_dir)["leakage"]["max"] < 1e-5 or "nearest" in flags
 
 
 def test_resuming_without_a_seed_goes_on_with_the_first_runs(tiny_sd1, bundle1, tmp_path):
@@ -312,6 +742,15 @@ def test_checkpoints_total_limit(tiny_sd1, bundle1, tmp_path):
     train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 4)
     assert [path.name for path in trainer.checkpoints(tmp_path / "lora")] == ["checkpoint-3", "checkpoint-4"]
     assert same(load_file(tmp_path / "lora" / "checkpoint-4" / LORA_NAME), load_file(tmp_path / "lora" / LORA_NAME))
+
+
+def test_resuming_keeps_the_limit(tiny_sd1, bundle1, tmp_path):
+    flags = ("--checkpointing_steps", 2, "--learning_rate", 1e-3)
+    train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 6)
+    assert [path.name for path in trainer.checkpoints(tmp_path / "lora")] == [f"checkpoint-{n}" for n in (2, 4, 6)]
+    flags += ("--resume_from_checkpoint", "checkpoint-4", "--checkpoints_total_limit", 2)
+    train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 8)
+    assert [path.name for path in trainer.checkpoints(tmp_path / "lora")] == ["checkpoint-6", "checkpoint-8"]
 
 
 def test_a_checkpoint_cut_short_is_not_taken(tmp_path):
@@ -400,6 +839,14 @@ def test_a_bundle_of_another_model_is_refused(tiny_sd1, tiny_sd2, bundle1, bundl
         (["--nullspace_criterion", "magic"], "invalid choice"),
         (["--rank", "0"], "--rank must be at least 1"),
         (["--report_to", "wandb", "--hub_token", "secret"], "hf auth login"),
+        (["--dataset_name", "d"], "either --instance_data_dir or --dataset_name"),
+        (["--pre_compute_text_embeddings", "--train_text_encoder"], "which --train_text_encoder trains"),
+        (["--use_8bit_adam", "--optimizer", "prodigy"], "is for --optimizer adamw"),
+        (["--lora_dropout", "1"], "--lora_dropout must be"),
+        (["--snr_gamma", "0"], "--snr_gamma must be"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers must be"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--image_interpolation_mode", "magic"], "invalid choice"),
     ],
 )
 def test_bad_flags(flags, message, capsys):

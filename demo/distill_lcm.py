@@ -58,7 +58,8 @@ def parse_args():
 
 def make_student(teacher):
     """The teacher's UNet with one more input, the guidance scale's embedding, that starts without an effect."""
-    unet = UNet2DConditionModel.from_config({**teacher.config, "time_cond_proj_dim": GUIDANCE_EMBEDDING})
+    config = {key: value for key, value in teacher.config.items() if key != "_name_or_path"}  # a path of this machine
+    unet = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": GUIDANCE_EMBEDDING})
     unet.load_state_dict(teacher.state_dict(), strict=False)
     torch.nn.init.zeros_(unet.time_embedding.cond_proj.weight)
     return unet

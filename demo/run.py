@@ -37,7 +37,8 @@ def launch(script, **flags):
     """Run a script of the project with accelerate, showing the command."""
     words = [script]
     for name, value in flags.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
     words = [str(Path(word).relative_to(ROOT)) if word.startswith(str(ROOT)) else word for word in words]
     print(f"\n$ accelerate launch {shlex.join(words)}", flush=True)
     subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *words], cwd=ROOT, check=True)
@@ -56,6 +57,7 @@ def train(folder, **flags):
         instance_prompt=SUBJECT_PROMPTS[0],
         output_dir=folder,
         resolution=32,
+        pre_compute_text_embeddings=True,
         rank=8,
         train_batch_size=5,
         lr_scheduler="cosine",

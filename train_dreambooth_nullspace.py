@@ -1359,12 +1359,13 @@ def main(args):
     if args.push_to_hub and accelerator.is_main_process:
         published = PUBLISHED + [f"{args.logging_dir}/**"]
         included = [word for pattern in published for word in ("--include", pattern)]
+        base = args.pretrained_model_name_or_path
         url = push_folder(
             args.hub_model_id,
             "model",
             args.output_dir,
             published,
-            f"Null-space DreamBooth LoRA of {args.pretrained_model_name_or_path}: {args.instance_prompt}",
+            f"Null-space DreamBooth LoRA of {Path(base).name if Path(base).is_dir() else base}: {args.instance_prompt}",
             shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *included]),
             args.hub_token,
         )

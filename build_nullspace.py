@@ -34,7 +34,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import parse_flag_from_env, reduce
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -560,7 +560,7 @@ def push(repo_id, args):
 
 
 def main(args):
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator reads it from `launch`
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

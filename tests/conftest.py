@@ -1,5 +1,6 @@
 """Tiny random Stable Diffusion pipelines, and the launcher of scripts, for all tests."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,7 +125,10 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpro
     ) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
         if processes > 1:
-            command += ["--multi_gpu" if torch.cuda.is_available() else "--cpu", "--num_processes", processes]
+            # `--cpu` would start one process; told to use GPUs, and then not to, it starts as many as are asked for.
+            command += ["--multi_gpu", "--num_processes", processes, "--main_process_port", 0]
+            if not torch.cuda.is_available():
+                env = (os.environ if env is None else env) | {"ACCELERATE_USE_CPU": "true"}
         command += [script, *args]
         done = subprocess.run(
             [str(part) for part in command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=600

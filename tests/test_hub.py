@@ -157,7 +157,7 @@ def runs(hub, home, tiny_sd1, tiny_sd2, run_script):
 
     def build_in_two():
         words = ["--pretrained_model_name_or_path", tiny_sd1, "--prompts_file", prompts, "--num_inference_steps", 2]
-        words += ["--output_dir", home / "two", "--push_to_hub", "--hub_dataset_id", "ada/secret"]
+        words += ["--output_dir", home / "two", "--push_to_hub", "--hub_dataset_id", "ada/secret", "--batch_size", 2]
         return run_script("build_nullspace.py", *words, "--hub_private_repo", env=env("two", WRITE), processes=2)
 
     def train_in_two():
@@ -201,7 +201,7 @@ def runs(hub, home, tiny_sd1, tiny_sd2, run_script):
 
     def train_on_another_model():
         futures["seed"].result()
-        words = training("ada/other-model", home / "none", model=tiny_sd2)
+        words = training("ada/other-model", home / "none-other-model", model=tiny_sd2)
         return run([sys.executable, *words], env("refusals"), check=False)
 
     def newer(files):
@@ -209,7 +209,7 @@ def runs(hub, home, tiny_sd1, tiny_sd2, run_script):
 
     def refuse(name, token=None, flags=(), **more):
         futures["seed"].result()
-        words = training(f"ada/{name}", home / "none", *flags, model="ada/nowhere")
+        words = training(f"ada/{name}", home / f"none-{name}", *flags, model=f"ada/nowhere-{name}")
         if name == "model":
             words[words.index("ada/model")] = MODEL
         return run([sys.executable, *words], env("refusals", token, **more), check=False)
@@ -302,6 +302,7 @@ def test_a_build_is_pushed_in_one_commit(runs, hub, home):
 
 def test_two_processes_push_once(runs, hub, home):
     done = runs["build in two"].result()
+    assert " 2/2 " in done.stderr  # 2 steps of a batch: the other process draws the other 2 of 4 prompts
     repo = hub.repos["dataset", "ada/secret"]
     assert repo.private
     assert [commit.message for commit in repo.commits] == [
@@ -309,7 +310,7 @@ def test_two_processes_push_once(runs, hub, home):
         "Null-space bundle of tiny-sd1: 4 prompts, ddim, format 1",  # not where it lies on this machine
     ]
     assert done.stdout.count("Pushed to") == 1
-    runs["train in two"].result()
+    assert "Num processes: 2" in runs["train in two"].result().stderr
     repo = hub.repos["model", "ada/pair"]
     assert [commit.message for commit in repo.commits][1:] == [f"Null-space DreamBooth LoRA of tiny-sd1: {PROMPT}"]
     assert LORA_NAME in repo.commits[-1].files and not repo.private
@@ -488,13 +489,13 @@ def test_an_unusable_bundle_is_refused_before_the_model_is_looked_for(runs, hub,
     error = sentence(runs[f"refuse {name}"].result())
     assert re.search(REFUSALS[name], error), error
     assert error.endswith(".")
-    assert not any("nowhere" in request.path for request in hub.requests)
-    assert not (home / "none").exists()
+    assert not any(f"nowhere-{name}" in request.path for request in hub.requests)
+    assert not (home / f"none-{name}").exists()
 
 
 def test_the_bundle_of_another_model_is_refused(runs, home):
     assert re.search(f"built for {MODEL}, .* use the bundle of this model", sentence(runs["another model"].result()))
-    assert not (home / "none").exists()
+    assert not (home / "none-other-model").exists()
 
 
 LOAD = """

@@ -20,11 +20,15 @@ are summed on the way. Add `--push_to_hub` to publish the bundle as a dataset, n
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import shlex
+import shutil
 import sys
+import tempfile
+from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 
@@ -45,6 +49,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from huggingface_hub import DatasetCardData
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from nullspace_utils import (
@@ -150,6 +156,13 @@ def parse_args(argv=None):
         "--mixed_precision", choices=DTYPES, default="no", help="Precision of the model (default: %(default)s)."
     )
     group.add_argument("--seed", type=int, default=0, help="Prompt i is drawn from seed + i (default: %(default)s).")
+    group.add_argument(
+        "--checkpointing_steps",
+        type=int,
+        default=10,
+        help="Batches of prompts between checkpoints, in <output_dir>.checkpoint: a build that was killed goes on from "
+        "there when the same command is run again (default: %(default)s).",
+    )
 
     group = parser.add_argument_group("bundle")
     group.add_argument(
@@ -169,7 +182,7 @@ def parse_args(argv=None):
         parser.error("--pretrained_model_name_or_path is needed to build a bundle.")
     if args.pretrained_model_name_or_path and (args.prompts_file is None) == (args.prompts_dataset_name is None):
         parser.error("give the prompts as either --prompts_file or --prompts_dataset_name.")
-    for name in ("max_prompts", "resolution", "batch_size", "num_inference_steps"):
+    for name in ("max_prompts", "resolution", "batch_size", "num_inference_steps", "checkpointing_steps"):
         values = getattr(args, name)
         if values is not None and min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name} must be at least 1.")
@@ -179,40 +192,83 @@ def parse_args(argv=None):
 # ---- What goes in ----------------------------------------------------------------------------------------------------
 
 
+class Prompts:
+    """The prompts to protect, the empty one first: in a temporary file rather than in memory, however many they are.
+
+    Only one iteration at a time.
+
+    Args:
+        lines (`Iterable[str]`): prompts and empty lines, which are passed over.
+        limit (`int`, *optional*): take only the first so many prompts.
+
+    Attributes:
+        sha256 (`str`): of the prompts joined by newlines.
+        examples (`list[str]`): up to 8 of them, evenly spread.
+    """
+
+    def __init__(self, lines, limit=None):
+        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._count, digest, kept, stride = 0, hashlib.sha256(), [], 1
+        for prompt in chain([""], islice(filter(None, map(str.strip, lines)), limit)):
+            self._file.write(json.dumps(prompt) + "\n")  # a prompt of a dataset may hold a newline
+            digest.update(("\n" if self._count else "").encode() + prompt.encode())
+            if self._count and (self._count - 1) % stride == 0:
+                kept.append(prompt)
+            if len(kept) == 16:
+                kept, stride = kept[::2], 2 * stride
+            self._count += 1
+        self.sha256 = digest.hexdigest()
+        shown = min(8, len(kept))
+        self.examples = [kept[len(kept) * index // shown] for index in range(shown)]
+
+    def __len__(self):
+        return self._count
+
+    def __iter__(self):
+        self._file.seek(0)
+        return map(json.loads, self._file)
+
+
 def read_prompts(args):
-    """The prompts to protect, the empty one first.
+    """The `Prompts` to protect.
 
     Raises:
         NullSpaceError: if there are none.
     """
-    if args.prompts_file is not None:
-        try:
-            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise NullSpaceError(f"--prompts_file {args.prompts_file} cannot be read: {error}.") from error
-    else:
-        from datasets import load_dataset  # slow to import, and seldom needed
-
-        try:
-            rows = load_dataset(
-                args.prompts_dataset_name, args.prompts_dataset_config_name, split=args.prompts_split, streaming=True
-            )
-            columns = list(next(iter(rows), {args.prompt_column: None}))
-            rows = rows.take(args.max_prompts) if args.max_prompts else rows
-            lines = [row[args.prompt_column] or "" for row in rows] if args.prompt_column in columns else []
-        except (OSError, ValueError) as error:
-            raise NullSpaceError(
-                f"--prompts_dataset_name {args.prompts_dataset_name} cannot be read ({reason(error)})."
-            ) from error
-        if args.prompt_column not in columns:
-            raise NullSpaceError(
-                f"--prompts_dataset_name {args.prompts_dataset_name} has no column '{args.prompt_column}'; choose a "
-                f"--prompt_column of {', '.join(columns)}."
-            )
-    prompts = [line.strip() for line in lines if line.strip()][: args.max_prompts]
-    if not prompts:
+    prompts = Prompts(file_lines(args) if args.prompts_file else dataset_lines(args), args.max_prompts)
+    if len(prompts) == 1:
         raise NullSpaceError(f"{args.prompts_file or args.prompts_dataset_name} holds no prompt.")
-    return [""] + prompts
+    return prompts
+
+
+def file_lines(args):
+    try:
+        with open(args.prompts_file, encoding="utf-8") as file:
+            yield from file
+    except (OSError, UnicodeDecodeError) as error:
+        raise NullSpaceError(f"--prompts_file {args.prompts_file} cannot be read: {error}.") from error
+
+
+def dataset_lines(args):
+    from datasets import load_dataset  # slow to import, and seldom needed
+
+    column = args.prompt_column
+    try:
+        rows = load_dataset(
+            args.prompts_dataset_name, args.prompts_dataset_config_name, split=args.prompts_split, streaming=True
+        )
+        columns = list(next(iter(rows), {column: None}))
+        if column in columns:
+            yield from (row[column] or "" for row in rows)
+            return
+    except (OSError, ValueError) as error:
+        raise NullSpaceError(
+            f"--prompts_dataset_name {args.prompts_dataset_name} cannot be read ({reason(error)})."
+        ) from error
+    raise NullSpaceError(
+        f"--prompts_dataset_name {args.prompts_dataset_name} has no column '{column}'; choose a --prompt_column of "
+        f"{', '.join(columns)}."
+    )
 
 
 def make_scheduler(sampler, config):
@@ -224,17 +280,80 @@ def make_scheduler(sampler, config):
 # ---- Collecting ------------------------------------------------------------------------------------------------------
 
 
-def collect_moments(pipeline, prompts, groups, args, state):
+class Checkpoint:
+    """What this process has summed so far, in a folder beside the bundle.
+
+    Sums, counts and the number of batches are in one file, which is renamed into place, so that they always agree.
+
+    Args:
+        output_dir (`Path`): the bundle's folder.
+        settings (`dict`): all that determines the result; a checkpoint of others is refused.
+        state (`PartialState`): names the process.
+    """
+
+    def __init__(self, output_dir, settings, state):
+        output_dir = Path(output_dir).resolve()
+        self.folder = output_dir.with_name(f"{output_dir.name}.checkpoint")
+        self.path = self.folder / f"process-{state.process_index}.safetensors"
+        self.settings = json.loads(json.dumps(settings))
+        self.device = state.device
+
+    def save(self, moments, batches):
+        """Record what `moments` hold after so many batches."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metadata = {
+            "batches": str(batches),
+            "settings": json.dumps(self.settings),
+            # A list, for the order in which the inputs were first seen is that of the bundle's files
+            "tokens": json.dumps([[*key, count] for key, count in moments.tokens.items()]),
+        }
+        tensors = {f"{group} {source}": total for (group, source), total in moments.sums.items()}
+        partial = self.path.with_name(f"partial-{self.path.name}")
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, self.path)
+
+    def load(self, moments):
+        """Put what was recorded, if anything, into `moments`, and return the number of batches that it holds.
+
+        Raises:
+            NullSpaceError: if it was recorded with other settings, or cannot be read.
+        """
+        if not self.path.is_file():
+            return 0
+        try:
+            with safe_open(self.path, "pt", device=str(self.device)) as file:
+                metadata = file.metadata()
+                settings = json.loads(metadata["settings"])
+                differing = [key for key in self.settings if settings.get(key) != self.settings[key]]
+                if differing:
+                    raise NullSpaceError(
+                        f"{self.folder} is the checkpoint of another build ({', '.join(differing)}); run that "
+                        "command again, or delete the folder to start anew."
+                    )
+                for group, source, tokens in json.loads(metadata["tokens"]):
+                    moments.sums[group, source] = file.get_tensor(f"{group} {source}")
+                    moments.tokens[group, source] = tokens
+        except (OSError, SafetensorError) as error:
+            raise NullSpaceError(f"{self.path} cannot be read ({error}); delete it to start anew.") from error
+        return int(metadata["batches"])
+
+    def remove(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
     """Draw this process's share of the prompts and return the `SecondMoments` over all processes."""
     group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
     inputs = attention_inputs(pipeline.unet, args.attention)
     if args.with_text_encoder:
         inputs |= text_encoder_inputs(pipeline.text_encoder)
     moments = SecondMoments(pipeline.unet, inputs, group_of, pipeline.text_encoder)
-    numbered = list(enumerate(prompts))[state.process_index :: state.num_processes]
-    batches = [numbered[start : start + args.batch_size] for start in range(0, len(numbered), args.batch_size)]
+    done = checkpoint.load(moments)
+    steps_per_batch = sum(args.num_inference_steps)
+    share = range(state.process_index, len(prompts), state.num_processes)
     progress = tqdm(
-        total=len(batches) * sum(args.num_inference_steps),
+        total=math.ceil(len(share) / args.batch_size) * steps_per_batch,
+        initial=done * steps_per_batch,
         desc="Collecting",
         unit="step",
         disable=not state.is_local_main_process,
@@ -244,8 +363,10 @@ def collect_moments(pipeline, prompts, groups, args, state):
         progress.update()
         return values
 
+    numbered = islice(enumerate(prompts), share.start, None, share.step)
+    batches = iter(lambda: list(islice(numbered, args.batch_size)), [])
     with moments.collect():
-        for batch in batches:
+        for number, batch in enumerate(islice(batches, done, None), done + 1):
             moments.start_batch()
             for steps in args.num_inference_steps:
                 pipeline(
@@ -259,6 +380,8 @@ def collect_moments(pipeline, prompts, groups, args, state):
                     output_type="latent",
                     callback_on_step_end=advance,
                 )
+            if number % args.checkpointing_steps == 0:
+                checkpoint.save(moments, number)
     progress.close()
     moments.reduce(lambda tensor: reduce(tensor, "sum"))
     return moments
@@ -302,8 +425,8 @@ def describe(pipeline, prompts, revision, args):
         "prompts": {
             "source": source,
             "count": len(prompts),
-            "sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-            "examples": prompts[1 :: max(1, len(prompts) // 8)][:8],
+            "sha256": prompts.sha256,
+            "examples": prompts.examples,
         },
         "seed": args.seed,
         "mixed_precision": args.mixed_precision,
@@ -313,6 +436,15 @@ def describe(pipeline, prompts, revision, args):
             **{module.__name__: module.__version__ for module in (torch, diffusers, transformers, accelerate, peft)},
         },
     }
+
+
+def weights_sha256(*models):
+    """Hex digest of all weights of models in float32."""
+    digest = hashlib.sha256()
+    for model in models:
+        for tensor in model.state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def without_token(argv):
@@ -597,6 +729,7 @@ def main(args):
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)
     args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     config = describe(pipeline, prompts, revision, args)
+    weights = weights_sha256(pipeline.unet, pipeline.text_encoder)
     pipeline.to(state.device, DTYPES[args.mixed_precision])
 
     # Draw the prompts and sum what the layers read
@@ -606,13 +739,17 @@ def main(args):
         visited += pipeline.scheduler.timesteps.tolist()
     count = {JOINT: 1, "stages": STAGES, "steps": len(visited)}[args.timestep_groups]
     groups = timestep_groups(visited, count, pipeline.scheduler.config.num_train_timesteps)
-    moments = collect_moments(pipeline, prompts, groups, args, state)
+    settings = {key: value for key, value in config.items() if key != "command"}
+    settings |= {"groups": groups, "weights": weights, "batch_size": args.batch_size, "processes": state.num_processes}
+    checkpoint = Checkpoint(args.output_dir, settings, state)
+    moments = collect_moments(pipeline, prompts, groups, checkpoint, args, state)
 
     # Decompose, write and publish
     if state.is_main_process:
         bundle = Bundle.from_moments(moments, groups, config)
         license_name = base_license(args.pretrained_model_name_or_path, args.hub_token)
         bundle.save(args.output_dir, extras=[draw_spectra, write_card(license_name)])
+        checkpoint.remove()
         print_table(*rank_table(bundle))
         print(f"Wrote {args.output_dir}")
         if args.push_to_hub:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,3 +139,22 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpro
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def kill_script() -> Callable[..., None]:
+    """Start a script and end it with SIGKILL once a file is there: `kill_script(path, "build_nullspace.py", ...)`."""
+
+    def kill(path: Path, script, *args) -> None:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, (script, *args))], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+        finally:
+            process.kill()
+        assert process.wait() == -9 and path.exists(), f"{script} was not killed in the middle of its work"
+
+    return kill

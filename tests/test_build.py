@@ -1,14 +1,18 @@
 """build_nullspace.py: what it collects, from what it is given, and what it refuses."""
 
 import csv
+import hashlib
 import json
+import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
 
 import build_nullspace
-from nullspace_utils import JOINT, TEXT_INPUT, Bundle, NullSpaceError, SecondMoments, attention_inputs
+from nullspace_utils import JOINT, TEXT_INPUT, Bundle, NullSpaceError, SecondMoments, attention_inputs, sha256
 
 
 PROMPTS = ["a red star", "a photo of a large blue heart on a white background", "a ring", "a moon on black", "a cross"]
@@ -102,7 +106,7 @@ def test_two_processes_build_what_one_does(run_script, tiny_sd1, prompts_file, t
         assert relative(two.group(JOINT)[source].eigenvalues, spectrum.eigenvalues) < 1e-5
 
 
-def test_sums_before_rounding_do_not_depend_on_the_batch(tiny_sd1):
+def test_sums_before_rounding_do_not_depend_on_the_batch(tiny_sd1, tmp_path):
     """In float32, as accumulated: to 1e-5, with a sampler that adds noise at every step."""
     collected = []
     for size in (1, 3):
@@ -115,10 +119,97 @@ def test_sums_before_rounding_do_not_depend_on_the_batch(tiny_sd1):
         pipeline.scheduler.set_timesteps(3)
         groups = [{"name": JOINT, "timesteps": [round(t) for t in pipeline.scheduler.timesteps.tolist()]}]
         state = build_nullspace.PartialState()
-        moments = build_nullspace.collect_moments(pipeline, ["", *PROMPTS], groups, args, state)
+        checkpoint = build_nullspace.Checkpoint(tmp_path / str(size), {}, state)
+        moments = build_nullspace.collect_moments(pipeline, ["", *PROMPTS], groups, checkpoint, args, state)
         collected.append(moments.sums)
     assert collected[0].keys() == collected[1].keys()
     assert max(relative(collected[1][key], collected[0][key]) for key in collected[0]) < 1e-5
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_run_again_builds_the_same_bundle(kill_script, tiny_sd1, tmp_path):
+    """Bit for bit, with a sampler that adds noise at every step; another build does not go on from the checkpoint."""
+    prompts, bundle, checkpoint = tmp_path / "prompts.txt", tmp_path / "bundle", tmp_path / "bundle.checkpoint"
+    prompts.write_text("\n".join(PROMPTS * 5))
+    flags = ("--sampler", "euler_a", "--timestep_groups", "steps", "--with_text_encoder")
+    flags += ("--batch_size", 2, "--checkpointing_steps", 2)
+    build(tmp_path / "undisturbed", tiny_sd1, prompts, *flags)
+    kill_script(
+        checkpoint / "process-0.safetensors",
+        "build_nullspace.py", "--pretrained_model_name_or_path", tiny_sd1, "--output_dir", bundle,
+        "--num_inference_steps", 4, "--prompts_file", prompts, *flags,
+    )  # fmt: skip
+    assert not bundle.exists()
+    with safe_open(checkpoint / "process-0.safetensors", "pt") as file:
+        done = int(file.metadata()["batches"])
+    assert 0 < done < 13 and done % 2 == 0
+    (checkpoint / "partial-process-0.safetensors").write_bytes(b"killed while this was written")
+    for name, value in (("seed", 1), ("batch_size", 4)):
+        with pytest.raises(NullSpaceError, match=rf"another build \({name}\)"):
+            build(bundle, tiny_sd1, prompts, *flags, f"--{name}", value)
+    prompts.write_text("\n".join(PROMPTS * 5).replace("star", "stars"))
+    with pytest.raises(NullSpaceError, match=r"another build \(prompts\)"):
+        build(bundle, tiny_sd1, prompts, *flags)
+    prompts.write_text("\n".join(PROMPTS * 5))
+    build(bundle, tiny_sd1, prompts, *flags)
+    assert not checkpoint.exists()
+    digests = [{p.name: sha256(p) for p in (tmp_path / n).glob("*.safetensors")} for n in ("undisturbed", "bundle")]
+    assert len(digests[0]) == 7 and digests[0] == digests[1]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_each_process_goes_on_with_its_own_share(tiny_sd1, tmp_path):
+    """The shares of two processes, one after the other; each is stopped after two batches of three."""
+    args = build_nullspace.parse_args(["--pretrained_model_name_or_path", "x", "--prompts_file", "x"])
+    args.num_inference_steps, args.guidance_scale, args.batch_size, args.checkpointing_steps = [2], 5.0, 1, 1
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.set_timesteps(2)
+    groups = [{"name": JOINT, "timesteps": pipeline.scheduler.timesteps.tolist()}]
+
+    def collect(folder, rank, drawn, stop_after=3):
+        def draw(prompts, **settings):
+            if len(drawn) == stop_after:
+                raise Killed
+            drawn.extend(prompts)
+            pipeline(prompts, **settings)
+
+        models = SimpleNamespace(unet=pipeline.unet, text_encoder=pipeline.text_encoder)
+        drawing = type("Drawing", (SimpleNamespace,), {"__call__": lambda self, *a, **k: draw(*a, **k)})
+        state = SimpleNamespace(
+            process_index=rank, num_processes=2, device=torch.device("cpu"), is_local_main_process=False
+        )
+        checkpoint = build_nullspace.Checkpoint(tmp_path / folder, {}, state)
+        return build_nullspace.collect_moments(drawing(**vars(models)), ["", *PROMPTS], groups, checkpoint, args, state)
+
+    for rank in (0, 1):
+        whole, first, rest = [], [], []
+        expected = collect(f"whole-{rank}", rank, whole)
+        with pytest.raises(Killed):
+            collect("stopped", rank, first, stop_after=2)
+        actual = collect("stopped", rank, rest)
+        assert whole == first + rest == ["", *PROMPTS][rank::2]
+        assert list(actual.tokens.items()) == list(expected.tokens.items())
+        assert all(torch.equal(actual.sums[key], expected.sums[key]) for key in expected.sums)
+    assert {path.name for path in (tmp_path / "stopped.checkpoint").iterdir()} == {
+        "process-0.safetensors",
+        "process-1.safetensors",
+    }
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tiny_sd1, prompts_file, tmp_path):
+    (tmp_path / "bundle.checkpoint").mkdir()
+    (tmp_path / "bundle.checkpoint" / "process-0.safetensors").write_bytes(b"nothing")
+    with pytest.raises(NullSpaceError, match="cannot be read .* delete it"):
+        build(tmp_path / "bundle", tiny_sd1, prompts_file)
+
+
+# ---- Settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", build_nullspace.SAMPLERS)
@@ -165,6 +256,30 @@ def test_several_step_counts_are_joined(tiny_sd1, prompts_file, tmp_path):
     assert config["groups"][0]["timesteps"] == [1, 201, 401, 501, 601, 801]
 
 
+@pytest.mark.parametrize("count", [1, 7, 8, 15, 16, 17, 100, 4321])
+def test_prompts_are_counted_hashed_and_sampled_as_they_stream(count):
+    expected = ["", *(f"prompt {index}\nin two lines" for index in range(count))]
+    lines = (f"  {prompt} \n" for prompt in ["  ", *expected] + ["too many"])
+    prompts = build_nullspace.Prompts(lines, limit=count)
+    assert len(prompts) == count + 1
+    assert list(prompts) == list(prompts) == expected
+    assert prompts.sha256 == hashlib.sha256("\n".join(expected).encode()).hexdigest()
+    places = [expected.index(prompt) - 1 for prompt in prompts.examples]
+    assert len(places) == min(count, 8) and places[0] == 0
+    gaps = [after - before for before, after in zip(places, places[1:], strict=False)]
+    assert all(count / 16 <= gap <= count / 4 for gap in gaps) or count <= 8
+
+
+def test_prompts_take_no_memory():
+    """Peak of Python's own memory while prompts of 10 MB in all are read and gone through."""
+    tracemalloc.start()
+    prompts = build_nullspace.Prompts(f"{index} " + 1000 * "x" for index in range(10_000))
+    assert sum(map(len, prompts)) > 1e7
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(prompts) == 10_001 and peak < 1e6
+
+
 def test_prompts_from_a_dataset(tiny_sd1, prompts_file, tmp_path):
     data = tmp_path / "prompts"
     data.mkdir()
@@ -172,7 +287,7 @@ def test_prompts_from_a_dataset(tiny_sd1, prompts_file, tmp_path):
         csv.writer(file).writerows([["caption"], *[[prompt] for prompt in PROMPTS]])
     argv = ["--pretrained_model_name_or_path", str(tiny_sd1), "--prompts_dataset_name", str(data), "--prompt_column"]
     args = build_nullspace.parse_args([*argv, "caption", "--max_prompts", "3"])
-    assert build_nullspace.read_prompts(args) == ["", *PROMPTS[:3]]
+    assert list(build_nullspace.read_prompts(args)) == ["", *PROMPTS[:3]]
     with pytest.raises(NullSpaceError, match="no column 'text'.*caption"):
         build_nullspace.read_prompts(build_nullspace.parse_args(argv[:-1]))
 

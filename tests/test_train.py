@@ -29,6 +29,7 @@ from nullspace_utils import (
     find_module,
     leakage,
     load_lora,
+    sha256,
 )
 from shapes import DEMO
 
@@ -729,6 +730,25 @@ def test_resuming_gives_what_an_undisturbed_run_gives(flags, tiny_sd1, bundle1, 
     states = list(zip(tree_leaves(last["state"]), tree_leaves(again["state"]), strict=True))
     assert states and all(torch.equal(*pair) for pair in states if torch.is_tensor(pair[0]))
     assert report(resumed_dir)["leakage"]["max"] < 1e-5 or "nearest" in flags
+
+
+def test_killed_and_resumed_is_what_an_undisturbed_run_gives(kill_script, tiny_sd1, bundle1, tmp_path):
+    """Killed by SIGKILL: the LoRA is the same bit for bit, and so are all files of the last checkpoint."""
+    flags = ("--checkpointing_steps", 5, "--max_train_steps", 30, "--lr_scheduler", "linear", "--random_flip")
+    train(tiny_sd1, bundle1, tmp_path / "whole", *flags)
+    killed = tmp_path / "killed"
+    line = command_line(tiny_sd1, bundle1, killed, *flags)
+    kill_script(killed / "checkpoint-5", "train_dreambooth_nullspace.py", *line)
+    assert not (killed / "checkpoint-30").exists() and not (killed / LORA_NAME).exists()
+    train(tiny_sd1, bundle1, killed, *flags, "--resume_from_checkpoint", "latest")
+    for folder in (".", "checkpoint-30"):  # as tensors, for safetensors puts what else it holds in any order
+        assert same(*(load_file(tmp_path / run / folder / LORA_NAME) for run in ("whole", "killed")))
+    digests = [
+        {path.name: sha256(path) for path in (tmp_path / run / "checkpoint-30").iterdir() if path.name != LORA_NAME}
+        for run in ("whole", "killed")
+    ]
+    assert {"optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training.json"} <= set(digests[0])
+    assert digests[0] == digests[1]
 
 
 def test_resuming_without_a_seed_goes_on_with_the_first_runs(tiny_sd1, bundle1, tmp_path):

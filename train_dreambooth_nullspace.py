@@ -744,9 +744,7 @@ def load_pipeline(args, dtype, device, **components):
     if args.tokenizer_name:
         components.setdefault("tokenizer", load_tokenizer(args))
     kind = KINDS[args.model_type]
-    pipeline = kind.pipeline.from_pretrained(
-        args.model_folder, variant=args.variant, safety_checker=None, **components
-    )
+    pipeline = kind.pipeline.from_pretrained(args.model_folder, variant=args.variant, safety_checker=None, **components)
     pipeline.scheduler = kind.sampler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
@@ -884,7 +882,8 @@ def make_report(found, bundle, args):
             key: getattr(args, key)
             for key in (
                 "instance_prompt", "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
-                "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed", "mixed_precision",
+                "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed",
+                "mixed_precision",
             )
         },
         **found,

@@ -94,7 +94,6 @@ from nullspace_utils import (
 logger = get_logger(__name__)
 
 HUBER = 1e-3  # an LCM's losses are quadratic below this error of a latent, linear above, as in its distillation
-SKIPPED = 1
 REPORT_NAME = "nullspace_report.json"
 COMPARISON_NAME = "comparison.png"
 INTERPOLATION = {
@@ -621,13 +620,14 @@ def latents_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise
 def consistency_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise):
     """Huber distance of the consistency function at two points of one trajectory, as a scalar.
 
-    Latent Consistency Fine-tuning, arXiv 2310.04378, sec. 4.4: latents (batch, 4, h, w) are noised with one noise to
-    points of the solver grid that are `SKIPPED` of its steps apart, and the answer from the noisier point is drawn to
-    that from the other. The other carries no gradient and is the model's own, without an average over its past, which
-    does not help (arXiv 2310.14189, sec. 3.2). Points before the grid's first are timestep 0.
+    Latent Consistency Fine-tuning, arXiv 2310.04378, sec. 4.4: latents (batch, 4, h, w) are noised with one noise to two
+    points of the solver grid, as far apart as those of sampling in 4 steps, and the answer from the noisier point is
+    drawn to that from the other. The other carries no gradient and is the model's own, without an average over its
+    past, which does not help (arXiv 2310.14189, sec. 3.2). Points before the grid's first are timestep 0.
     """
     config = noise_scheduler.config
-    earlier = timesteps - SKIPPED * (config.num_train_timesteps // config.original_inference_steps)
+    skipped = max(1, config.original_inference_steps // KINDS["lcm"].num_inference_steps)  # k, in steps of the grid
+    earlier = timesteps - skipped * (config.num_train_timesteps // config.original_inference_steps)
     earlier = earlier.clamp_min(0)
     with torch.no_grad():
         noisy = noise_scheduler.add_noise(latents, noise, earlier)

@@ -190,7 +190,7 @@ def main():
         library.utils.logging.disable_progress_bar()
     settings = {
         "max_train_steps": args.max_train_steps, "methods": METHODS, "guidance_scale": GUIDANCE,
-        "skipped": trainer.SKIPPED, "huber": trainer.HUBER,
+        "huber": trainer.HUBER,
     }  # fmt: skip
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if results.get("settings") != json.loads(json.dumps(settings)):  # of other settings: begin anew

@@ -620,8 +620,8 @@ def latents_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise
 def consistency_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise):
     """Huber distance of the consistency function at two points of one trajectory, as a scalar.
 
-    Latent Consistency Fine-tuning, arXiv 2310.04378, sec. 4.4: latents (batch, 4, h, w) are noised with one noise to two
-    points of the solver grid, as far apart as those of sampling in 4 steps, and the answer from the noisier point is
+    Latent Consistency Fine-tuning, arXiv 2310.04378, sec. 4.4: latents (batch, 4, h, w) are noised with one noise to
+    two points of the solver grid, as far apart as those of sampling in 4 steps; the answer from the noisier point is
     drawn to that from the other. The other carries no gradient and is the model's own, without an average over its
     past, which does not help (arXiv 2310.14189, sec. 3.2). Points before the grid's first are timestep 0.
     """

@@ -41,11 +41,12 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, reduce
 from diffusers import (
     DDIMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
     LCMScheduler,
+    StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
 from huggingface_hub import DatasetCardData
@@ -58,6 +59,7 @@ from nullspace_utils import (
     CONFIG_NAME,
     ENERGIES,
     JOINT,
+    MODEL_TYPES,
     TABLE_NAME,
     TEXT_ENCODER,
     TEXT_INPUT,
@@ -106,6 +108,7 @@ DEFAULTS = {
     "sd": {"sampler": "ddim", "num_inference_steps": [25], "guidance_scale": 7.5, "timestep_groups": JOINT},
     "lcm": {"sampler": "lcm", "num_inference_steps": [1, 2, 4, 8], "guidance_scale": 8.5, "timestep_groups": "steps"},
 }
+PIPELINES = {"sd": StableDiffusionPipeline, "lcm": LatentConsistencyModelPipeline}
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -121,6 +124,12 @@ def parse_args(argv=None):
     )
     group.add_argument("--revision", help="Revision of the base model on the Hub.")
     group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
+    group.add_argument(
+        "--model_type",
+        choices=["auto", *MODEL_TYPES],
+        default="auto",
+        help="Stable Diffusion or Latent Consistency Model; auto reads it from the model (default: %(default)s).",
+    )
     group.add_argument(
         "--attention",
         choices=["cross", "self", "all"],
@@ -702,7 +711,9 @@ def main(args):
     if model is not None:
         check_output_folder(args.output_dir)
         prompts = read_prompts(args)
-        args.model_type = model_type(model, args.revision, args.hub_token)
+        args.model_type = model_type(model, args.revision, args.hub_token, args.model_type)
+        if args.model_type == "lcm" and args.sampler not in (None, "lcm"):
+            raise NullSpaceError(f"A Latent Consistency Model is drawn with --sampler lcm only, not {args.sampler}.")
     elif (args.output_dir / CONFIG_NAME).is_file():
         check_files(args.output_dir)
         retry = f"push it with: {push_command(repo_id, args)}"
@@ -723,7 +734,7 @@ def main(args):
             setattr(args, name, value)
 
     # Load the model with the sampler
-    pipeline = DiffusionPipeline.from_pretrained(folder, variant=args.variant, safety_checker=None)
+    pipeline = PIPELINES[args.model_type].from_pretrained(folder, variant=args.variant, safety_checker=None)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)
@@ -735,7 +746,10 @@ def main(args):
     # Draw the prompts and sum what the layers read
     visited = []
     for steps in args.num_inference_steps:
-        pipeline.scheduler.set_timesteps(steps)
+        try:
+            pipeline.scheduler.set_timesteps(steps)
+        except ValueError as error:  # more steps than the sampler has
+            raise NullSpaceError(f"--num_inference_steps {steps} is too many ({reason(error)}).") from error
         visited += pipeline.scheduler.timesteps.tolist()
     count = {JOINT: 1, "stages": STAGES, "steps": len(visited)}[args.timestep_groups]
     groups = timestep_groups(visited, count, pipeline.scheduler.config.num_train_timesteps)

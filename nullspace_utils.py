@@ -48,7 +48,8 @@ TEXT_INPUT = "encoder_hidden_states"
 TEXT_ENCODER = "text_encoder"  # names of the text encoder's own layers and inputs begin with it and a dot
 TIMELESS = [TEXT_INPUT, TEXT_ENCODER]  # groups of inputs that do not depend on the timestep
 JOINT = "joint"
-MODEL_TYPES = {"StableDiffusionPipeline": "sd", "LatentConsistencyModelPipeline": "lcm"}
+PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+MODEL_TYPES = {"sd": "a Stable Diffusion model", "lcm": "a Latent Consistency Model"}
 ENERGIES = (0.9, 0.99, 0.999, 0.9999)
 DEFAULT_THRESHOLDS = {"energy": 0.999, "eigenvalue": 2e-2, "percentile": 10.0}
 
@@ -128,21 +129,45 @@ def fingerprint(unet, modules, text_encoder=None):
     return digest.hexdigest()
 
 
-def model_type(name_or_path, revision=None, token=None):
+def model_type(name_or_path, revision=None, token=None, wanted="auto"):
     """Whether a pipeline in a folder or on the Hub is a Stable Diffusion ("sd") or a Latent Consistency one ("lcm").
 
-    Raises:
-        NullSpaceError: if it cannot be had, or is of another kind.
-    """
-    from diffusers import DiffusionPipeline  # takes seconds to import, which the mathematics need not wait for
+    Its UNet decides: that of a Latent Consistency Model takes an embedding of the guidance scale. Where that is missing
+    though pipeline or scheduler are a Latent Consistency Model's, only the user can know.
 
-    try:
-        kind = DiffusionPipeline.load_config(name_or_path, revision=revision, token=token)["_class_name"]
-    except Exception as error:  # among them those of the HTTP library, which differ between versions
-        raise NullSpaceError(f"The base model {name_or_path} cannot be had ({reason(error)}).") from error
-    if kind not in MODEL_TYPES:
-        raise NullSpaceError(f"{name_or_path} is a {kind}; only {' and '.join(MODEL_TYPES)} models are supported.")
-    return MODEL_TYPES[kind]
+    Args:
+        wanted (`str`): "auto", or the type that the user says it is.
+
+    Raises:
+        NullSpaceError: if it cannot be had, is of another kind, or not what is wanted.
+    """
+    from diffusers import DiffusionPipeline, UNet2DConditionModel  # take seconds to import
+
+    def load(kind, **where):
+        try:
+            return kind.load_config(name_or_path, revision=revision, token=token, **where)
+        except Exception as error:  # among them those of the HTTP library, which differ between versions
+            raise NullSpaceError(f"The base model {name_or_path} cannot be had ({reason(error)}).") from error
+
+    index = load(DiffusionPipeline)
+    pipeline = index["_class_name"]
+    if pipeline not in PIPELINES:
+        raise NullSpaceError(f"{name_or_path} is a {pipeline}; only {' and '.join(PIPELINES)} models are supported.")
+    unet = load(UNet2DConditionModel, subfolder="unet")
+    found = "sd" if unet.get("time_cond_proj_dim") is None else "lcm"
+    named = [name for name in (pipeline, index.get("scheduler", [None])[-1]) if name in (PIPELINES[1], "LCMScheduler")]
+    if found == "sd" and named and wanted != "sd":
+        raise NullSpaceError(
+            f"{name_or_path} has a {named[0]}, but its UNet takes no guidance embedding (time_cond_proj_dim), so it "
+            "is no Latent Consistency Model that can be trained; pass --model_type sd to take it as a Stable Diffusion."
+        )
+    if wanted not in ("auto", found):
+        takes = "takes no guidance embedding" if found == "sd" else "takes a guidance embedding"
+        raise NullSpaceError(
+            f"--model_type {wanted} contradicts {name_or_path}, whose UNet {takes} (time_cond_proj_dim): it is "
+            f"{found}; leave --model_type out."
+        )
+    return found
 
 
 def download_model(name_or_path, revision=None, variant=None, token=None):
@@ -481,8 +506,22 @@ class Bundle:
 
     # Checking
 
+    def check_model_type(self, kind):
+        """Raise `NullSpaceError` unless this bundle was built for this kind of model, "sd" or "lcm".
+
+        Sizes and weights may agree all the same: a Latent Consistency Model sees other inputs, at other timesteps.
+        """
+        built_for = self.config["model_type"]
+        if kind != built_for:
+            raise NullSpaceError(
+                f"The bundle was built for {MODEL_TYPES[built_for]} ({self.config['base_model']['id']}) and protects "
+                f"nothing of {MODEL_TYPES[kind]}, even one of the same sizes; use the bundle of this model or build "
+                "one with build_nullspace.py."
+            )
+
     def check(self, unet, text_encoder=None):
         """Raise `NullSpaceError` unless this bundle was built from the weights of this UNet (and text encoder)."""
+        self.check_model_type("sd" if unet.config.time_cond_proj_dim is None else "lcm")
         present = dict(unet.named_modules())
         if not any(name in present for name in self.config["modules"]):
             raise NullSpaceError("The bundle covers no layer of this UNet; build one for this model.")
@@ -528,7 +567,7 @@ class Bundle:
         Raises:
             NullSpaceError: if they do not.
         """
-        for key in ("base_model", "modules", "groups", TEXT_ENCODER):
+        for key in ("base_model", "model_type", "modules", "groups", TEXT_ENCODER):
             mine, theirs = self.config.get(key), other.config.get(key)
             if key == "base_model":
                 mine, theirs = mine["fingerprint"], theirs["fingerprint"]

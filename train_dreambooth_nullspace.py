@@ -5,7 +5,7 @@
 #     "tqdm", "transformers",
 # ]
 # ///
-"""Teach Stable Diffusion a subject from a few pictures, with a LoRA that leaves all else in place.
+"""Teach Stable Diffusion or an LCM a subject from a few pictures, with a LoRA that leaves all else in place.
 
     accelerate launch train_dreambooth_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -29,8 +29,11 @@ import re
 import shlex
 import shutil
 import sys
+from bisect import bisect_left
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import torch
@@ -42,8 +45,9 @@ from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broa
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -65,6 +69,7 @@ from nullspace_utils import (
     DEFAULT_THRESHOLDS,
     JOINT,
     LORA_NAME,
+    MODEL_TYPES,
     TEXT_ENCODER,
     Bundle,
     NullSpaceError,
@@ -88,6 +93,7 @@ from nullspace_utils import (
 
 logger = get_logger(__name__)
 
+HUBER = 1e-3  # an LCM's losses are quadratic below this error of a latent, linear above, as in its distillation
 REPORT_NAME = "nullspace_report.json"
 COMPARISON_NAME = "comparison.png"
 INTERPOLATION = {
@@ -103,6 +109,21 @@ REPLACED = {
     "--class_prompt": f"--prompts_file of {BUILDER}, where the class prompt is one of many",
     "--prior_generation_precision": f"--mixed_precision of {BUILDER}",
     "--sample_batch_size": f"--batch_size of {BUILDER}",
+}
+
+
+class Kind(NamedTuple):
+    """What differs between the types of model: how they are trained, and how they are drawn with."""
+
+    pipeline: type
+    noise_scheduler: type
+    sampler: type
+    num_inference_steps: int
+
+
+KINDS = {
+    "sd": Kind(StableDiffusionPipeline, DDPMScheduler, DPMSolverMultistepScheduler, 25),
+    "lcm": Kind(LatentConsistencyModelPipeline, LCMScheduler, LCMScheduler, 4),
 }
 PUBLISHED = [LORA_NAME, "README.md", REPORT_NAME, COMPARISON_NAME, "pictures/*.png"]
 
@@ -126,6 +147,12 @@ def parse_args(argv=None):
     group.add_argument("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model.")
     group.add_argument("--revision", help="Revision of the base model on the Hub.")
     group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
+    group.add_argument(
+        "--model_type",
+        choices=["auto", *MODEL_TYPES],
+        default="auto",
+        help="Stable Diffusion or Latent Consistency Model; auto reads it from the model (default: %(default)s).",
+    )
     group.add_argument("--tokenizer_name", help="Folder or Hub id of another tokenizer than the model's own.")
     group.add_argument("--tokenizer_max_length", type=int, help="Tokens of a prompt (default: the tokenizer's own).")
     group.add_argument(
@@ -240,6 +267,13 @@ def parse_args(argv=None):
         "--cache_latents",
         action="store_true",
         help="Encode the pictures once and free the VAE; each picture then keeps its first crop.",
+    )
+    group.add_argument(
+        "--lcm_loss",
+        choices=["consistency", "x0", "epsilon"],
+        help="What an LCM is trained with: consistency asks for one end from two points of a noised trajectory "
+        "(Latent Consistency Fine-tuning, arXiv 2310.04378), x0 for the picture from one point, epsilon is the plain "
+        "diffusion loss (default for an LCM: consistency).",
     )
     group.add_argument("--snr_gamma", type=float, help="Min-SNR weighting of the loss (arXiv 2303.09556), mostly 5.")
     group.add_argument(
@@ -481,30 +515,35 @@ class TimestepSampler:
     Args:
         groups (`list[dict]`): the bundle's groups for "nearest", or an empty list, for which every draw is from all
             timesteps and the group is "joint".
-        num_train_timesteps (`int`): of the noise schedule.
+        timesteps (`Sequence[int]`): those to draw from, ascending.
     """
 
     UNPROTECTED = "unprotected"  # timesteps outside of all groups, where only a range of timesteps is protected
 
-    def __init__(self, groups, num_train_timesteps):
-        self.intervals, start = [], 0
+    def __init__(self, groups, timesteps):
+        self.intervals, start = [], 0  # (first, end, group), counted in `timesteps`
         for group in sorted(groups, key=lambda group: group["range"]):
-            first, last = group["range"]
+            first, end = (bisect_left(timesteps, edge) for edge in (group["range"][0], group["range"][1] + 1))
             if first > start:
                 self.intervals.append((start, first, self.UNPROTECTED))
-            self.intervals.append((first, last + 1, group["name"]))
-            start = last + 1
-        if start < num_train_timesteps:
-            self.intervals.append((start, num_train_timesteps, self.UNPROTECTED if groups else JOINT))
-        self.num_train_timesteps = num_train_timesteps
+            if end > first:
+                self.intervals.append((first, end, group["name"]))
+            start = end
+        if start < len(timesteps):
+            self.intervals.append((start, len(timesteps), self.UNPROTECTED if groups else JOINT))
+        self.timesteps = torch.tensor(timesteps)
 
     def group(self, generator):
         """Draw the interval (first, end, group) of one optimizer step, each in proportion to its width.
 
         The generator must be the same on all processes, so that they agree on the null space.
         """
-        timestep = torch.randint(self.num_train_timesteps, (1,), generator=generator).item()
-        return next(interval for interval in self.intervals if interval[0] <= timestep < interval[1])
+        index = torch.randint(len(self.timesteps), (1,), generator=generator).item()
+        return next(interval for interval in self.intervals if interval[0] <= index < interval[1])
+
+    def draw(self, first, end, count, generator):
+        """Timesteps (count,) of an interval."""
+        return self.timesteps[torch.randint(first, end, (count,), generator=generator)]
 
 
 @torch.no_grad()
@@ -540,6 +579,66 @@ def diffusion_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noi
     weights = snr.clamp(max=snr_gamma) / (snr if kind == "epsilon" else snr + 1)
     losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
     return (losses * weights).mean()
+
+
+def solver_grid(noise_scheduler):
+    """The timesteps that an LCM was distilled on, ascending: `original_inference_steps` of all, evenly spaced."""
+    noise_scheduler.set_timesteps(noise_scheduler.config.original_inference_steps)
+    return noise_scheduler.timesteps.flip(0).tolist()
+
+
+def embed_guidance(guidance_scale, size):
+    """The embedding (1, size) of a guidance scale that an LCM's UNet takes, as its pipeline computes it."""
+    # The method uses nothing of the pipeline, which embeds one less than the scale that it is called with.
+    embed = partial(LatentConsistencyModelPipeline.get_guidance_scale_embedding, None)
+    return embed(torch.tensor([guidance_scale - 1.0]), size)
+
+
+def consistency_function(unet, noise_scheduler, noisy, timesteps, prompt_embeds):
+    """The clean latents at the end of the trajectory through noisy ones (batch, 4, h, w): f of arXiv 2310.04378, eq. 9.
+
+    c_skip and c_out, as `LCMScheduler` samples with them, make it the identity at timestep 0.
+    """
+    prediction, noisy = unet(noisy, timesteps, prompt_embeds).sample.float(), noisy.float()
+    alpha_bar = noise_scheduler.alphas_cumprod.to(noisy.device)[timesteps]
+    scalings = noise_scheduler.get_scalings_for_boundary_condition_discrete(timesteps)
+    keep, lose, c_skip, c_out = (
+        each.view(-1, 1, 1, 1) for each in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), *scalings)
+    )
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        return c_skip * noisy + c_out * (keep * noisy - lose * prediction)
+    return c_skip * noisy + c_out * (noisy - lose * prediction) / keep
+
+
+def latents_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise):
+    """Huber distance of the consistency function from the clean latents (batch, 4, h, w), as a scalar."""
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    answer = consistency_function(unet, noise_scheduler, noisy, timesteps, prompt_embeds)
+    return F.smooth_l1_loss(answer, latents.float(), beta=HUBER)
+
+
+def consistency_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise):
+    """Huber distance of the consistency function at two points of one trajectory, as a scalar.
+
+    Latent Consistency Fine-tuning, arXiv 2310.04378, sec. 4.4: latents (batch, 4, h, w) are noised with one noise to
+    two points of the solver grid, as far apart as those of sampling in 4 steps; the answer from the noisier point is
+    drawn to that from the other. The other carries no gradient and is the model's own, without an average over its
+    past, which does not help (arXiv 2310.14189, sec. 3.2). Points before the grid's first are timestep 0.
+    """
+    config = noise_scheduler.config
+    skipped = max(1, config.original_inference_steps // KINDS["lcm"].num_inference_steps)  # k, in steps of the grid
+    earlier = timesteps - skipped * (config.num_train_timesteps // config.original_inference_steps)
+    earlier = earlier.clamp_min(0)
+    with torch.no_grad():
+        noisy = noise_scheduler.add_noise(latents, noise, earlier)
+        target = consistency_function(unet, noise_scheduler, noisy, earlier, prompt_embeds)
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    answer = consistency_function(unet, noise_scheduler, noisy, timesteps, prompt_embeds)
+    return F.smooth_l1_loss(answer, target, beta=HUBER)
+
+
+# By --lcm_loss, which a Stable Diffusion has none of.
+LOSSES = {None: diffusion_loss, "consistency": consistency_loss, "x0": latents_loss, "epsilon": diffusion_loss}
 
 
 # ---- What is written -------------------------------------------------------------------------------------------------
@@ -638,16 +737,15 @@ def find_checkpoint(args):
 
 
 def load_pipeline(args, dtype, device, **components):
-    """The base model's pipeline with the sampler that diffusers' scripts validate with.
+    """The base model's pipeline with the sampler that diffusers' scripts validate with, or that an LCM has.
 
     Components that are given, which may be in training, are left as they are.
     """
     if args.tokenizer_name:
         components.setdefault("tokenizer", load_tokenizer(args))
-    pipeline = DiffusionPipeline.from_pretrained(
-        args.model_folder, variant=args.variant, safety_checker=None, **components
-    )
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    kind = KINDS[args.model_type]
+    pipeline = kind.pipeline.from_pretrained(args.model_folder, variant=args.variant, safety_checker=None, **components)
+    pipeline.scheduler = kind.sampler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module) and name not in components:
@@ -656,15 +754,19 @@ def load_pipeline(args, dtype, device, **components):
 
 
 def draw(pipeline, prompts, args, description):
-    """--num_validation_images pictures of each prompt in 25 steps, each from a seed of its own: a list of rows."""
+    """--num_validation_images pictures of each prompt, each from a seed of its own: a list of rows.
+
+    They are drawn in 25 steps, by an LCM in 4, at the guidance scale that the bundle was built at.
+    """
+    steps = KINDS[args.model_type].num_inference_steps
     rows = []
     for index in tqdm(range(args.num_validation_images), desc=description, unit="row"):
         seed = (args.seed or 0) + index
         rows.append(
             [
                 pipeline(
-                    prompt, height=args.resolution, width=args.resolution, num_inference_steps=25,
-                    generator=torch.Generator().manual_seed(seed),
+                    prompt, height=args.resolution, width=args.resolution, num_inference_steps=steps,
+                    guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
                 ).images[0]
                 for prompt in prompts
             ]
@@ -766,6 +868,7 @@ def make_report(found, bundle, args):
     """What is written of a run: its settings, and what `audit_file` found."""
     return {
         "base_model": bundle.config["base_model"],
+        "model_type": args.model_type,
         "nullspace": {
             "bundle": str(args.nullspace_name_or_path),
             "revision": bundle.revision,
@@ -779,7 +882,8 @@ def make_report(found, bundle, args):
             key: getattr(args, key)
             for key in (
                 "instance_prompt", "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
-                "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed", "mixed_precision",
+                "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed",
+                "mixed_precision",
             )
         },
         **found,
@@ -799,8 +903,12 @@ def write_card(bundle, report, prompts, pictures, args):
         instance_prompt=args.instance_prompt,
         pipeline_tag="text-to-image",
         tags=[
-            "text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", "stable-diffusion",
-            "stable-diffusion-diffusers", "dreambooth", "null-space",
+            "text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora",
+            *{
+                "sd": ("stable-diffusion", "stable-diffusion-diffusers"),
+                "lcm": ("latent-consistency-model", "lcm"),
+            }[args.model_type],
+            "dreambooth", "null-space",
         ],
         widget=[
             {"text": prompt, "output": {"url": f"pictures/{index}.png"}} for index, prompt in enumerate(prompts)
@@ -830,6 +938,9 @@ def write_card(bundle, report, prompts, pictures, args):
     drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
     base_shown = f"[{base}](https://huggingface.co/{base})" if data.base_model else f"`{base}`"
     source_shown = f"[{source}](https://huggingface.co/datasets/{source})" if data.datasets else f"`{source}`"
+    few_steps = ""
+    if args.model_type == "lcm":
+        few_steps = f", num_inference_steps=4, guidance_scale={args.guidance_scale:g}"
     text = f"""---
 {data.to_yaml()}
 ---
@@ -854,7 +965,7 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
 pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}")
-image = pipeline("{args.instance_prompt}").images[0]
+image = pipeline("{args.instance_prompt}"{few_steps}).images[0]
 ```
 
 ## Null space
@@ -1053,6 +1164,28 @@ def check_packages(args):
             require(package, flag)
 
 
+def settle_model_type(bundle, args):
+    """Set --model_type and --lcm_loss to what they come to for this model, and the guidance scale to the bundle's.
+
+    Raises:
+        NullSpaceError: if a flag contradicts the model, or the bundle is of the other type.
+    """
+    args.model_type = model_type(args.pretrained_model_name_or_path, args.revision, args.hub_token, args.model_type)
+    bundle.check_model_type(args.model_type)
+    args.guidance_scale = bundle.config["guidance_scale"]
+    if args.model_type == "lcm":
+        args.lcm_loss = args.lcm_loss or "consistency"
+    elif args.lcm_loss:
+        raise NullSpaceError(
+            f"--lcm_loss is for Latent Consistency Models, and {args.pretrained_model_name_or_path} is none."
+        )
+    if args.snr_gamma is not None and LOSSES[args.lcm_loss] is not diffusion_loss:
+        raise NullSpaceError(
+            "--snr_gamma weighs the errors of a noise prediction; an LCM is trained on those with --lcm_loss epsilon "
+            f"only, and this is {args.lcm_loss}."
+        )
+
+
 def load_protection(args):
     """The bundle, the groups of timesteps to draw from ("nearest") and what each group protects.
 
@@ -1132,9 +1265,7 @@ def main(args):
         args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, args.hub_token)
     with accelerator.main_process_first():
         bundle, nearest, protected = load_protection(args)
-    kind = model_type(args.pretrained_model_name_or_path, args.revision, args.hub_token)
-    if kind != "sd" or bundle.config["model_type"] != "sd":
-        raise NullSpaceError("This trainer is made for Stable Diffusion models, and for bundles of them.")
+    settle_model_type(bundle, args)
     for line in describe_protection(bundle, next(iter(protected.values())), args):
         logger.info(line)
     is_protected = any(item.rank for items in protected.values() for item in items.values())
@@ -1166,7 +1297,7 @@ def main(args):
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=args.variant)
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=args.variant)
     scaling_factor = vae.config.scaling_factor
-    noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    noise_scheduler = KINDS[args.model_type].noise_scheduler.from_pretrained(folder, subfolder="scheduler")
     adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
     bundle.check(**adapted)
     targets = lora_targets(unet, text_encoder, bundle, args)
@@ -1259,7 +1390,15 @@ def main(args):
         f"batch {args.train_batch_size} x {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} accumulated"
     )
-    sampler = TimestepSampler(nearest, noise_scheduler.config.num_train_timesteps)
+    denoise, grid = unet, range(noise_scheduler.config.num_train_timesteps)
+    if args.model_type == "lcm":
+        guidance = embed_guidance(args.guidance_scale, adapted["unet"].config.time_cond_proj_dim)
+        denoise = partial(unet, timestep_cond=guidance.to(device, weight_dtype))
+        grid = solver_grid(noise_scheduler)
+    loss_function = LOSSES[args.lcm_loss]
+    if args.snr_gamma is not None:
+        loss_function = partial(loss_function, snr_gamma=args.snr_gamma)
+    sampler = TimestepSampler(nearest, grid)
     progress = tqdm(
         total=args.max_train_steps,
         initial=step,
@@ -1295,10 +1434,10 @@ def main(args):
                 mean, std = moments.chunk(2, dim=1)
                 latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
                 latents = latents * scaling_factor
-                timesteps = torch.randint(first, end, (len(latents),), generator=generator).to(latents.device)
+                timesteps = sampler.draw(first, end, len(latents), generator).to(latents.device)
                 noise = draw_noise(latents, args.noise_offset, generator)
                 prompt_embeds = prompt_encoder(text_encoder, numbers)
-                loss = diffusion_loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise, args.snr_gamma)
+                loss = loss_function(denoise, noise_scheduler, latents, prompt_embeds, timesteps, noise)
 
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -1344,7 +1483,7 @@ def main(args):
         for key in ("leakage", "predicted_drift"):
             if found[key]["max"] is not None:
                 logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
-        del unet, text_encoder, vae, model, models, optimizer, projector, prompt_encoder
+        del unet, denoise, text_encoder, vae, model, models, optimizer, projector, prompt_encoder
         adapted.clear()
         kept.clear()
         free_memory()

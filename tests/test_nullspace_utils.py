@@ -163,6 +163,7 @@ class World:
             out_features, in_features = self.unet.get_submodule(name).weight.shape
             modules[name] = {"input": source, "in_features": in_features, "out_features": out_features}
         config = {
+            "model_type": "sd",
             "base_model": {"id": "tiny/model", "fingerprint": fingerprint(self.unet, modules)},
             "modules": modules,
             "prompts": {"source": "test", "count": 2, "sha256": "0" * 64, "examples": ["a star"]},
@@ -252,15 +253,13 @@ def test_inputs_that_share_a_name_are_equal_and_others_are_not(any_world):
                 assert seen[first].shape != seen[second].shape or not torch.equal(seen[first], seen[second])
 
 
-def test_the_pipelines_class_is_the_type_of_the_model(tiny_sd1, tmp_path):
+def test_models_of_other_kinds_are_refused(tiny_sd1, tmp_path):
+    """What is Stable Diffusion and what a Latent Consistency Model is tested in `test_lcm.py`."""
     assert model_type(tiny_sd1) == "sd"
-    for name, expected in (("LatentConsistencyModelPipeline", "lcm"), ("StableDiffusionXLPipeline", None)):
-        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.35.0"}))
-        if expected:
-            assert model_type(tmp_path) == expected
-        else:
-            with pytest.raises(NullSpaceError, match=f"{name}.*StableDiffusionPipeline and LatentConsistency"):
-                model_type(tmp_path)
+    index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.35.0"}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(NullSpaceError, match="XLPipeline.*StableDiffusionPipeline and LatentConsistency"):
+        model_type(tmp_path)
     (tmp_path / "model_index.json").unlink()
     with pytest.raises(NullSpaceError, match=f"The base model {tmp_path} cannot be had"):
         model_type(tmp_path)

@@ -185,14 +185,14 @@ def test_timestep_range_protects_that_range(tiny_sd1, bundle1, tmp_path):
 
 def test_timestep_sampler_is_uniform_and_names_the_group():
     groups = [{"name": "early", "range": [700, 899]}, {"name": "late", "range": [0, 199]}]
-    sampler = trainer.TimestepSampler(groups, 1000)
+    sampler = trainer.TimestepSampler(groups, range(1000))
     assert sampler.intervals == [
         (0, 200, "late"), (200, 700, "unprotected"), (700, 900, "early"), (900, 1000, "unprotected")
     ]  # fmt: skip
     drawn = [sampler.group(trainer.seeded(0, step)) for step in range(2000)]
     share = sum(interval[2] == "late" for interval in drawn) / len(drawn)
     assert abs(share - 0.2) < 0.03
-    assert trainer.TimestepSampler([], 1000).intervals == [(0, 1000, JOINT)]
+    assert trainer.TimestepSampler([], range(1000)).intervals == [(0, 1000, JOINT)]
 
 
 # ---- Flags -----------------------------------------------------------------------------------------------------------

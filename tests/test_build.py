@@ -349,6 +349,14 @@ def test_bad_flags(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_help_fits_in_100_columns(capsys):
+    with pytest.raises(SystemExit):
+        build_nullspace.parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert {"model:", "sampling:", "bundle:"} <= set(lines)
+
+
 def test_a_model_of_another_kind_is_refused(tmp_path, prompts_file):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')

@@ -5,14 +5,15 @@
 #     "transformers", "tqdm",
 # ]
 # ///
-"""Build the null-space bundle of a Stable Diffusion or LCM base model, once for everybody who trains on it.
+"""Build the null-space bundle of a Stable Diffusion or LCM model, once for all who train on it.
 
     accelerate launch build_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --prompts_file prompts.txt --output_dir nullspace-sd15 --mixed_precision bf16
 
-The model draws the prompts as it does for its users, and the second moments of what its attention projections read
-are summed on the way. Add `--push_to_hub` to publish the bundle as a dataset, now or later:
+The model draws the prompts as it does for its users, and the second moments of what its attention
+projections read are summed on the way. Add `--push_to_hub` to publish the bundle as a dataset, now
+or later:
 
     python build_nullspace.py --output_dir nullspace-sd15 --push_to_hub
 """
@@ -64,6 +65,7 @@ from nullspace_utils import (
     TEXT_ENCODER,
     TEXT_INPUT,
     Bundle,
+    HelpFormatter,
     NullSpaceError,
     SecondMoments,
     attention_inputs,
@@ -114,8 +116,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100, max_help_position=36),
+        usage="accelerate launch %(prog)s [flags]", description=__doc__, formatter_class=HelpFormatter
     )
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -180,7 +181,9 @@ def parse_args(argv=None):
         help=f"Besides the sum over all timesteps, keep {STAGES} stages or every step apart "
         "(default: joint; LCM: steps).",
     )
-    group.add_argument("--output_dir", type=Path, default=Path("nullspace-bundle"), help="Default: %(default)s.")
+    group.add_argument(
+        "--output_dir", type=Path, default=Path("nullspace-bundle"), help="Its folder (default: %(default)s)."
+    )
     group.add_argument("--push_to_hub", action="store_true", help="Publish the bundle as a dataset on the Hub.")
     group.add_argument("--hub_dataset_id", help="Its repository (default: the folder's name under your account).")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")

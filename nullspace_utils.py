@@ -11,6 +11,7 @@ Adam-NSCL, CVPR 2021, for training).
     projector.attach(optimizer)  # and call projector.project_gradients() after each backward pass
 """
 
+import argparse
 import copy
 import csv
 import hashlib
@@ -60,6 +61,16 @@ class NullSpaceError(ValueError):
 
 class DamagedError(NullSpaceError):
     """A file of a bundle is not what it was when the bundle was built."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of 100 columns, in which a value is named by the last word of its flag: --train_batch_size SIZE."""
+
+    def __init__(self, prog):
+        super().__init__(prog, width=100, max_help_position=36)
+
+    def _get_default_metavar_for_optional(self, action):
+        return action.dest.rpartition("_")[2].upper()
 
 
 # ---- Which layers, and which of them share an input ------------------------------------------------------------------

@@ -72,6 +72,7 @@ from nullspace_utils import (
     MODEL_TYPES,
     TEXT_ENCODER,
     Bundle,
+    HelpFormatter,
     NullSpaceError,
     NullSpaceProjector,
     audit,
@@ -99,6 +100,8 @@ COMPARISON_NAME = "comparison.png"
 INTERPOLATION = {
     name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 } | {"nearest_exact": Image.Resampling.NEAREST}
+# All of diffusers' but the one that needs rules of its own.
+SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 # What is gone, and what takes its place; none of them is in the help.
 BUILDER = "build_nullspace.py"
 REPLACED = {
@@ -140,11 +143,12 @@ class Replaced(argparse.Action):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100, max_help_position=36),
+        usage="accelerate launch %(prog)s [flags]", description=__doc__, formatter_class=HelpFormatter
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model.")
+    group.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model (required)."
+    )
     group.add_argument("--revision", help="Revision of the base model on the Hub.")
     group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
     group.add_argument(
@@ -163,7 +167,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("null space")
     group.add_argument(
-        "--nullspace_name_or_path", required=True, help="Folder or Hub dataset id of the base model's bundle."
+        "--nullspace_name_or_path", required=True, help="Folder or Hub dataset id of its bundle (required)."
     )
     group.add_argument("--nullspace_revision", help="Revision of the bundle on the Hub.")
     group.add_argument(
@@ -204,7 +208,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("LoRA")
     group.add_argument("--rank", type=int, default=4, help="Rank of the LoRA (default: %(default)s).")
     group.add_argument("--lora_alpha", type=int, help="The LoRA is scaled by lora_alpha / rank (default: the rank).")
-    group.add_argument("--lora_dropout", type=float, default=0.0, help="Default: %(default)s.")
+    group.add_argument("--lora_dropout", type=float, default=0.0, help="Of the LoRA's inputs (default: %(default)s).")
     group.add_argument(
         "--lora_layers",
         help="UNet layers to train, separated by commas, each by the end of its name: attn2.to_k,attn2.to_v "
@@ -232,7 +236,7 @@ def parse_args(argv=None):
     group.add_argument("--image_column", default="image", help="Column with its pictures (default: %(default)s).")
     group.add_argument("--caption_column", help="Column with its captions (default: the instance prompt for all).")
     group.add_argument("--cache_dir", help="Where that dataset is stored (default: the datasets library's cache).")
-    group.add_argument("--instance_prompt", required=True, help="Prompt with an identifier for the subject.")
+    group.add_argument("--instance_prompt", required=True, help="Prompt with an identifier for the subject (required).")
     group.add_argument("--repeats", type=int, default=1, help="Times a picture is in an epoch (default: %(default)s).")
     group.add_argument("--resolution", type=int, default=512, help="Side of the training pictures (default: 512).")
     group.add_argument("--center_crop", action="store_true", help="Crop pictures in the centre rather than at random.")
@@ -246,12 +250,22 @@ def parse_args(argv=None):
     )
 
     group = parser.add_argument_group("training")
-    group.add_argument("--output_dir", type=Path, default=Path("lora-dreambooth-model"), help="Default: %(default)s.")
+    group.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("lora-dreambooth-model"),
+        help="What to write to (default: %(default)s).",
+    )
     group.add_argument("--seed", type=int, help="Seed for reproducible training.")
     group.add_argument("--train_batch_size", type=int, default=4, help="Pictures a device (default: %(default)s).")
-    group.add_argument("--num_train_epochs", type=int, default=1, help="Default: %(default)s.")
+    group.add_argument("--num_train_epochs", type=int, default=1, help="Rounds of all pictures (default: %(default)s).")
     group.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Default: %(default)s.")
+    group.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=1,
+        help="Batches in an optimizer step (default: %(default)s).",
+    )
     group.add_argument("--gradient_checkpointing", action="store_true", help="Save memory, train slower.")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="Default: accelerate's setting.")
     group.add_argument("--allow_tf32", action="store_true", help="Allow TF32 on Ampere GPUs: faster.")
@@ -301,19 +315,23 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--lr_scheduler",
-        choices=[kind.value for kind in SchedulerType],
+        choices=SCHEDULES,
         default="constant",
         metavar="SCHEDULE",
-        help=f"{', '.join(kind.value for kind in SchedulerType)} (default: %(default)s).",
+        help=f"{', '.join(SCHEDULES)} (default: %(default)s).",
     )
-    group.add_argument("--lr_warmup_steps", type=int, default=500, help="Default: %(default)s.")
-    group.add_argument("--lr_num_cycles", type=int, default=1, help="Hard resets of cosine_with_restarts.")
-    group.add_argument("--lr_power", type=float, default=1.0, help="Power of the polynomial schedule.")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="Default: %(default)s.")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="Default: %(default)s.")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Default: %(default)s.")
-    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Default: %(default)s.")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+    group.add_argument(
+        "--lr_warmup_steps", type=int, default=500, help="For schedules that start from 0 (default: %(default)s)."
+    )
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="Of cosine_with_restarts (default: %(default)s).")
+    group.add_argument("--lr_power", type=float, default=1.0, help="Of polynomial (default: %(default)s).")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Also prodigy's (default: %(default)s).")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="Also prodigy's (default: %(default)s).")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Also prodigy's (default: %(default)s).")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Also prodigy's (default: %(default)s).")
+    group.add_argument(
+        "--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to it (default: %(default)s)."
+    )
 
     group = parser.add_argument_group("validation, checkpoints and logging")
     group.add_argument(
@@ -332,12 +350,15 @@ def parse_args(argv=None):
     group.add_argument("--num_validation_images", type=int, default=4, help="Pictures a prompt (default: 4).")
     group.add_argument("--validation_epochs", type=int, default=50, help="Draw every so many epochs (default: 50).")
     group.add_argument("--validation_steps", type=int, help="Draw every so many steps, not by epochs.")
-    group.add_argument("--checkpointing_steps", type=int, default=500, help="Default: %(default)s.")
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="Save every so many (default: 500).")
     group.add_argument("--checkpoints_total_limit", type=int, help="Keep only so many checkpoints.")
     group.add_argument("--resume_from_checkpoint", help="A checkpoint's folder, or latest.")
     group.add_argument("--logging_dir", default="logs", help="Within --output_dir (default: %(default)s).")
     group.add_argument(
-        "--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all or none (default: tensorboard)."
+        "--report_to",
+        default="tensorboard",
+        metavar="TRACKER",
+        help="tensorboard, wandb, comet_ml, all or none (default: tensorboard).",
     )
 
     group = parser.add_argument_group("publishing")
@@ -1050,7 +1071,12 @@ def add_lora(adapted, targets, args):
 def save_memory(unet, text_encoder, args):
     """Turn on what trades time for memory."""
     if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ValueError, NotImplementedError) as error:  # no GPU, or an xformers built for another torch
+            raise NullSpaceError(
+                f"--enable_xformers_memory_efficient_attention fails here ({reason(error)})."
+            ) from error
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         if args.train_text_encoder:

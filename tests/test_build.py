@@ -12,7 +12,18 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 import build_nullspace
-from nullspace_utils import JOINT, TEXT_INPUT, Bundle, NullSpaceError, SecondMoments, attention_inputs, sha256
+from nullspace_utils import (
+    JOINT,
+    TEXT_ENCODER,
+    TEXT_INPUT,
+    Bundle,
+    NullSpaceError,
+    SecondMoments,
+    attention_inputs,
+    find_module,
+    sha256,
+    text_encoder_inputs,
+)
 
 
 PROMPTS = ["a red star", "a photo of a large blue heart on a white background", "a ring", "a moon on black", "a cross"]
@@ -93,13 +104,14 @@ def test_collects_what_the_pipeline_reads(tiny_sd2, prompts_file, tmp_path):
 
 
 def test_two_processes_build_what_one_does(run_script, tiny_sd1, prompts_file, tmp_path):
-    flags = ("--sampler", "euler_a", "--guidance_scale", 5)
+    flags = ("--sampler", "euler_a", "--guidance_scale", 5, "--with_text_encoder")
     build(tmp_path / "one", tiny_sd1, prompts_file, *flags)
     run_script(
         "build_nullspace.py", "--pretrained_model_name_or_path", tiny_sd1, "--prompts_file", prompts_file,
         "--num_inference_steps", 4, "--output_dir", tmp_path / "two", *flags, processes=2,
     )  # fmt: skip
-    one, two = Bundle.load(tmp_path / "one"), Bundle.load(tmp_path / "two")
+    one, two = (Bundle.load(tmp_path / name, text_encoder=True) for name in ("one", "two"))
+    assert TEXT_ENCODER in one.spectra
     assert two.config["tokens"] == one.config["tokens"]
     for source, spectrum in one.group(JOINT).items():
         # Eigenvalues are stored in float32 and do not depend on the rounding of the eigenvectors.
@@ -210,6 +222,112 @@ def test_a_damaged_checkpoint_is_one_sentence(tiny_sd1, prompts_file, tmp_path):
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
+
+
+# ---- The text encoder's own layers -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_text_encoder(tiny_sd1, prompts_file, tmp_path_factory):
+    """Folder of a bundle with them: six prompts in batches of four and two, drawn in two step counts, in two groups."""
+    folder = tmp_path_factory.mktemp("with-text-encoder") / "bundle"
+    flags = ("--with_text_encoder", "--timestep_groups", "steps", "--batch_size", 4, "--num_inference_steps", 1, 2)
+    build(folder, tiny_sd1, prompts_file, *flags)
+    return folder
+
+
+def encoder_sums(model, prompts):
+    """Sum of x x^T and tokens of each input of the text encoder's projections, by hooks on every one of them."""
+    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    read = {}
+    for name in text_encoder_inputs(pipeline.text_encoder):
+        find_module(name, None, pipeline.text_encoder).register_forward_pre_hook(
+            lambda module, args, name=name: read.setdefault(name, []).append(args[0].detach().double().flatten(0, 1))
+        )
+    with torch.no_grad():
+        for prompt in prompts:
+            tokens = pipeline.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
+            pipeline.text_encoder(tokens.input_ids)
+    return {name: (sum(x.T @ x for x in xs), sum(map(len, xs))) for name, xs in read.items()}
+
+
+def test_text_encoder_counts_each_prompt_and_its_empty_one_once(with_text_encoder, tiny_sd1, prompts_file, tmp_path):
+    """However many step counts, batches and groups there are; without guidance there is no empty one to count."""
+    prompts = ["", *PROMPTS]
+    build(tmp_path / "unguided", tiny_sd1, prompts_file, "--with_text_encoder", "--guidance_scale", 1)
+    for folder, read in ((with_text_encoder, prompts + [""] * len(prompts)), (tmp_path / "unguided", prompts)):
+        bundle, expected = Bundle.load(folder, text_encoder=True), encoder_sums(tiny_sd1, read)
+        assert len(expected) == 8 and bundle.config[TEXT_ENCODER]["modules"].keys() == expected.keys()
+        assert bundle.spectra[TEXT_ENCODER].keys() == {info["input"] for info in bundle.modules.values()} & {*expected}
+        for name, (total, tokens) in expected.items():  # q, k and v of a layer are each compared with what they share
+            spectrum = bundle.spectra[TEXT_ENCODER][bundle.modules[name]["input"]]
+            assert spectrum.tokens == tokens
+            assert relative(spectrum.sum(), total) < 2e-3
+        assert bundle.config["tokens"][TEXT_INPUT] == {TEXT_INPUT: tokens}  # its output, as often
+
+
+def test_text_encoder_is_in_the_table_the_card_and_the_fingerprint(with_text_encoder, tiny_sd1, prompts_file, tmp_path):
+    names = set(text_encoder_inputs(StableDiffusionPipeline.from_pretrained(tiny_sd1).text_encoder))
+    rows = list(csv.DictReader(open(with_text_encoder / "modules.csv")))
+    assert {row["module"] for row in rows if row["group"] == TEXT_ENCODER} == names
+    _, ranks = build_nullspace.rank_table(Bundle.load(with_text_encoder, text_encoder=True))
+    assert [row[:3] for row in ranks if "encoder" in row[0]] == [["32 (text encoder)", "4", "8"]]
+    assert (
+        "| text encoder | 8 projections, in `text_encoder.safetensors` |"
+        in (with_text_encoder / "README.md").read_text()
+    )
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    find_module(min(names), None, pipeline.text_encoder).weight.data[0, 0] += 1
+    pipeline.save_pretrained(tmp_path / "finetuned")
+    other = build(tmp_path / "other", tmp_path / "finetuned", prompts_file, "--with_text_encoder", "--max_prompts", 1)
+    mine = json.loads((with_text_encoder / "nullspace_config.json").read_text())
+    assert other["base_model"]["fingerprint"] == mine["base_model"]["fingerprint"]
+    assert other[TEXT_ENCODER]["fingerprint"] != mine[TEXT_ENCODER]["fingerprint"]
+    bundle = Bundle.load(with_text_encoder)
+    bundle.check(pipeline.unet)  # a LoRA on the UNet alone does not ask for the text encoder
+    with pytest.raises(NullSpaceError, match="fingerprints differ"):
+        bundle.check(pipeline.unet, pipeline.text_encoder)
+
+
+def test_without_text_encoder_nothing_of_it_is_there(tiny_sd1, prompts_file, tmp_path):
+    config = build(tmp_path / "bundle", tiny_sd1, prompts_file, "--max_prompts", 1)
+    assert TEXT_ENCODER not in config and TEXT_ENCODER not in config["tokens"]
+    assert not (tmp_path / "bundle" / "text_encoder.safetensors").exists()
+    assert "| text encoder | not covered |" in (tmp_path / "bundle" / "README.md").read_text()
+
+
+def test_text_encoder_merges_and_restricts(with_text_encoder, tiny_sd1, prompts_file, tmp_path):
+    """Its sums add up over prompts, and are whole in every range of timesteps."""
+    flags = ("--timestep_groups", "steps", "--num_inference_steps", 1, 2)
+    (tmp_path / "more.txt").write_text("a green cross on a table\n")
+    build(tmp_path / "more", tiny_sd1, tmp_path / "more.txt", *flags, "--with_text_encoder")
+    build(tmp_path / "bare", tiny_sd1, tmp_path / "more.txt", *flags)
+
+    def load(folder, timestep_range=None):
+        bundle = Bundle.load(folder, "nearest", timestep_range, text_encoder=True)
+        if timestep_range is None:
+            bundle.spectra |= Bundle.load(folder).spectra  # the joint group too
+        return bundle
+
+    whole, more = load(with_text_encoder), load(tmp_path / "more")
+    merged = whole.merge(more)
+    merged.save(tmp_path / "merged")
+    again = load(tmp_path / "merged")
+    expected = encoder_sums(tiny_sd1, ["", *PROMPTS, *[""] * 6, "", "a green cross on a table", "", ""])
+    for source, spectrum in again.spectra[TEXT_ENCODER].items():
+        total, tokens = expected[source]
+        assert spectrum.tokens == tokens
+        assert relative(spectrum.sum(), total) < 4e-3
+    with pytest.raises(NullSpaceError, match="their text encoder differ"):
+        whole.merge(load(tmp_path / "bare"))
+
+    last = whole.config["groups"][-1]
+    part = load(with_text_encoder, last["range"])
+    assert [group["name"] for group in part.config["groups"]] == [JOINT, last["name"]]
+    for source, spectrum in whole.spectra[TEXT_ENCODER].items():
+        for kept, stored in zip(part.spectra[TEXT_ENCODER][source], spectrum, strict=True):
+            assert torch.equal(torch.as_tensor(kept), torch.as_tensor(stored))
 
 
 @pytest.mark.parametrize("sampler", build_nullspace.SAMPLERS)
@@ -345,6 +463,14 @@ def test_bad_flags(flags, message, capsys):
         build_nullspace.parse_args(["--pretrained_model_name_or_path", NOWHERE, "--prompts_file", "x", *flags])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_help_fits_in_100_columns(capsys):
+    with pytest.raises(SystemExit):
+        build_nullspace.parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert {"model:", "sampling:", "bundle:"} <= set(lines)
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, prompts_file):

@@ -379,19 +379,15 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
     batches = iter(lambda: list(islice(numbered, args.batch_size)), [])
     with moments.collect():
         for number, batch in enumerate(islice(batches, done, None), done + 1):
-            moments.start_batch()
-            for steps in args.num_inference_steps:
-                pipeline(
-                    [prompt for _, prompt in batch],
-                    height=args.resolution,
-                    width=args.resolution,
-                    num_inference_steps=steps,
-                    guidance_scale=args.guidance_scale,
-                    # From its own seed, on the CPU: a prompt's noise depends on neither batch, process nor device.
-                    generator=[torch.Generator().manual_seed(args.seed + index) for index, _ in batch],
-                    output_type="latent",
-                    callback_on_step_end=advance,
-                )
+            moments.draw(
+                pipeline,
+                [prompt for _, prompt in batch],
+                [args.seed + index for index, _ in batch],
+                args.num_inference_steps,
+                args.guidance_scale,
+                args.resolution,
+                advance,
+            )
             if number % args.checkpointing_steps == 0:
                 checkpoint.save(moments, number)
     progress.close()

@@ -52,7 +52,8 @@ JOINT = "joint"
 PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 MODEL_TYPES = {"sd": "a Stable Diffusion model", "lcm": "a Latent Consistency Model"}
 ENERGIES = (0.9, 0.99, 0.999, 0.9999)
-DEFAULT_THRESHOLDS = {"energy": 0.999, "eigenvalue": 2e-2, "percentile": 10.0}
+DEFAULT_THRESHOLDS = {"energy": 0.9, "eigenvalue": 2e-2, "percentile": 10.0}
+DEFAULT_SOFTNESS = 1e-4
 
 
 class NullSpaceError(ValueError):
@@ -217,7 +218,8 @@ class SecondMoments:
     Args:
         unet (`UNet2DConditionModel`): the model whose inputs are read.
         inputs (`dict[str, str]`): module name -> input name, from `attention_inputs` and `text_encoder_inputs`.
-        group_of (`dict[int, str]`): group name of each timestep that the sampler visits, rounded to whole numbers.
+        group_of (`dict[int, str]`): group name of each timestep, rounded to a whole number; at others that the
+            sampler visits, only what does not depend on the timestep is read.
         text_encoder (`CLIPTextModel`, *optional*): needed where `inputs` names layers of it.
     """
 
@@ -248,9 +250,33 @@ class SecondMoments:
         """Say that new prompts follow: what does not depend on the timestep is then counted once."""
         self._pending = set(TIMELESS)
 
+    def draw(self, pipeline, prompts, seeds, num_inference_steps, guidance_scale, resolution, on_step_end=None):
+        """Draw prompts as users of the model do, and add what its layers read; only within `collect`.
+
+        Args:
+            pipeline (`DiffusionPipeline`): of the model, with the sampler.
+            prompts (`list[str]`): drawn as one batch.
+            seeds (`list[int]`): each prompt's noise comes from its own, drawn on the CPU, so that it depends on
+                neither batch, process nor device.
+            num_inference_steps (`list[int]`): the prompts are drawn with each of these numbers of steps.
+            guidance_scale (`float`), resolution (`int`, pixels), on_step_end (`Callable`): as the pipeline takes them.
+        """
+        self.start_batch()
+        for steps in num_inference_steps:
+            pipeline(
+                prompts,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent",
+                callback_on_step_end=on_step_end,
+            )
+
     def _on_forward(self, unet, args, kwargs):
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self._group = self.group_of[round(float(timestep))]
+        self._group = self.group_of.get(round(float(timestep)))
         self._pending.discard(TEXT_ENCODER)  # it has read the prompts, the empty one included
 
     def _reader(self, source):
@@ -258,6 +284,8 @@ class SecondMoments:
             group = source.partition(".")[0]
             if group not in TIMELESS:
                 group = self._group
+                if group is None:
+                    return
             elif group not in self._pending:
                 return
             elif group == TEXT_INPUT:
@@ -331,7 +359,7 @@ class Spectrum(NamedTuple):
         vectors = self.orthonormal().double()
         return (vectors * (self.eigenvalues.double() * self.tokens)) @ vectors.T
 
-    def rank(self, criterion="energy", threshold=0.999):
+    def rank(self, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"]):
         """How many leading directions are protected.
 
         - "energy": the fewest that hold this share of the trace, in [0, 1); 0 protects nothing.
@@ -350,6 +378,21 @@ class Spectrum(NamedTuple):
         energy = self.eigenvalues.double().cumsum(0)
         return int((energy < threshold * energy[-1]).sum()) + 1 if threshold > 0 else 0
 
+    def gains(self, softness):
+        """How much of a step each direction is given, (in,) float32: sqrt(softness / (softness + share of the energy)).
+
+        They are the eigenvalues of (lambda (C + lambda I)^-1)^(1/2) with lambda = softness * tr(C). The matrix without
+        the root is the soft projector of OWM (arXiv 1810.01256, eq. 1); a step is given the root twice, once for the
+        gradient and once for the change that the optimizer makes of it, which optimizes A (C / lambda + I)^(1/2) in
+        place of A. Infinite softness gives 1 everywhere.
+
+        Raises:
+            NullSpaceError: if the softness is not above 0.
+        """
+        check_softness(softness)
+        share = self.eigenvalues.double() / self.eigenvalues.double().sum().clamp_min(1e-300)
+        return (1 + share / softness).rsqrt().float()
+
 
 def check_threshold(criterion, threshold):
     """Raise `NullSpaceError` unless the threshold lies in the criterion's range; see `Spectrum.rank`."""
@@ -364,6 +407,12 @@ def check_threshold(criterion, threshold):
         raise NullSpaceError(
             f"--nullspace_threshold {threshold} is out of range: '{criterion}' needs {valid[criterion][0]}."
         )
+
+
+def check_softness(softness):
+    """Raise `NullSpaceError` unless the softness is above 0; see `Spectrum.gains`."""
+    if not softness > 0:
+        raise NullSpaceError(f"--nullspace_softness {softness} is out of range: it must be above 0 (inf: no damping).")
 
 
 def timestep_groups(timesteps, count, num_train_timesteps=1000):
@@ -421,7 +470,7 @@ class Bundle:
             collected = moments.group(name)
             if collected:
                 spectra[name] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in collected.items()}
-        if len(groups) > 1:
+        if JOINT not in [group["name"] for group in groups]:
             totals = {}
             for group in groups:
                 for source, (total, tokens) in moments.group(group["name"]).items():
@@ -495,14 +544,24 @@ class Bundle:
         """What is covered in the UNet and the text encoder: `dict[str, dict]` with input name and sizes, by module."""
         return {**self.config["modules"], **self.config.get(TEXT_ENCODER, {}).get("modules", {})}
 
-    def protected(self, name=JOINT, criterion="energy", threshold=0.999):
+    def protected(
+        self, name=JOINT, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"], softness=DEFAULT_SOFTNESS
+    ):
         """What a group protects in each covered module whose input is loaded: `dict[str, Protected]`.
 
-        Modules that share an input share the object.
+        Modules that share an input share the object. A layer in which the criterion closes no direction is left
+        free of any damping too.
+
+        Args:
+            name (`str`): of the group.
+            criterion, threshold: which directions are closed, see `Spectrum.rank`.
+            softness (`float`): how little the other directions are held back, see `Spectrum.gains`; `math.inf` is
+                not at all.
 
         Raises:
-            NullSpaceError: if a layer is left without a free direction, or the threshold is out of range.
+            NullSpaceError: if a layer is left without a free direction, or a value is out of range.
         """
+        check_softness(softness)
         shared = {}
         for source, spectrum in self.group(name).items():
             rank = spectrum.rank(criterion, threshold)
@@ -512,7 +571,8 @@ class Bundle:
                     f"{source} ({rank} of {rank} protected); choose a "
                     f"{'higher' if criterion in ('eigenvalue', 'percentile') else 'lower'} threshold."
                 )
-            shared[source] = Protected(spectrum.orthonormal(), rank)
+            gains = spectrum.gains(softness)[rank:] if rank and softness < math.inf else None
+            shared[source] = Protected(spectrum.orthonormal(), rank, gains)
         return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
 
     # Checking
@@ -561,6 +621,21 @@ class Bundle:
             )
 
     # Adding and restricting: second moments add up
+
+    def emphasize(self, other):
+        """The bundle in which another's prompts, of any number, weigh as much as all of this one's; joint group only.
+
+        Args:
+            other (`Bundle`): with the same inputs in its joint group.
+        """
+        emphasized = Bundle(copy.deepcopy(self.config), revision=self.revision)
+        emphasized.spectra = {name: dict(spectra) for name, spectra in self.spectra.items()}
+        for name, spectra in other.spectra.items():
+            for source, spectrum in spectra.items():
+                mine = self.spectra[name][source]
+                total = mine.sum() + spectrum.sum() * (mine.tokens / spectrum.tokens)
+                emphasized.spectra[name][source] = Spectrum.from_sum(total, 2 * mine.tokens, name=source)
+        return emphasized
 
     def _sum(self, names):
         totals = {}
@@ -972,17 +1047,21 @@ def reason(error):
 
 
 class Protected(NamedTuple):
-    """An orthonormal basis (in, in) float32 of a layer's input space, whose first `rank` columns are protected."""
+    """An orthonormal basis (in, in) float32 of a layer's input space, whose first `rank` columns are protected.
+
+    The others are free, or held back by the factors `gains` (in - rank,) where there are any.
+    """
 
     basis: torch.Tensor
     rank: int
+    gains: torch.Tensor | None = None
 
 
 class _Batch(NamedTuple):
     """Adapters projected in one batched product: bases of one size, each shared by the same number of adapters."""
 
     names: list  # of modules, those that share a basis next to each other
-    directions: torch.Tensor  # (bases, in, k), padded with zeros to one k
+    directions: torch.Tensor  # (bases, in, k), padded with zeros to one k; scaled by the roots of the gains
     free: bool  # whether the directions span the free space, otherwise the protected one
 
     def project(self, tensors):
@@ -1005,8 +1084,11 @@ def _full_float32():
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def _make_batches(protected, device):
-    """Group modules (`dict[str, Protected]`) into as few batched products as there are kinds of basis."""
+def _make_batches(protected, device, soft):
+    """Group modules (`dict[str, Protected]`) into as few batched products as there are kinds of basis.
+
+    `soft` says whether the free directions are held back, where they have gains, or given in full.
+    """
     sharing = {}  # one basis -> its modules
     for name, item in protected.items():
         sharing.setdefault(id(item), []).append(name)
@@ -1014,8 +1096,11 @@ def _make_batches(protected, device):
     for names in sharing.values():
         item = protected[names[0]]
         if item.rank:
-            free = item.rank > len(item.basis) // 2  # work with whichever half is smaller
-            directions = item.basis[:, item.rank :] if free else item.basis[:, : item.rank]
+            if soft and item.gains is not None:
+                free, directions = True, item.basis[:, item.rank :] * item.gains.sqrt()
+            else:
+                free = item.rank > len(item.basis) // 2  # work with whichever half is smaller
+                directions = item.basis[:, item.rank :] if free else item.basis[:, : item.rank]
             kinds.setdefault((len(item.basis), len(names), free), []).append((names, directions))
     batches = []
     for (size, _, free), members in kinds.items():
@@ -1032,7 +1117,8 @@ class NullSpaceProjector:
     B @ A then answers every protected input with zero, whatever B is. It takes three things: A's initial value is
     projected, its gradient is projected before it is clipped (so that the clip and the optimizer's moments see only
     what is allowed), and its value after every step, because Adam's division by each coordinate's own second moment
-    leaves the subspace (Adam-NSCL, CVPR 2021).
+    leaves the subspace (Adam-NSCL, CVPR 2021). Free directions that are held back (`Protected.gains`) are so in all
+    three: the initial value, the gradient and the change.
 
         projector = NullSpaceProjector(unet, {"joint": bundle.protected()})
         projector.attach(optimizer)
@@ -1057,14 +1143,19 @@ class NullSpaceProjector:
         names = dict.fromkeys(name for protected in groups.values() for name in protected)
         self.parameters = {name: find_module(name, unet, text_encoder).lora_A[adapter].weight for name in names}
         device = next(unet.parameters()).device
-        self._batches = {group: _make_batches(protected, device) for group, protected in groups.items()}
+        self._batches = {group: _make_batches(protected, device, soft=True) for group, protected in groups.items()}
+        self._closed = self._batches  # for the values: holding back is no projection, and would shrink them to nothing
+        self._is_soft = any(item.gains is not None for protected in groups.values() for item in protected.values())
+        if self._is_soft:
+            self._closed = {group: _make_batches(protected, device, soft=False) for group, protected in groups.items()}
         self._before = None
         if JOINT in groups:
-            self.project_values()
+            with torch.no_grad():
+                self._apply(lambda parameter: parameter, self._batches)
 
     def attach(self, optimizer):
-        """Project the values after each of the optimizer's steps, whichever `torch.optim.Optimizer` it is."""
-        if JOINT in self.groups:
+        """Project after each of the optimizer's steps, whichever `torch.optim.Optimizer` it is."""
+        if JOINT in self.groups and not self._is_soft:
             optimizer.register_step_post_hook(lambda *_: self.project_values())
         else:
             optimizer.register_step_pre_hook(lambda *_: self._remember_values())
@@ -1074,9 +1165,9 @@ class NullSpaceProjector:
         """Project with this group's null space from now on; a name that is none of the groups protects nothing."""
         self.selected = group
 
-    def _apply(self, tensor_of):
+    def _apply(self, tensor_of, batches):
         """Project, in place, the tensor (r, in) that belongs to each parameter; those without one are left out."""
-        for batch in self._batches.get(self.selected, ()):
+        for batch in batches.get(self.selected, ()):
             tensors = [tensor_of(self.parameters[name]) for name in batch.names]
             present = [index for index, tensor in enumerate(tensors) if tensor is not None]
             if present:
@@ -1087,12 +1178,12 @@ class NullSpaceProjector:
     @torch.no_grad()
     def project_values(self):
         """Project A itself, as the joint group's null space asks for after every change."""
-        self._apply(lambda parameter: parameter)
+        self._apply(lambda parameter: parameter, self._closed)
 
     @torch.no_grad()
     def project_gradients(self):
         """Project A's gradients; call it after the backward pass and before clipping."""
-        self._apply(lambda parameter: parameter.grad)
+        self._apply(lambda parameter: parameter.grad, self._batches)
 
     @torch.no_grad()
     def _remember_values(self):
@@ -1101,10 +1192,12 @@ class NullSpaceProjector:
     @torch.no_grad()
     def _project_change(self):
         change = {parameter: parameter - before for parameter, before in self._before.items()}
-        self._apply(change.get)
+        self._apply(change.get, self._batches)
         for parameter, before in self._before.items():
             parameter.copy_(before + change[parameter])
         self._before = None
+        if JOINT in self.groups:  # what rounding has added up to
+            self.project_values()
 
     @torch.no_grad()
     def leakage(self):
@@ -1203,7 +1296,7 @@ def predicted_drift(layer, weight, spectrum):
     return (change / (weight.detach().to("cpu", torch.float64) @ roots).norm()).item()
 
 
-def audit(layers, bundle, unet, criterion="energy", threshold=0.999, text_encoder=None):
+def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"], text_encoder=None):
     """What a LoRA does to the inputs that a bundle protects at all of its timesteps.
 
     Args:

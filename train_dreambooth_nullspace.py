@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast_object_list, reduce, set_seed
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -65,7 +65,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from build_nullspace import make_scheduler
 from nullspace_utils import (
+    DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
     JOINT,
     LORA_NAME,
@@ -75,8 +77,10 @@ from nullspace_utils import (
     HelpFormatter,
     NullSpaceError,
     NullSpaceProjector,
+    SecondMoments,
     audit,
     base_license,
+    check_softness,
     check_threshold,
     check_writable,
     create_repository,
@@ -95,6 +99,7 @@ from nullspace_utils import (
 logger = get_logger(__name__)
 
 HUBER = 1e-3  # an LCM's losses are quadratic below this error of a latent, linear above, as in its distillation
+PICTURES_PER_EXTRA_PROMPT = 8
 REPORT_NAME = "nullspace_report.json"
 COMPARISON_NAME = "comparison.png"
 INTERPOLATION = {
@@ -109,7 +114,7 @@ REPLACED = {
     "--prior_loss_weight": "--nullspace_threshold",
     "--num_class_images": f"--max_prompts of {BUILDER}",
     "--class_data_dir": "--nullspace_name_or_path",
-    "--class_prompt": f"--prompts_file of {BUILDER}, where the class prompt is one of many",
+    "--class_prompt": "--nullspace_extra_prompts",
     "--prior_generation_precision": f"--mixed_precision of {BUILDER}",
     "--sample_batch_size": f"--batch_size of {BUILDER}",
 }
@@ -182,6 +187,21 @@ def parse_args(argv=None):
         type=float,
         help="More energy protects more, a lower eigenvalue or percentile protects more; energy 0 protects nothing "
         f"(defaults: {', '.join(f'{name} {value:g}' for name, value in DEFAULT_THRESHOLDS.items())}).",
+    )
+    group.add_argument(
+        "--nullspace_softness",
+        type=float,
+        default=DEFAULT_SOFTNESS,
+        metavar="SHARE",
+        help="The criterion's directions are closed. The others are held back by the energy that they hold: one with "
+        "this share of it moves at 0.7 of its speed. Less protects more, inf leaves them free (default: 1e-4).",
+    )
+    group.add_argument(
+        "--nullspace_extra_prompts",
+        nargs="+",
+        action="extend",
+        help="Prompts to protect besides the bundle's, above all the subject's class: 'a photo of a dog'. A few "
+        "pictures of each are sampled before training; together they weigh as much as the bundle.",
     )
     group.add_argument(
         "--nullspace_timesteps",
@@ -401,6 +421,7 @@ def parse_args(argv=None):
             parser.error(f"--{name} must be at least 1.")
     try:
         check_threshold(args.nullspace_criterion, args.nullspace_threshold)
+        check_softness(args.nullspace_softness)
     except NullSpaceError as error:
         parser.error(str(error))
     return args
@@ -844,13 +865,21 @@ def log_picture(accelerator, name, picture, step):
             tracker.log({name: wandb.Image(picture)}, step=step)
 
 
+def describe_setting(args):
+    """The null-space flags in short."""
+    return (
+        f"{args.nullspace_criterion} {args.nullspace_threshold:g}, softness {args.nullspace_softness:g}, "
+        f"{args.nullspace_timesteps}"
+    )
+
+
 def describe_protection(bundle, protected, args):
     """The lines that say what this run protects."""
     prompts, groups = bundle.config["prompts"], bundle.config["groups"]
+    extra = f" and {len(args.nullspace_extra_prompts)} of your own" if args.nullspace_extra_prompts else ""
     yield (
-        f"Protecting {prompts['count']:,} prompts of {prompts['source']} at "
-        f"{len(groups[0]['timesteps'])} timesteps ({args.nullspace_timesteps}), "
-        f"{args.nullspace_criterion} {args.nullspace_threshold:g}:"
+        f"Protecting {prompts['count']:,} prompts of {prompts['source']}{extra} at "
+        f"{len(groups[0]['timesteps'])} timesteps ({describe_setting(args)}):"
     )
     ranks_of = {}
     for name, item in protected.items():
@@ -858,7 +887,8 @@ def describe_protection(bundle, protected, args):
         ranks_of.setdefault((len(item.basis), where), []).append(item.rank)
     for (size, where), ranks in sorted(ranks_of.items()):
         kept = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-        yield f"  {len(ranks)} {where} of input size {size}: {kept} directions protected, the others free"
+        others = "free" if args.nullspace_softness == math.inf else "held back by their energy"
+        yield f"  {len(ranks)} {where} of input size {size}: {kept} directions closed, the others {others}"
 
 
 def kinds_of(names):
@@ -896,6 +926,8 @@ def make_report(found, bundle, args):
             "prompts": {key: bundle.config["prompts"][key] for key in ("source", "count", "sha256")},
             "criterion": args.nullspace_criterion,
             "threshold": args.nullspace_threshold,
+            "softness": None if args.nullspace_softness == math.inf else args.nullspace_softness,
+            "extra_prompts": args.nullspace_extra_prompts,
             "timesteps": args.nullspace_timesteps,
             "timestep_range": args.nullspace_timestep_range,
         },
@@ -942,7 +974,7 @@ def write_card(bundle, report, prompts, pictures, args):
     }
     prompt_count = bundle.config["prompts"]["count"]
     covered = args.nullspace_timestep_range or bundle.config["groups"][0]["range"]
-    setting = f"{args.nullspace_criterion} {args.nullspace_threshold:g}, {args.nullspace_timesteps}"
+    setting = describe_setting(args)
     total, unprotected = len(report["layers"]), report["unprotected"]
     protection = (
         f"It was trained in the null space of what the attention layers read on {prompt_count:,} protected prompts, so "
@@ -1232,12 +1264,49 @@ def load_protection(args):
             f"with {BUILDER} --with_text_encoder, or pass --allow_unprotected."
         )
     nearest = split_groups(bundle.config) if args.nullspace_timesteps == "nearest" else []
-    names = [group["name"] for group in nearest] or [JOINT]
-    return (
-        bundle,
-        nearest,
-        {name: bundle.protected(name, args.nullspace_criterion, args.nullspace_threshold) for name in names},
-    )
+    return bundle, nearest, protect(bundle, nearest, args)
+
+
+def protect(bundle, nearest, args):
+    """What each group of timesteps that is used protects: `dict[str, dict[str, Protected]]`."""
+    return {
+        name: bundle.protected(name, args.nullspace_criterion, args.nullspace_threshold, args.nullspace_softness)
+        for name in [group["name"] for group in nearest] or [JOINT]
+    }
+
+
+def add_extra_prompts(bundle, components, accelerator, dtype, args):
+    """The bundle in which --nullspace_extra_prompts weigh as much as all of its own.
+
+    They are drawn by the base model as the bundle's prompts were, a batch of training at a time.
+
+    Args:
+        components (`dict`): of the base model's pipeline, without LoRA.
+    """
+    config = bundle.config
+    pipeline = load_pipeline(args, dtype, accelerator.device, **components)
+    pipeline.scheduler = make_scheduler(config["sampler"], pipeline.scheduler.config)
+    groups = split_groups(config)
+    if not all(group["name"] in bundle.spectra for group in groups):
+        groups = [group for group in config["groups"] if group["name"] == JOINT]
+    group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
+    read = bundle.group(JOINT)
+    inputs = {name: info["input"] for name, info in bundle.modules.items() if info["input"] in read}
+    moments = SecondMoments(components["unet"], inputs, group_of, components[TEXT_ENCODER])
+    prompts = [prompt for prompt in args.nullspace_extra_prompts for _ in range(PICTURES_PER_EXTRA_PROMPT)]
+    starts = range(0, len(prompts), args.train_batch_size)
+    with moments.collect():
+        for start in tqdm(
+            starts, desc="Protecting extra prompts", unit="batch", disable=not accelerator.is_local_main_process
+        ):
+            batch = prompts[start : start + args.train_batch_size]
+            seeds = [config["seed"] + start + index for index in range(len(batch))]
+            moments.draw(
+                pipeline, batch, seeds, config["num_inference_steps"], config["guidance_scale"], config["resolution"]
+            )
+    # Every process drew the same; their sum is the same in all of them, to the last bit.
+    moments.reduce(lambda tensor: reduce(tensor, "sum"))
+    return bundle.emphasize(Bundle.from_moments(moments, groups, config))
 
 
 def draw_in_training(accelerator, adapted, kept, dtype, args):
@@ -1329,6 +1398,11 @@ def main(args):
     targets = lora_targets(unet, text_encoder, bundle, args)
     for model in (unet, text_encoder, vae):
         model.requires_grad_(False).to(device, weight_dtype)
+
+    if args.nullspace_extra_prompts:
+        components = {"unet": unet, TEXT_ENCODER: text_encoder, "tokenizer": tokenizer, "vae": vae}
+        bundle = add_extra_prompts(bundle, components, accelerator, weight_dtype, args)
+        protected = protect(bundle, nearest, args)
 
     # Add the LoRA, and an optimizer that is kept in the null space
     parameters = add_lora(adapted, targets, args)

@@ -23,6 +23,7 @@ from nullspace_utils import (
     CONFIG_NAME,
     JOINT,
     LORA_NAME,
+    TEXT_INPUT,
     Bundle,
     NullSpaceError,
     attention_inputs,
@@ -105,7 +106,10 @@ def test_launched_as_a_user_does(run_script, tiny_sd2, bundle2, tmp_path):
     names = {path.name for path in output.iterdir()}
     assert {LORA_NAME, "nullspace_report.json", "comparison.png", "README.md", "checkpoint-2", "logs"} <= names
     assert not any(name.startswith("partial") for name in names)
-    assert "Protecting 3 prompts of prompts.txt" in done.stderr and "directions protected" in done.stderr
+    assert (
+        "Protecting 3 prompts of prompts.txt" in done.stderr
+        and "directions closed, the others held back" in done.stderr
+    )
     assert "Training" in done.stderr  # the progress bar
     assert list((output / "logs").rglob("events.*")) and list((output / "validation").glob("*.png"))
     assert 0 < report(output)["predicted_drift"]["mean"] <= report(output)["predicted_drift"]["max"]
@@ -144,6 +148,76 @@ def test_lora_file_is_in_the_null_space(tiny_sd1, bundle1, tmp_path):
             assert not protected[name].rank or leakage(layer, protected[name]) < 1e-5
         assert report(output)["nullspace"]["criterion"] == criterion
         assert report(output)["nullspace"]["threshold"] == threshold
+
+
+def test_softness_is_told(tiny_sd1, bundle1, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        train(tiny_sd1, bundle1, tmp_path / "soft", "--max_train_steps", 1)
+        assert "softness 0.0001" in caplog.text and "the others held back by their energy" in caplog.text
+        caplog.clear()
+        train(tiny_sd1, bundle1, tmp_path / "hard", "--max_train_steps", 1, "--nullspace_softness", "inf")
+        assert "softness inf" in caplog.text and "the others free" in caplog.text
+    assert report(tmp_path / "soft")["nullspace"]["softness"] == 1e-4
+    assert report(tmp_path / "hard")["nullspace"]["softness"] is None
+    assert "softness 0.0001" in (tmp_path / "soft" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--nullspace_timesteps", "nearest"), ("--nullspace_timestep_range", 0, 499, "--train_text_encoder")],
+    ids=["joint", "nearest", "range and text encoder"],
+)
+def test_extra_prompts_are_drawn_as_the_bundle_was(flags, tiny_sd1, bundle1, tmp_path, monkeypatch, caplog):
+    """What is added are the moments that a bundle of these prompts alone would have, whatever the training batch."""
+    prompts, added = ["a photo of a star", "a circle"], []
+    emphasize = Bundle.emphasize
+    monkeypatch.setattr(Bundle, "emphasize", lambda self, other: added.append((self, other)) or emphasize(self, other))
+    words = ("--nullspace_extra_prompts", prompts[0], "--nullspace_extra_prompts", prompts[1], "--max_train_steps", 1)
+    words += ("--no-compare_with_base",)
+    with caplog.at_level(logging.INFO):
+        train(tiny_sd1, bundle1, tmp_path / "lora", *words, *flags, "--train_batch_size", 5)
+    ((bundle, extra),) = added
+    assert set(bundle.spectra) == set(extra.spectra)
+    assert "Protecting 3 prompts of prompts.txt and 2 of your own" in caplog.text
+    assert report(tmp_path / "lora")["nullspace"]["extra_prompts"] == prompts
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = build_nullspace.make_scheduler("ddim", pipeline.scheduler.config)
+    layer = next(name for name in bundle.config["modules"] if name.endswith("to_out.0"))
+    seen, now = {}, {}  # input and timestep -> what was read
+
+    def reader(name):
+        def read(module, args):
+            seen.setdefault((name, now["timestep"]), []).append(args[0].reshape(-1, args[0].shape[-1]))
+
+        return read
+
+    pipeline.unet.register_forward_pre_hook(lambda unet, args: now.update(timestep=round(float(args[1]))))
+    pipeline.unet.get_submodule(layer).register_forward_pre_hook(reader(layer))
+    pipeline.unet.get_submodule(layer.replace("to_out.0", "to_k")).register_forward_pre_hook(reader(TEXT_INPUT))
+    for number in range(16):
+        generator = torch.Generator().manual_seed(number)
+        pipeline(prompts[number // 8], num_inference_steps=3, generator=generator, output_type="latent")
+    for group in bundle.config["groups"]:
+        if group["name"] in bundle.spectra:
+            for name, timesteps in ((layer, group["timesteps"]), (TEXT_INPUT, [now["timestep"]])):
+                x = torch.cat([part for timestep in timesteps for part in seen[name, timestep]]).double()
+                assert (extra.group(group["name"])[name].sum() - x.T @ x).norm() < 2e-3 * (x.T @ x).norm()
+
+
+def test_extra_prompts_are_protected(tiny_sd1, bundle1, tmp_path):
+    """A direction that only they use is open without them and closed with them."""
+    open_, closed = Bundle.load(bundle1), []
+    emphasize = Bundle.emphasize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bundle, "emphasize", lambda self, other: closed.append(emphasize(self, other)) or closed[-1])
+        train(tiny_sd1, bundle1, tmp_path / "lora", "--nullspace_extra_prompts", "a ohwx sks zwx")
+    layers, worst = load_lora(tmp_path / "lora"), {}
+    for label, bundle in (("without", open_), ("with", closed[0])):
+        protected = bundle.protected()
+        worst[label] = max(leakage(layer, protected[name]) for name, layer in layers.items())
+    assert worst["with"] < 1e-5 < 1e-3 < worst["without"]
 
 
 def test_threshold_zero_is_plain_dreambooth(tiny_sd1, bundle1, reference, tmp_path, caplog):
@@ -218,7 +292,10 @@ def test_timestep_sampler_is_uniform_and_names_the_group():
         ["--resolution", 48],
         ["--mixed_precision", "bf16"],
         ["--instance_prompt", "a ohwx star"],
-        ["--nullspace_threshold", 0.9],
+        ["--nullspace_threshold", 0.99],
+        ["--nullspace_softness", 1e-2],
+        ["--nullspace_softness", "inf"],
+        ["--nullspace_extra_prompts", "a photo of a star"],
         ["--nullspace_criterion", "percentile"],
         ["--lora_dropout", 0.5],
         ["--random_flip"],
@@ -305,7 +382,8 @@ def test_defaults_are_those_of_the_reference():
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
         "rank": 4, "checkpointing_steps": 500, "num_validation_images": 4, "validation_epochs": 50,
         "report_to": "tensorboard", "logging_dir": "logs", "nullspace_criterion": "energy",
-        "nullspace_threshold": 0.999, "nullspace_timesteps": "joint", "nullspace_timestep_range": None,
+        "nullspace_threshold": 0.9, "nullspace_softness": 1e-4, "nullspace_extra_prompts": None,
+        "nullspace_timesteps": "joint", "nullspace_timestep_range": None,
         "revision": None, "variant": None, "tokenizer_name": None, "validation_prompt": None, "seed": None,
         "center_crop": False, "train_text_encoder": False, "max_train_steps": None, "checkpoints_total_limit": None,
         "resume_from_checkpoint": None, "gradient_checkpointing": False, "scale_lr": False,
@@ -932,6 +1010,7 @@ def test_a_bundle_of_another_model_is_refused(tiny_sd1, tiny_sd2, bundle1, bundl
     [
         (["--nullspace_threshold", "1"], "out of range"),
         (["--nullspace_threshold", "-0.1"], "out of range"),
+        (["--nullspace_softness", "0"], "must be above 0"),
         (["--nullspace_criterion", "percentile", "--nullspace_threshold", "101"], "out of range"),
         (["--nullspace_criterion", "magic"], "invalid choice"),
         (["--rank", "0"], "--rank must be at least 1"),

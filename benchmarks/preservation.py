@@ -1,0 +1,649 @@
+"""Does the null space keep its promise? Every way to personalise the demo model, scored as a curve over training.
+
+    python benchmarks/preservation.py            # all of it; goes on where it stopped
+    python benchmarks/preservation.py --quick    # one seed of one subject, fewer methods
+
+Each method trains LoRAs (or another adapter) on the same pictures, from the same seeds, at a constant learning rate,
+and is scored at several step counts: how near its pictures come to the subject, and how far all else moved. The
+headline compares methods at equal likeness of the subject. Writes `results/preservation.json`, the curves and the
+picture beside it.
+"""
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+
+import diffusers
+import numpy as np
+import peft
+import torch
+import transformers
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, OSFConfig, PsoftConfig, inject_adapter_in_model
+from peft.tuners.lora.config import CordaConfig
+from PIL import Image
+from tqdm.auto import tqdm
+
+
+HERE = Path(__file__).resolve().parent
+ROOT, DEMO, WORK = HERE.parent, HERE.parent / "demo", HERE / "work"
+sys.path[:0] = [str(ROOT), str(DEMO)]
+from build_nullspace import make_scheduler  # noqa: E402
+from nullspace_utils import (  # noqa: E402
+    DEFAULT_SOFTNESS,
+    DEFAULT_THRESHOLDS,
+    JOINT,
+    Bundle,
+    LoraLayer,
+    NullSpaceProjector,
+    SecondMoments,
+    attention_inputs,
+    base_layer,
+    predicted_drift,
+    split_groups,
+)
+from shapes import COLOURS, RESOLUTION, SUBJECTS, matches, parse, read_pictures, subject_distance  # noqa: E402
+from train_dreambooth_nullspace import PICTURES_PER_EXTRA_PROMPT, diffusion_loss  # noqa: E402
+
+
+MODEL = DEMO / "shapes-sd"
+BUNDLE = WORK / "bundle"
+TOKEN = "sks"
+SEEDS, TUNING_SUBJECT, TUNING_SEED = (0, 1, 2), "star", 100
+MARKS = (100, 200, 400, 800)  # steps after which a run is scored
+GUIDANCE, DRAWING_STEPS = 2.5, 12  # more guidance exaggerates what a model this small has just learned
+HELD_OUT = (DEMO / "heldout_prompts.txt").read_text().splitlines()
+DRAWN, PROBED = HELD_OUT[:40], HELD_OUT[40:72]  # those that are drawn, and those whose predicted noise is compared
+PROBE_TIMESTEPS = (50, 250, 500, 750, 950)
+CLASS_PICTURES = 100  # of prior preservation: diffusers' default
+
+
+def prompts_of(subject):
+    """What is asked of a personalised model: the subject bare and on every background, and its class."""
+    return {
+        "subject": [f"a photo of a {TOKEN} {subject}"] * 12,
+        "placed": [f"a {TOKEN} {subject} on a {colour} background" for colour in COLOURS for _ in range(2)],
+        "class": [f"a photo of a {subject}"] * 12,
+        "others": DRAWN,
+    }
+
+
+# ---- The model and its scores ----------------------------------------------------------------------------------------
+
+
+class World:
+    """The base model, the bundles that protect it, and what it draws before anything is taught.
+
+    Args:
+        bundle (`Path`): folder of a bundle with one group for each sampled timestep.
+    """
+
+    def __init__(self, bundle):
+        self.pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None).to(torch.float32)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(self.pipeline.scheduler.config)
+        self.noise_scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        self.unet = self.pipeline.unet.requires_grad_(False)
+        self.weights = {name: self.unet.get_submodule(name).weight for name in attention_inputs(self.unet)}
+        self.bundle_folder = bundle
+        self.bundle = Bundle.load(bundle)
+        self.probe = self._probe()
+
+    @cache
+    def bundle_by_step(self):
+        return Bundle.load(self.bundle_folder, timesteps="nearest")
+
+    def encode(self, prompts):
+        """Prompt embeddings (n, tokens, width)."""
+        with torch.no_grad():
+            return self.pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
+
+    @torch.no_grad()
+    def latents(self, pictures):
+        """Means of the latents (n, 4, h, w), scaled, of pictures (n, H, W, 3) in [0, 1]."""
+        pixels = self.pipeline.image_processor.preprocess(np.asarray(pictures, np.float32))
+        latents = self.pipeline.vae.encode(pixels.contiguous()).latent_dist.mean
+        return latents.contiguous() * self.pipeline.vae.config.scaling_factor
+
+    def draw(self, unet, prompts, seed, steps=DRAWING_STEPS, guidance_scale=GUIDANCE):
+        """Pictures (n, H, W, 3) in [0, 1], each from a seed of its own."""
+        pipeline = copy.copy(self.pipeline)
+        pipeline.unet = unet
+        pictures = []
+        for start in range(0, len(prompts), 50):
+            batch = prompts[start : start + 50]
+            generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))]
+            drawn = pipeline(
+                batch,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=generators,
+                output_type="np",
+            )
+            pictures.append(drawn.images)
+        return np.concatenate(pictures)
+
+    def _probe(self):
+        """Noisy latents of held-out pictures, their timesteps and prompts, and the noise the base model predicts."""
+        latents = self.latents(self.draw(self.unet, PROBED, seed=900, guidance_scale=5.0))
+        latents = latents.repeat(len(PROBE_TIMESTEPS), 1, 1, 1)
+        timesteps = torch.tensor(PROBE_TIMESTEPS).repeat_interleave(len(PROBED))
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        inputs = noisy, timesteps, self.encode(PROBED).repeat(len(PROBE_TIMESTEPS), 1, 1)
+        with torch.no_grad():
+            return inputs, self.unet(*inputs).sample
+
+    @cache
+    def base_pictures(self, subject):
+        return {
+            kind: self.draw(self.unet, prompts, seed=1000 * number)
+            for number, (kind, prompts) in enumerate(prompts_of(subject).items())
+        }
+
+    @cache
+    def base_scores(self, subject):
+        return self.score(self.unet, subject)
+
+    def score(self, unet, subject):
+        """What a model's pictures show, and how far it is from the base model: a `dict` of numbers.
+
+        - subject, class: mean distance of pictures to the subject (0 is the subject itself, about 1 nothing of it).
+        - placed_right: share of the subject's prompts drawn with the shape and background that they name.
+        - others_right, others_moved: held-out prompts drawn right; mean change of their pixels at equal seeds.
+        - noise_drift: relative squared change of the predicted noise on other held-out prompts.
+        - diversity: mean distance between pictures of the class.
+        """
+        base = self.base_pictures(subject)
+        prompts = prompts_of(subject)
+        drawn = {kind: self.draw(unet, prompts[kind], seed=1000 * number) for number, kind in enumerate(prompts)}
+        wanted = [parse(prompt) for prompt in prompts["placed"]]
+        shown = read_pictures(drawn["placed"])
+        inputs, expected = self.probe
+        with torch.no_grad():
+            predicted = unet(*inputs).sample
+        flat = drawn["class"].reshape(len(drawn["class"]), -1)
+        apart = np.sqrt(np.square(flat[:, None] - flat[None]).mean(-1))
+        return {
+            "subject": float(subject_distance(subject, drawn["subject"]).mean()),
+            "class": float(subject_distance(subject, drawn["class"]).mean()),
+            "placed_right": float(
+                np.mean([all(show[key] == value for key, value in want.items()) for want, show in zip(wanted, shown)])
+            ),
+            "others_right": float(matches(DRAWN, drawn["others"]).mean()),
+            "others_moved": float(np.abs(drawn["others"] - base["others"]).mean()),
+            "noise_drift": float((predicted - expected).square().sum() / expected.square().sum()),
+            "diversity": float(apart.sum() / (len(flat) * (len(flat) - 1))),
+        }
+
+
+# ---- The methods -----------------------------------------------------------------------------------------------------
+
+# `rates` are the learning rates that tuning tries, `prior` is whether class pictures are learned along, `energy` the
+# share of it that is closed (None: no protection), `class_prompt` whether the class is an extra prompt.
+RATES = (1e-3, 2e-3, 5e-3)
+LORA = {"adapter": "lora", "rank": 8, "prior": False, "energy": None, "rates": RATES}
+NULL_SPACE = LORA | {
+    "energy": DEFAULT_THRESHOLDS["energy"], "softness": DEFAULT_SOFTNESS, "nearest": False, "class_prompt": False
+}  # fmt: skip
+HARD = NULL_SPACE | {"softness": math.inf}
+SHIPPED = "null space, class prompt"  # the README's command
+COMPARED = {
+    "plain LoRA": LORA,
+    "prior preservation": LORA | {"prior": True},
+    "null space": NULL_SPACE,
+    SHIPPED: NULL_SPACE | {"class_prompt": True},
+    "hard, energy 0.999": HARD | {"energy": 0.999},
+    "plain LoRA, small rate": LORA | {"rates": (2.5e-4, 5e-4)},
+}
+OTHERS = {
+    "softness 1e-3": NULL_SPACE | {"softness": 1e-3},
+    "softness 1e-5": NULL_SPACE | {"softness": 1e-5},
+    "hard, energy 0.99": HARD | {"energy": 0.99},
+    "hard, energy 0.9999": HARD | {"energy": 0.9999},
+    "nearest": NULL_SPACE | {"nearest": True},
+    "DoRA": LORA | {"adapter": "dora"},
+    "OFT": LORA | {"adapter": "oft"},
+    "BOFT": LORA | {"adapter": "boft"},
+    "HRA": LORA | {"adapter": "hra"},
+    "PSOFT": LORA | {"adapter": "psoft"},
+    "OSF": LORA | {"adapter": "osf"},
+    "CorDA, knowledge-preserved": LORA | {"adapter": "corda"},
+}
+METHODS = COMPARED | OTHERS
+
+
+def add_adapter(world, unet, method, seed):
+    """Put a method's adapter on a copy of the UNet; return its parameters."""
+    torch.manual_seed(seed)
+    common, rank = {"target_modules": list(world.weights)}, method["rank"]
+    lora = {"r": rank, "lora_alpha": rank, **common}
+    kind = method["adapter"]
+    if kind == "lora":
+        config = LoraConfig(**lora, init_lora_weights="gaussian")
+    elif kind == "dora":
+        config = LoraConfig(**lora, init_lora_weights="gaussian", use_dora=True)
+    elif kind == "oft":
+        config = OFTConfig(oft_block_size=rank, **common)
+    elif kind == "boft":
+        config = BOFTConfig(boft_block_size=rank, boft_n_butterfly_factor=2, **common)
+    elif kind == "hra":
+        config = HRAConfig(r=rank, **common)
+    elif kind == "psoft":
+        config = PsoftConfig(r=rank, psoft_alpha=rank, **common)
+    elif kind == "osf":
+        config = OSFConfig(**common)
+    elif kind == "corda":
+        from peft.tuners.lora.corda import preprocess_corda  # needs attrs, which peft does not install
+
+        config = LoraConfig(**lora, init_lora_weights="corda")
+        with tempfile.TemporaryDirectory() as folder:  # what CorDA wants to know is what the bundle holds
+            spectra = world.bundle.group(JOINT)
+            moments = {name: spectra[world.bundle.modules[name]["input"]] for name in world.weights}
+            file = f"{folder}/covariance.pt"
+            torch.save({name: (spectrum.sum() / spectrum.tokens).float() for name, spectrum in moments.items()}, file)
+            config.corda_config = CordaConfig(corda_method="kpm", covariance_file=file)
+            preprocess_corda(unet, config)
+            inject_adapter_in_model(config, unet)
+    if kind != "corda":
+        inject_adapter_in_model(config, unet)
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def protections(world, method, subject):
+    """The bundle that a method uses, and what each group of timesteps protects, by `Bundle.protected`."""
+    bundle, names = world.bundle, [JOINT]
+    if method["nearest"]:
+        bundle = world.bundle_by_step()
+        names = [group["name"] for group in split_groups(bundle.config)]
+    if method["class_prompt"]:
+        bundle = bundle.emphasize(class_moments(world, f"a photo of a {subject}"))
+    return bundle, {name: bundle.protected(name, "energy", method["energy"], method["softness"]) for name in names}
+
+
+def class_moments(world, prompt):
+    """What the trainer samples for `--nullspace_extra_prompts`."""
+    config, pipeline = world.bundle.config, copy.copy(world.pipeline)
+    pipeline.scheduler = make_scheduler(config["sampler"], pipeline.scheduler.config)
+    groups = [group for group in config["groups"] if group["name"] == JOINT]
+    moments = SecondMoments(world.unet, attention_inputs(world.unet), dict.fromkeys(groups[0]["timesteps"], JOINT))
+    with moments.collect():
+        moments.draw(
+            pipeline, [prompt] * PICTURES_PER_EXTRA_PROMPT, list(range(PICTURES_PER_EXTRA_PROMPT)),
+            config["num_inference_steps"], config["guidance_scale"], config["resolution"],
+        )  # fmt: skip
+    return Bundle.from_moments(moments, groups, config)
+
+
+def train(world, method, subject, seed, rate, marks):
+    """Teach a subject; yield (step, seconds of the personalisation up to it, UNet) at each of the marks."""
+    start = time.perf_counter()
+    random_numbers = torch.Generator().manual_seed(seed)
+    pictures = [Image.open(path) for path in sorted((DEMO / "instance_images" / subject).glob("*.png"))]
+    side = (RESOLUTION, RESOLUTION)
+    pixels = [np.asarray(picture.convert("RGB").resize(side, Image.Resampling.LANCZOS)) / 255 for picture in pictures]
+    latents = world.latents(pixels)
+    embeddings = world.encode([f"a photo of a {TOKEN} {subject}"]).expand(len(latents), -1, -1)
+    if method["prior"]:
+        prompt = f"a photo of a {subject}"
+        drawn = world.draw(world.unet, [prompt] * CLASS_PICTURES, seed=10_000 + seed, steps=25, guidance_scale=7.5)
+        class_latents, class_embeddings = world.latents(drawn), world.encode([prompt])
+    unet = copy.deepcopy(world.unet)
+    parameters = add_adapter(world, unet, method, seed)
+    optimizer = torch.optim.AdamW(parameters, lr=rate)
+    groups = []
+    projector = None
+    if method["energy"] is not None:
+        bundle, protected = protections(world, method, subject)
+        projector = NullSpaceProjector(unet, protected)
+        projector.attach(optimizer)
+        groups = split_groups(bundle.config) if method["nearest"] else []
+    unet.train()
+    for step in range(1, max(marks) + 1):
+        first, last = 0, world.noise_scheduler.config.num_train_timesteps - 1
+        if groups:
+            timestep = torch.randint(last + 1, (1,), generator=random_numbers).item()
+            group = next(group for group in groups if group["range"][0] <= timestep <= group["range"][1])
+            first, last = group["range"]
+            projector.select(group["name"])
+        batch, conditions = latents, embeddings
+        if method["prior"]:
+            chosen = torch.randint(len(class_latents), (len(latents),), generator=random_numbers)
+            batch = torch.cat([latents, class_latents[chosen]])
+            conditions = torch.cat([embeddings, class_embeddings.expand(len(chosen), -1, -1)])
+        timesteps = torch.randint(first, last + 1, (len(batch),), generator=random_numbers)
+        noise = torch.randn(batch.shape, generator=random_numbers)
+        # Means over halves of equal size, so that the loss of the pictures and of the class weigh 1 each, as in diffusers
+        loss = diffusion_loss(unet, world.noise_scheduler, batch, conditions, timesteps, noise)
+        (loss * (2 if method["prior"] else 1)).backward()
+        if projector:
+            projector.project_gradients()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in marks:
+            seconds = time.perf_counter() - start
+            unet.eval()
+            yield step, seconds, unet
+            unet.train()
+            start = time.perf_counter() - seconds  # scoring is not training
+
+
+@torch.no_grad()
+def predicted_drifts(world, unet):
+    """The closed-form drift of every layer that an adapter changes, whatever the adapter: by its answer to the identity."""
+    spectra, drifts = world.bundle.group(JOINT), []
+    for name, weight in world.weights.items():
+        module = unet.get_submodule(name)
+        if module is base_layer(module):
+            continue
+        size = weight.shape[1]
+        answer = module(torch.eye(size)[None])[0] - (0 if base_layer(module).bias is None else base_layer(module).bias)
+        change = LoraLayer(torch.eye(size), answer.T - weight, 1.0)
+        drifts.append(predicted_drift(change, weight, spectra[world.bundle.modules[name]["input"]]))
+    return drifts
+
+
+def run(world, name, subject, seed, rate):
+    """Train and score one method: its settings and a point for each of `MARKS`."""
+    points = []
+    for step, seconds, unet in train(world, METHODS[name], subject, seed, rate, MARKS):
+        drifts = predicted_drifts(world, unet)
+        root_mean_square = math.sqrt(sum(drift**2 for drift in drifts) / len(drifts))
+        points.append(
+            {"step": step, "seconds": seconds, "predicted_drift": root_mean_square} | world.score(unet, subject)
+        )
+    return {"method": name, "subject": subject, "seed": seed, "rate": rate, "points": points}
+
+
+# ---- The headline: methods at equal likeness of the subject ----------------------------------------------------------
+
+LEVELS = (0.75, 0.9, 0.95)
+COSTS = ("noise_drift", "class_leak", "others_moved", "predicted_drift", "seconds")
+
+
+def at_level(run, base, level):
+    """What a run had cost when its pictures had come this near to the subject: a `dict`, or None if they never did.
+
+    Between two scored steps everything is interpolated in proportion to the distance to the subject.
+    """
+    before = {"subject": base["subject"], "step": 0} | dict.fromkeys(COSTS, 0.0)
+    for point in run["points"]:
+        point = point | {"class_leak": (base["class"] - point["class"]) / base["class"]}
+        if point["subject"] <= level:
+            share = (before["subject"] - level) / (before["subject"] - point["subject"])
+            return {key: before[key] + share * (point[key] - before[key]) for key in ("step", *COSTS)}
+        before = point
+    return None
+
+
+def levels_of(runs, base):
+    """The distance to the subject at each share of the best gain of the plain LoRA, by subject: `dict[str, dict]`."""
+    levels = {}
+    for subject in {run["subject"] for run in runs}:
+        start = base[subject]["subject"]
+        nearest = min(
+            median(run["points"][index]["subject"] for run in plain)
+            for plain in [[run for run in runs if run["method"] == "plain LoRA" and run["subject"] == subject]]
+            for index in range(len(plain[0]["points"]))
+        )
+        levels[subject] = {level: start - level * (start - nearest) for level in LEVELS}
+    return levels
+
+
+def compare(runs, base):
+    """At each level, each method's costs: medians over subjects and seeds, and of the ratios to two of the methods.
+
+    A method that reaches a level in fewer than half of its runs does not get there: None.
+    """
+    levels, table = levels_of(runs, base), {}
+    for level in LEVELS:
+        reached = {
+            (run["method"], run["subject"], run["seed"]): at_level(
+                run, base[run["subject"]], levels[run["subject"]][level]
+            )
+            for run in runs
+        }
+        rows = table[str(level)] = {}
+        for method in dict.fromkeys(run["method"] for run in runs):
+            mine = {key[1:]: cost for key, cost in reached.items() if key[0] == method}
+            there = {key: cost for key, cost in mine.items() if cost}
+            row = rows[method] = {"reached": len(there), "runs": len(mine)}
+            if 2 * len(there) < len(mine):
+                row |= dict.fromkeys(COSTS)
+                continue
+            row |= {key: median(cost[key] for cost in there.values()) for key in COSTS}
+            row["spread"] = {
+                key: [min(cost[key] for cost in there.values()), max(cost[key] for cost in there.values())]
+                for key in COSTS
+            }
+            for other, name in (("plain LoRA", "vs_plain"), ("prior preservation", "vs_prior")):
+                both = [(cost, reached.get((other, *key))) for key, cost in there.items()]
+                both = [pair for pair in both if pair[1]]
+                row[name] = {key: median(a[key] / b[key] for a, b in both) if both else None for key in COSTS}
+    return table
+
+
+def tune(runs, base):
+    """Each method's learning rate from the runs of the tuning seed: the one that costs the least drift at 90%.
+
+    Where none gets there, the one that comes nearest to the subject.
+    """
+    chosen = {}
+    plain = [run for run in runs if run["method"] == "plain LoRA"]
+    start = base["subject"]
+    nearest = min(point["subject"] for run in plain for point in run["points"])
+    level = start - 0.9 * (start - nearest)
+    for method in dict.fromkeys(run["method"] for run in runs):
+        candidates = [run for run in runs if run["method"] == method]
+        costs = {run["rate"]: at_level(run, base, level) for run in candidates}
+        there = {rate: cost["noise_drift"] for rate, cost in costs.items() if cost}
+        near = {run["rate"]: min(point["subject"] for point in run["points"]) for run in candidates}
+        chosen[method] = min(there, key=there.get) if there else min(near, key=near.get)
+    return chosen
+
+
+def headline(rows):
+    """At 90% of the plain LoRA's gain: drift, class leak and time of the shipped defaults, as ratios."""
+    row = rows[SHIPPED]
+    versus = {name: row.get(name) or dict.fromkeys(COSTS) for name in ("vs_plain", "vs_prior")}
+    return {
+        "drift_vs_plain": versus["vs_plain"]["noise_drift"],
+        "drift_vs_prior": versus["vs_prior"]["noise_drift"],
+        "class_leak_vs_prior": versus["vs_prior"]["class_leak"],
+        "time_vs_prior": versus["vs_prior"]["seconds"],
+    }
+
+
+def rank_correlation(runs):
+    """Spearman's correlation of predicted drift with measured noise drift, over every scored LoRA."""
+    points = [point for run in runs for point in run["points"]]
+    ranks = [np.argsort(np.argsort([point[key] for point in points])) for key in ("predicted_drift", "noise_drift")]
+    return {"spearman": float(np.corrcoef(*ranks)[0, 1]), "points": len(points)}
+
+
+# ---- What people see -------------------------------------------------------------------------------------------------
+
+
+def plot(runs, base, path):
+    """Each method's curves: what it costs against how near it came to the subject, a line for each run's median."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {
+        "noise_drift": "change of the predicted noise (squared, relative)",
+        "others_right": "held-out prompts drawn right",
+        "class": "distance of the class to the subject",
+    }
+    figure, axes = plt.subplots(1, len(shown), figsize=(16, 5.5), layout="constrained")
+    colours = plt.get_cmap("tab20")
+    for number, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
+        mine = [run for run in runs if run["method"] == method]
+        curve = [
+            {key: median(run["points"][index][key] for run in mine) for key in ("subject", *shown)}
+            for index in range(len(MARKS))
+        ]
+        for axis, key in zip(axes, shown, strict=True):
+            x, y = [point["subject"] for point in curve], [point[key] for point in curve]
+            axis.plot(x, y, "o-", label=method, color=colours(number), markersize=4)
+    for axis, (key, title) in zip(axes, shown.items(), strict=True):
+        axis.axhline(median(scores[key] for scores in base.values()), color="grey", linestyle=":")
+        axis.set(xlabel="distance to the subject (nearer is to the right)", title=title)
+        axis.invert_xaxis()
+    axes[0].set_yscale("log")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def print_table(table):
+    for level, rows in table.items():
+        print(f"\nAt {float(level):.0%} of the plain LoRA's gain")
+        print(f"{'':28}{'reached':>9}{'drift':>10}{'/plain':>8}{'/prior':>8}{'leak':>8}{'moved':>8}{'seconds':>9}")
+        for method, row in rows.items():
+            line = f"{method:28}{row['reached']:>5}/{row['runs']:<3}"
+            if row["noise_drift"] is not None:
+                ratios = [(row[other] or {}).get("noise_drift") for other in ("vs_plain", "vs_prior")]
+                line += f"{row['noise_drift']:10.4f}" + "".join(
+                    "       -" if r is None else f"{r:8.2f}" for r in ratios
+                )
+                line += f"{row['class_leak']:8.2f}{row['others_moved']:8.3f}{row['seconds']:9.0f}"
+            print(line)
+
+
+# ---- Running, resumably ----------------------------------------------------------------------------------------------
+
+_world = None  # of a worker process
+
+
+def start_worker():
+    global _world
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # runs go side by side, one on each core
+    _world = World(BUNDLE)
+
+
+def do(job):
+    """One job in a worker: the scores of the base model, a run, or the memory that a method takes."""
+    kind, *rest = job
+    return {"base": _world.base_scores, "run": partial(run, _world), "memory": measure_memory}[kind](*rest)
+
+
+def measure_memory(method):
+    """Peak memory of a fresh process, in bytes, before a personalisation and at its end."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in train(_world, METHODS[method], TUNING_SUBJECT, 0, METHODS[method]["rates"][0], (5,)):
+        pass
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"before": 1024 * before, "peak": 1024 * after}
+
+
+def describe_machine():
+    return {
+        "machine": f"{os.cpu_count()}-core {platform.machine()} CPU, one thread a run",
+        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, transformers, peft)},
+    }
+
+
+class Results:
+    """What was measured so far, written after every job, so that the next start goes on from there."""
+
+    def __init__(self, path):
+        self.path = path
+        self.content = json.loads(path.read_text()) if path.exists() else {}
+
+    def save(self):
+        partial = self.path.with_name(f"partial-{self.path.name}")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+    def complete(self, section, jobs, workers, description):
+        """Do the jobs (`dict` by key) that a section lacks; return the section."""
+        done = self.content.setdefault(section, {})
+        missing = {key: job for key, job in jobs.items() if key not in done}
+        if missing:
+            spawn = multiprocessing.get_context("spawn")
+            fresh = 1 if section == "memory" else None  # a process's peak is that of all it has done
+            with ProcessPoolExecutor(workers, spawn, start_worker, max_tasks_per_child=fresh) as pool:
+                running = {pool.submit(do, job): key for key, job in missing.items()}
+                for future in tqdm(as_completed(running), total=len(running), desc=description, unit="run"):
+                    done[running[future]] = future.result()
+                    self.save()
+        return {key: done[key] for key in jobs}
+
+
+def build_bundle():
+    if not (BUNDLE / "nullspace_config.json").exists():
+        command = [sys.executable, ROOT / "build_nullspace.py", "--pretrained_model_name_or_path", MODEL]
+        command += ["--prompts_file", DEMO / "prompts.txt", "--batch_size", "50", "--timestep_groups", "steps"]
+        subprocess.run([*map(str, command), "--output_dir", str(BUNDLE)], check=True)
+
+
+def tell(results, base):
+    """Compare what was run so far, and print it."""
+    done = list(results.content["runs"].values())
+    results.content["machine"] = describe_machine()
+    table = results.content["levels"] = compare(done, base)
+    results.content["headline"] = headline(table["0.9"])
+    results.content["ranking"] = rank_correlation(done)
+    results.save()
+    plot(done, base, results.path.with_suffix(".png"))
+    print_table(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="One seed of one subject, the methods of the picture.")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes (default: one for each core).")
+    args = parser.parse_args()
+    WORK.mkdir(exist_ok=True)
+    build_bundle()
+
+    results = Results(HERE / "results" / "preservation.json")
+    base = results.complete("base", {subject: ("base", subject) for subject in SUBJECTS}, args.workers, "Base model")
+
+    # Those that the README compares first, then all others
+    for methods in [COMPARED] if args.quick else [COMPARED, OTHERS]:
+        # Tune each method's learning rate on one subject, with a seed of its own
+        jobs = {
+            f"{method} at {rate:g}": ("run", method, TUNING_SUBJECT, TUNING_SEED, rate)
+            for method in methods
+            for rate in methods[method]["rates"]
+        }
+        results.complete("tuning", jobs, args.workers, "Tuning")
+        rates = results.content["rates"] = tune(list(results.content["tuning"].values()), base[TUNING_SUBJECT])
+
+        # Train and score
+        if args.quick:
+            results = Results(WORK / "preservation.json")
+        for seed in SEEDS[: 1 if args.quick else None]:
+            runs = {
+                f"{method}/{subject}/{seed}": ("run", method, subject, seed, rates[method])
+                for subject in ([TUNING_SUBJECT] if args.quick else SUBJECTS)
+                for method in methods
+            }
+            results.complete("runs", runs, args.workers, f"Seed {seed}")
+            tell(results, base)
+    memory = {method: ("memory", method) for method in COMPARED if not args.quick}
+    results.complete("memory", memory, args.workers, "Memory")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import build_nullspace
 import nullspace_utils
 from nullspace_utils import (
     JOINT,
@@ -40,6 +41,7 @@ from nullspace_utils import (
     model_type,
     predicted_drift,
     timestep_groups,
+    verdict,
 )
 
 
@@ -977,13 +979,75 @@ def test_the_audit_lists_every_layer_and_sums_up_those_that_are_covered(world):
         values = [row[key] for row in covered]
         assert found[key]["max"] == max(values)
         assert found[key]["mean"] == pytest.approx(np.mean(values))
+        assert found[key]["rms"] == pytest.approx(np.sqrt(np.mean(np.square(values))))
     assert audit(layers, bundle, lora, "energy", 0.9) == found  # the LoRA's own UNet does as well
 
     nothing = audit(layers, bundle, world.unet, "energy", 0)
-    assert nothing["leakage"] == {"max": None, "mean": None}
+    assert nothing["leakage"] == {"max": None, "mean": None, "rms": None}
     assert nothing["predicted_drift"] == found["predicted_drift"]
     others = {name: layer for name, layer in layers.items() if LAYERS["self"].search(name)}
-    assert audit(others, bundle, world.unet)["predicted_drift"] == {"max": None, "mean": None}
+    assert audit(others, bundle, world.unet)["predicted_drift"] == {"max": None, "mean": None, "rms": None}
+
+
+@pytest.mark.parametrize(("drift", "word"), [(0.01, "little"), (0.4, "noticeably"), (2.0, "strongly")])
+def test_the_verdict_says_how_much_and_of_how_many_layers(drift, word):
+    layers = [{"predicted_drift": drift}, {"predicted_drift": None}]
+    text = verdict({"predicted_drift": {"rms": drift}, "layers": layers})
+    assert f"{word} (by {drift:.2g}, RMS); 1 of its 2 layers are not covered" in text
+    assert "not covered" not in verdict({"predicted_drift": {"rms": drift}, "layers": layers[:1]})
+    assert "nothing can be said" in verdict({"predicted_drift": {"rms": None}, "layers": layers[1:]})
+
+
+@pytest.fixture
+def audited(tiny_sd1, tmp_path):
+    """Command line of an audit of a LoRA on the text encoder and on all attention, its bundle for cross-attention."""
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "with text encoder"
+    prompts.write_text("a red star\n")
+    words = ["--pretrained_model_name_or_path", str(tiny_sd1), "--prompts_file", str(prompts), "--with_text_encoder"]
+    words += ["--num_inference_steps", "1", "--output_dir", str(folder)]
+    build_nullspace.main(build_nullspace.parse_args(words))
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    targets = {"unet": ["attn1.to_q", "attn2.to_k"], "text_encoder": ["q_proj"]}
+    layers = {}
+    for name, modules in targets.items():
+        model = getattr(pipeline, name)
+        model.add_adapter(LoraConfig(r=2, target_modules=modules, init_lora_weights=False))
+        layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", **layers)
+    return ["audit", "--lora", str(tmp_path / "lora"), "--nullspace", str(folder)]
+
+
+def test_the_audit_on_the_command_line(audited, capsys):
+    """A row for each layer with the figures of `audit`, and the verdict, on the model that the bundle names."""
+    nullspace_utils.main(nullspace_utils.parse_args(audited))
+    *rows, last = capsys.readouterr().out.splitlines()[1:]
+    bundle = Bundle.load(audited[-1], text_encoder=True)
+    models = nullspace_utils.load_audited_models(bundle, None, with_text_encoder=True)
+    found = audit(load_lora(audited[2]), bundle, **models)
+    assert len(rows) == len(found["layers"]) == 7 + 7 + 2
+    for line, row in zip(rows, found["layers"], strict=True):
+        values = ["-" if row[key] is None else f"{row[key]:.2e}" for key in ("leakage", "predicted_drift")]
+        assert line.split() == [row["module"], str(row["in_features"]), str(row["protected_rank"]), *values]
+        assert (row["leakage"] is None) == ("attn1" in row["module"])
+    assert last == verdict(found)
+
+    nullspace_utils.main(nullspace_utils.parse_args([*audited, "--nullspace_threshold", "0.5"]))
+    fewer = [int(line.split()[2]) for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert sum(fewer) < sum(row["protected_rank"] for row in found["layers"])
+
+
+def test_an_audit_that_cannot_be_is_refused(audited, tiny_sd2, tmp_path, capsys):
+    def refusal(*flags):
+        with pytest.raises(NullSpaceError) as error:
+            nullspace_utils.main(nullspace_utils.parse_args([*audited, *map(str, flags)]))
+        return str(error.value)
+
+    assert "cannot be read as a LoRA" in refusal("--lora", tmp_path)
+    assert "name it with --pretrained_model_name_or_path" in refusal("--pretrained_model_name_or_path", tmp_path)
+    assert "here it is" in refusal("--pretrained_model_name_or_path", tiny_sd2)
+    with pytest.raises(SystemExit):
+        nullspace_utils.parse_args([*audited, "--nullspace_threshold", "1"])
+    assert "out of range" in capsys.readouterr().err
 
 
 def fused_change(world, folder):

@@ -130,7 +130,7 @@ def as_on_a_gpu(dtype=None):
 
 
 def memory(setting):
-    """Bytes (`dict`): the `models` that stay, the peaks of `encoding`, `training` and `drawing`; the `lora`."""
+    """Bytes (`dict`): the `models` that stay, and the peaks of `encoding`, `training` and `drawing`."""
     flags = {"rank": 8, "train_batch_size": 1, "mixed_precision": "no", **setting}
     line = ["--pretrained_model_name_or_path", "m", "--nullspace_name_or_path", "b", "--instance_data_dir", "d"]
     line += ["--instance_prompt", "p"]
@@ -190,8 +190,7 @@ def memory(setting):
             optimizer.step()
             optimizer.zero_grad()
             del loss, embeds
-        trained = sum(parameter.nbytes for parameter in parameters)
-        return {"models": models, "encoding": encoding, "training": live.peak, "drawing": drawing, "lora": trained}
+        return {"models": models, "encoding": encoding, "training": live.peak, "drawing": drawing}
 
 
 def memory_of_building(batch, dtype=torch.float16):
@@ -216,7 +215,7 @@ def main():
     results = {name: memory(setting) for name, setting in tqdm(SETTINGS.items(), desc="Settings")}
     results |= {f"build, fp16, batch {batch}": memory_of_building(batch) for batch in (1, 8)}
     for name, row in results.items():
-        print(f"{name:40}", *(f"{key} {value / 2**30:.3f} GiB" for key, value in row.items()))
+        print(f"{name:40}", *(f"{key} {value / 2**30:.2f} GiB" for key, value in row.items()))
     (HERE / "results").mkdir(exist_ok=True)
     written = {"torch": torch.__version__, "resolution": 512, "rank": 8, "bytes": results}
     (HERE / "results" / "memory_guide.json").write_text(json.dumps(written, indent=2) + "\n")

@@ -666,6 +666,16 @@ def test_trackers_get_losses_norms_and_leakage(tiny_sd1, bundle1, tmp_path):
     assert all(0 < allowed <= norm * (1 + 1e-6) for norm, allowed in zip(before, after, strict=True))
     assert after[-1] < before[-1]
     assert events.Scalars("leakage/max")[-1].value == pytest.approx(report(tmp_path / "lora")["leakage"]["max"])
+    assert set(events.Tags()["images"]) == {"validation", "comparison"}
+
+
+def test_wandb_gets_the_pictures(monkeypatch):
+    """With stand-ins for the package and the tracker that accelerate makes of it."""
+    logged, picture = [], Image.new("RGB", (4, 4))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Image=lambda picture: ("wandb", picture)))
+    tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
+    trainer.log_picture(SimpleNamespace(trackers=[tracker]), "validation", picture, 7)
+    assert logged == [({"validation": ("wandb", picture)}, 7)]
 
 
 # ---- A dataset -------------------------------------------------------------------------------------------------------

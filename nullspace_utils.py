@@ -819,8 +819,11 @@ def group_file(name):
 
 def sha256(path):
     """Hex digest of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def config_sha256(config):
@@ -1268,6 +1271,8 @@ def load_lora(name_or_path):
 def _text_encoder_keys_to_peft(state_dict):
     """Keys of a text encoder's LoRA as peft names them, from the module that holds the layers."""
     names = {".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
+    for kind in ("q", "k", "v", "out"):  # as diffusers reads kohya's files
+        names |= {f".to_{kind}_lora.down.": f".{kind}_proj.lora_A.", f".to_{kind}_lora.up.": f".{kind}_proj.lora_B."}
     converted = {}
     for key, value in state_dict.items():
         for old, new in names.items():

@@ -130,7 +130,7 @@ def as_on_a_gpu(dtype=None):
 
 
 def memory(setting):
-    """Bytes (`dict`): the `models` that stay, and the peaks of `encoding` pictures, a `training` step and `drawing`."""
+    """Bytes (`dict`): the `models` that stay, and the peaks of `encoding`, `training` and `drawing`."""
     flags = {"rank": 8, "train_batch_size": 1, "mixed_precision": "no", **setting}
     line = ["--pretrained_model_name_or_path", "m", "--nullspace_name_or_path", "b", "--instance_data_dir", "d"]
     line += ["--instance_prompt", "p"]

@@ -1,11 +1,14 @@
 """train_dreambooth_nullspace.py: the LoRA that it writes, its flags, resuming, and what it refuses."""
 
+import ast
 import csv
 import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +39,7 @@ from shapes import DEMO
 
 
 INSTANCES = DEMO / "instance_images" / "star"
+README = DEMO.parent / "README.md"
 
 
 def needs(package):
@@ -123,6 +127,7 @@ def test_launched_as_a_user_does(run_script, tiny_sd2, bundle2, tmp_path):
     pipeline.load_lora_weights(output)
     after = pipeline("a sks star", generator=torch.Generator().manual_seed(0), **draw).images
     assert (before != after).any()
+    assert all(key.startswith("unet.") and ".lora." in key for key in load_file(output / LORA_NAME))
     layers = {name.split(".lora_A")[0] for name, _ in pipeline.unet.named_parameters() if "lora_A" in name}
     assert layers == set(attention_inputs(pipeline.unet, "cross"))
 
@@ -281,14 +286,10 @@ def test_timestep_sampler_is_uniform_and_names_the_group():
         ["--train_batch_size", 3],
         ["--gradient_accumulation_steps", 2],
         ["--lr_scheduler", "linear", "--lr_warmup_steps", 0],
-        ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 10],
-        ["--lr_scheduler", "polynomial", "--lr_warmup_steps", 0, "--lr_power", 3],
-        ["--lr_scheduler", "cosine_with_restarts", "--lr_warmup_steps", 0, "--lr_num_cycles", 2],
         ["--adam_beta1", 0.1],
         ["--adam_beta2", 0.1],
         ["--adam_weight_decay", 5.0],
         ["--adam_epsilon", 1e-2],
-        ["--max_grad_norm", 1e-4, "--adam_epsilon", 1e-2],
         ["--resolution", 48],
         ["--mixed_precision", "bf16"],
         ["--instance_prompt", "a ohwx star"],
@@ -313,6 +314,71 @@ def test_flag_changes_the_lora_and_keeps_the_guarantee(flags, tiny_sd1, bundle1,
     tensors = train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
     assert not same(tensors, reference)
     assert report(tmp_path / "lora")["leakage"]["max"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("shared", "flag"),
+    [
+        (["--lr_scheduler", "constant_with_warmup"], ["--lr_warmup_steps", 10]),
+        (["--lr_scheduler", "polynomial", "--lr_warmup_steps", 0], ["--lr_power", 3]),
+        (["--lr_scheduler", "cosine_with_restarts", "--lr_warmup_steps", 0], ["--lr_num_cycles", 2]),
+        (["--adam_epsilon", 1e-2], ["--max_grad_norm", 1e-4]),  # with less, Adam makes up for a clipped gradient
+    ],
+    ids=lambda flags: flags[0].replace("--", ""),
+)
+def test_flag_changes_what_another_one_gives(shared, flag, tiny_sd1, bundle1, tmp_path):
+    without = train(tiny_sd1, bundle1, tmp_path / "without", *shared)
+    assert not same(train(tiny_sd1, bundle1, tmp_path / "with", *shared, *flag), without)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        pytest.param(["--use_8bit_adam"], marks=needs("bitsandbytes")),
+        pytest.param(["--optimizer", "prodigy"], marks=needs("prodigyopt")),
+    ],
+    ids=["adamw", "8-bit-adamw", "prodigy"],
+)
+def test_every_optimizer_takes_its_settings(flags):
+    flags = [*flags, "--learning_rate", 0.5, "--adam_beta1", 0.1, "--adam_beta2", 0.2]
+    args = trainer.parse_args(command_line("m", "b", "o", *flags, "--adam_weight_decay", 0.3, "--adam_epsilon", 0.4))
+    (group,) = trainer.make_optimizer([torch.nn.Parameter(torch.zeros(2))], args).param_groups
+    assert [group["lr"], *group["betas"], group["weight_decay"], group["eps"]] == [0.5, 0.1, 0.2, 0.3, 0.4]
+
+
+def test_revision_and_variant(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
+    """What is asked of the Hub, and that the variant's files are read: here they alone are there, rounded."""
+    asked = {}
+    load_config = trainer.DiffusionPipeline.load_config
+
+    def answer_config(name, **options):
+        asked.setdefault(str(name), []).append(options)
+        return load_config(tiny_sd1 if name == "some/model" else name, **options)
+
+    def answer_files(name, **options):
+        asked.setdefault(str(name), []).append(options)
+        return tmp_path / "model"
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None).to(dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "model", variant="fp16")
+    monkeypatch.setattr(trainer.DiffusionPipeline, "load_config", answer_config)
+    monkeypatch.setattr(trainer.DiffusionPipeline, "download", answer_files)
+    monkeypatch.setattr(trainer, "base_license", lambda *_: None)
+    rounded = train("some/model", bundle1, tmp_path / "lora", "--revision", "v2", "--variant", "fp16")
+    config, files = asked["some/model"]
+    assert config["revision"] == files["revision"] == "v2" and files["variant"] == "fp16"
+    assert not same(rounded, reference)
+
+
+def test_allow_tf32(tiny_sd1, bundle1, reference, tmp_path):
+    matmul = torch.backends.cuda.matmul
+    assert not matmul.allow_tf32  # which runs without the flag left as it was
+    try:
+        assert same(train(tiny_sd1, bundle1, tmp_path / "lora", "--allow_tf32"), reference)  # it is for GPUs
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = False
 
 
 def test_the_same_command_gives_the_same_lora(tiny_sd1, bundle1, reference, tmp_path):
@@ -404,6 +470,21 @@ def test_help_is_grouped_and_fits_in_100_columns(capsys):
     assert max(map(len, lines)) <= 100
     assert {"null space:", "LoRA:", "pictures:", "training:", "publishing:"} <= set(lines)
     assert not any(flag in line for flag in trainer.REPLACED for line in lines)
+
+
+@pytest.mark.parametrize("script", ["train_dreambooth_nullspace.py", "build_nullspace.py"])
+def test_the_header_for_uv_names_what_the_script_imports(script):
+    """PEP 723; of what is imported only where a flag asks for it, `require` tells."""
+    (header,) = re.findall(r"^# /// script\n(.*?)^# ///$", (README.parent / script).read_text(), re.S | re.M)
+    declared = set(re.findall(r'"([a-z_]+)"', header))
+    imported = set()
+    for path in (script, "nullspace_utils.py"):
+        for node in ast.walk(ast.parse((README.parent / path).read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.partition(".")[0].replace("PIL", "pillow") for name in names}
+    imported -= {*sys.stdlib_module_names, "nullspace_utils", "bitsandbytes", "prodigyopt", "wandb"}
+    assert declared - {"tensorboard"} == imported  # tensorboard is what accelerate logs to by default
 
 
 @pytest.mark.parametrize("flag", trainer.REPLACED)
@@ -585,6 +666,16 @@ def test_trackers_get_losses_norms_and_leakage(tiny_sd1, bundle1, tmp_path):
     assert all(0 < allowed <= norm * (1 + 1e-6) for norm, allowed in zip(before, after, strict=True))
     assert after[-1] < before[-1]
     assert events.Scalars("leakage/max")[-1].value == pytest.approx(report(tmp_path / "lora")["leakage"]["max"])
+    assert set(events.Tags()["images"]) == {"validation", "comparison"}
+
+
+def test_wandb_gets_the_pictures(monkeypatch):
+    """With stand-ins for the package and the tracker that accelerate makes of it."""
+    logged, picture = [], Image.new("RGB", (4, 4))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Image=lambda picture: ("wandb", picture)))
+    tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
+    trainer.log_picture(SimpleNamespace(trackers=[tracker]), "validation", picture, 7)
+    assert logged == [({"validation": ("wandb", picture)}, 7)]
 
 
 # ---- A dataset -------------------------------------------------------------------------------------------------------
@@ -683,6 +774,24 @@ def test_train_text_encoder_leaves_protected_prompts(with_text_encoder, tiny_sd1
     drift = [((tuned[0] - base[0]).norm() / base[0].norm()).item() for tuned in (kept, plain)]
     assert drift[0] < 0.05 * drift[1], drift
     assert (kept[1] - base[1]).norm() > 0  # the subject's prompt does move
+
+
+def test_the_conversion_in_the_readme(tiny_sd1, bundle1, tmp_path, monkeypatch):
+    """The file for ComfyUI and AUTOMATIC1111: the names that they look for, and every dW as it was."""
+    (snippet,) = [code for code in re.findall(r"```py\n(.*?)```", README.read_text(), re.S) if "kohya" in code]
+    train(tiny_sd1, bundle1, tmp_path / "sks-dog", "--train_text_encoder", "--lora_alpha", 3)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    converted, layers = load_file(tmp_path / "sks-dog.safetensors"), load_lora(tmp_path / "sks-dog")
+    assert len(converted) == 3 * len(layers)
+    for name, layer in layers.items():
+        prefix = "lora_te_text_model_" if name.startswith("text_encoder.") else "lora_unet_"
+        key = prefix + name.removeprefix("text_encoder.").replace(".", "_")
+        up, down = converted[f"{key}.lora_up.weight"], converted[f"{key}.lora_down.weight"]
+        change = converted[f"{key}.alpha"] / len(down) * up @ down
+        assert change.any() and torch.allclose(change, layer.scale * layer.up @ layer.down, rtol=1e-6)
+    again = load_lora(tmp_path / "sks-dog.safetensors")  # as diffusers reads kohya's names
+    assert {name: layer.scale for name, layer in again.items()} == dict.fromkeys(layers, 1.5)
 
 
 def test_train_text_encoder_with_gradient_checkpointing(with_text_encoder, tiny_sd1, bundle1, tmp_path, monkeypatch):

@@ -759,8 +759,9 @@ class TensorFloat32(TorchDispatchMode):
     """Rounds what float32 matrix products read to TF32, as a GPU does where `allow_tf32` is on."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm") and torch.backends.cuda.matmul.allow_tf32:
-            args = [self.round(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm") and torch.backends.cuda.matmul.allow_tf32:
+            args = [*args[:-2], *map(self.round, args[-2:])]  # what is added to is not rounded
         return func(*args, **(kwargs or {}))
 
     def round(self, x):
@@ -786,6 +787,22 @@ def test_tf32_does_not_leak(tf32):
         assert_close(parameter, projected(before[name][0], protected[name]))
         assert_close(parameter.grad, projected(before[name][1], protected[name]))
     assert torch.backends.cuda.matmul.allow_tf32  # as the user chose
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_moments_use_tf32_only_where_it_loses_nothing(allowed, tf32):
+    """Against sums in float64, with TF32 emulated."""
+    used, rounds = [], TensorFloat32.round
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.randn(100, 8).to(dtype)
+        moments = SecondMoments(None, {}, {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TensorFloat32, "round", lambda self, x, dtype=dtype: (used.append(dtype), rounds(self, x))[1])
+            moments.add(JOINT, "x", x)
+        assert distance(moments.sums[JOINT, "x"], array(x).T @ array(x)) < 1e-6
+        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    assert set(used) == {torch.float16, torch.bfloat16}
 
 
 @pytest.mark.parametrize("several", [False, True])

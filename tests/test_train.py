@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -132,11 +133,56 @@ def test_launched_as_a_user_does(run_script, tiny_sd2, bundle2, tmp_path):
     assert layers == set(attention_inputs(pipeline.unet, "cross"))
 
 
-def test_two_processes_agree_and_stay_in_the_null_space(run_script, tiny_sd1, bundle1, tmp_path):
-    flags = ("--gradient_accumulation_steps", 2, "--nullspace_timesteps", "joint")
-    line = command_line(tiny_sd1, bundle1, tmp_path / "lora", *flags)
-    run_script("train_dreambooth_nullspace.py", *line, processes=2)
-    assert report(tmp_path / "lora")["leakage"]["max"] < 1e-5
+RECORDER = """
+import os, sys
+import torch
+sys.path.insert(0, {root!r})
+import train_dreambooth_nullspace as trainer
+
+class Recorder(trainer.NullSpaceProjector):
+    steps = []
+
+    def __init__(self, unet, *args, **kwargs):
+        super().__init__(unet, *args, **kwargs)
+        self.unet = unet
+
+    def gradients(self):
+        return {{name: parameter.grad.clone() for name, parameter in self.parameters.items()}}
+
+    def project_gradients(self):
+        step = {{"group": self.selected, "before": self.gradients()}}
+        super().project_gradients()
+        adapter = {{n: p.detach().clone() for n, p in self.unet.named_parameters() if p.requires_grad}}
+        self.steps.append(step | {{"after": self.gradients(), "adapter": adapter}})
+        torch.save(self.steps, {folder!r} + "/" + os.environ["RANK"])
+
+trainer.NullSpaceProjector = Recorder
+trainer.main(trainer.parse_args())
+"""
+
+
+@pytest.mark.parametrize("timesteps", [JOINT, "nearest"])
+def test_two_processes_agree_and_project_what_both_found(timesteps, run_script, tiny_sd1, bundle1, tmp_path):
+    """After the all-reduce, which is, projections being linear, as if each had projected its own gradient before."""
+    script = tmp_path / "recorder.py"
+    script.write_text(RECORDER.format(root=str(Path(trainer.__file__).parent), folder=str(tmp_path)))
+    flags = ("--gradient_accumulation_steps", 2, "--nullspace_timesteps", timesteps, "--max_train_steps", 6)
+    run_script(script, *command_line(tiny_sd1, bundle1, tmp_path / "lora", *flags), processes=2)
+    first, second = (torch.load(tmp_path / rank) for rank in "01")
+    assert len(first) == len(second) == 6
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine["group"] == theirs["group"]
+        for what in ("before", "after", "adapter"):
+            assert same(mine[what], theirs[what])
+    assert len({step["group"] for step in first}) > (timesteps == "nearest")
+    bundle = Bundle.load(bundle1, timesteps)
+    for step in first[1:]:  # B is zero in the first step, and so is the gradient of A
+        protected = bundle.protected(step["group"])
+        for name, before in step["before"].items():
+            directions = protected[name].basis[:, : protected[name].rank]
+            expected = before - before @ directions @ directions.T
+            assert before.norm() > 0 and (step["after"][name] - expected).norm() < 1e-5 * before.norm()
+    assert (report(tmp_path / "lora")["leakage"]["max"] < 1e-5) == (timesteps == JOINT)
 
 
 # ---- The null space --------------------------------------------------------------------------------------------------

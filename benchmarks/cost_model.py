@@ -1,0 +1,202 @@
+"""Bytes and FLOPs of a build and of a training step, as functions of prompts, steps, resolution and processes.
+
+    python benchmarks/cost_model.py
+
+FLOPs of the UNets are counted by torch on models without weights (the meta device); what the null space adds follows
+from the layers' sizes by the formulas of `benchmarks/README.md`. Prints its tables and writes
+`results/cost_model.json`, with what is measured in `results/` next to what the model says.
+"""
+
+import json
+
+import torch
+from common import HERE, write
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nullspace_utils import TEXT_INPUT, attention_inputs
+
+
+SD1 = {"cross_attention_dim": 768}
+MODELS = {
+    "SD 1.5": (SD1, 64),
+    "LCM (of SD 1.5)": (SD1 | {"time_cond_proj_dim": 256}, 64),
+    "SDXL size": (
+        {
+            "cross_attention_dim": 2048,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "use_linear_projection": True,
+        },
+        128,
+    ),
+}
+TEXT_TOKENS = 77
+# Assumed of one GPU: dense bf16 throughput of an A100 by its data sheet (312 TFLOP/s) at 40% utilisation, and 25 GB/s a
+# process for the all-reduce (a 200 Gbit/s network).
+GPU_FLOPS, NETWORK = 0.4 * 312e12, 25e9
+PROMPTS, PROCESSES = 1_000_000, 64
+
+
+def measure(config, side):
+    """FLOPs of one forward pass for one picture, and (name, tokens, in, modules) of each input of cross-attention."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+        sample, text = torch.empty(1, 4, side, side), torch.empty(1, TEXT_TOKENS, config["cross_attention_dim"])
+        extra = {"timestep_cond": torch.empty(1, 256)} if "time_cond_proj_dim" in config else {}
+    tokens, users = {}, {}
+    for name, source in attention_inputs(unet).items():
+        layer = unet.get_submodule(name)
+        users.setdefault(source, []).append(layer)
+
+        def read(module, args, source=source):
+            tokens[source] = args[0].shape[1]
+
+        layer.register_forward_pre_hook(read)
+    with FlopCounterMode(display=False) as counter:
+        unet(sample, torch.empty(1, device="meta"), text, **extra)
+    inputs = [(source, tokens[source], layers[0].in_features, len(layers)) for source, layers in users.items()]
+    return counter.get_total_flops(), inputs
+
+
+def build_cost(forward, inputs, guidance=True):
+    """What one prompt at one sampler step costs, and what the sums take.
+
+    Returns:
+        `dict`: `flops` of sampling, `collect_flops` for all x^T x of a step, `collect_once_flops` for that of the
+        prompt's embeddings, `bytes` of the float32 sums of one group, `eigh_flops` of decomposing them.
+    """
+    branches = 2 if guidance else 1
+    per_step = [(tokens, size) for source, tokens, size, _ in inputs if source != TEXT_INPUT]
+    text = next(size for source, _, size, _ in inputs if source == TEXT_INPUT)
+    return {
+        "flops": branches * forward,
+        "collect_flops": branches * sum(2 * tokens * size**2 for tokens, size in per_step),
+        "collect_once_flops": branches * 2 * TEXT_TOKENS * text**2,
+        "bytes": 4 * sum(size**2 for _, size in per_step),
+        "bundle_bytes": sum(2 * size**2 + 4 * size for _, size in per_step),
+        "text_bytes": 4 * text**2,
+        "eigh_flops": 9 * sum(size**3 for _, size in per_step),
+    }
+
+
+def step_cost(forward, inputs, rank, share=0.5):
+    """What the projections of one training step cost, for a share of the directions that is protected.
+
+    The backward pass of a LoRA needs the gradients of the activations but hardly any of the weights, about as much as
+    the forward pass again. Each A (rank, in) is multiplied by k directions and back, gradient and value alike.
+    """
+    kept = [(size, round(min(share, 1 - share) * size), modules) for _, _, size, modules in inputs]
+    return {
+        "flops": 2 * forward,
+        "projection_flops": sum(2 * 2 * 2 * rank * size * k * modules for size, k, modules in kept),
+        "projector_bytes": sum(4 * size * k for size, k, _ in kept),
+    }
+
+
+def seconds_of_build(cost, prompts, steps, processes, groups=1):
+    """Sampling and collecting, then the all-reduce (each process sends and receives the sums about twice)."""
+    each = prompts / processes * (steps * (cost["flops"] + cost["collect_flops"]) + cost["collect_once_flops"])
+    reduced = 2 * (groups * cost["bytes"] + cost["text_bytes"]) / NETWORK if processes > 1 else 0.0
+    return {"drawing": each / GPU_FLOPS, "all_reduce": reduced}
+
+
+def table(header, rows):
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
+
+
+def read_result(name):
+    path = HERE / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def main():
+    models, rows, steps_rows = {}, [], []
+    for name, (config, side) in MODELS.items():
+        for scale in (1, 2) if name == "SD 1.5" else (1,):
+            forward, inputs = measure(config, side * scale)
+            build = build_cost(forward, inputs, guidance=not name.startswith("LCM"))
+            step = {rank: step_cost(forward, inputs, rank) for rank in (4, 64)}
+            pixels = 8 * side * scale
+            models[f"{name}, {pixels}"] = {"forward_flops": forward, "build": build, "step": step}
+            rows.append(
+                [
+                    f"{name}, {pixels}",
+                    f"{build['flops'] / 1e12:.2f} T",
+                    f"{build['collect_flops'] / 1e9:.0f} G",
+                    f"{build['collect_flops'] / build['flops']:.1%}",
+                    f"{(build['bytes'] + build['text_bytes']) / 1e6:.0f} MB",
+                    f"{build['bundle_bytes'] / 1e6:.0f} MB",
+                    f"{build['eigh_flops'] / 1e12:.2f} T",
+                ]
+            )
+            steps_rows.append(
+                [
+                    f"{name}, {pixels}",
+                    f"{step[4]['flops'] / 1e12:.2f} T",
+                    *(f"{step[rank]['projection_flops'] / 1e9:.2f} G" for rank in step),
+                    f"{step[64]['projection_flops'] / step[64]['flops']:.2%}",
+                    f"{step[4]['projector_bytes'] / 1e6:.0f} MB",
+                ]
+            )
+    print("One prompt at one sampler step, and one group of timesteps:\n")
+    print(table(["", "sampling", "collecting", "share", "float32 sums", "bundle file", "decomposing"], rows))
+    print("One training step of one picture, half of the directions protected:\n")
+    print(table(["", "forward, backward", "projections, r 4", "r 64", "share, r 64", "directions held"], steps_rows))
+
+    paper = {}
+    for name, steps, groups in (("SD 1.5, 512", 30, 1), ("LCM (of SD 1.5), 512", 15, 15), ("SDXL size, 1024", 30, 1)):
+        build = models[name]["build"]
+        cost = seconds_of_build(build, PROMPTS, steps, PROCESSES, groups)
+        cost["sums_bytes"] = groups * build["bytes"] + build["text_bytes"]
+        # As many processes as make drawing take no longer than what no further process shortens
+        cost["processes_at_which_drawing_equals_all_reduce"] = round(
+            cost["drawing"] * PROCESSES / max(cost["all_reduce"], 1e-9)
+        )
+        paper[name] = {"prompts": PROMPTS, "processes": PROCESSES, "steps": steps, "groups": groups, **cost}
+    print(f"{PROMPTS:,} prompts on {PROCESSES} GPUs of {GPU_FLOPS / 1e12:.0f} TFLOP/s:\n")
+    print(
+        table(
+            ["", "sampler steps", "drawing and collecting", "all-reduce", "sums a process holds"],
+            [
+                [name, row["steps"], f"{row['drawing'] / 3600:.1f} h", f"{row['all_reduce']:.2f} s",
+                 f"{row['sums_bytes'] / 1e9:.2f} GB"]
+                for name, row in paper.items()
+            ],
+        )
+    )  # fmt: skip
+
+    checks, sd1 = {}, models["SD 1.5, 512"]
+    if measured := read_result("build_overhead"):
+        checks["build ratio"] = {
+            "model": 1 + sd1["build"]["collect_flops"] / sd1["build"]["flops"], "measured": measured["ratio"]
+        }  # fmt: skip
+    if measured := read_result("step_overhead"):
+        for rank, result in measured["ranks"].items():
+            cost = sd1["step"][int(rank)]
+            checks[f"step ratio, rank {rank}"] = {
+                "model": 1 + cost["projection_flops"] / cost["flops"],
+                "measured": result["ratio"],
+                "measured_projections": result["projections_per_step"],
+            }
+    if measured := read_result("bundle_size"):
+        checks["bytes of a further group"] = {
+            "model": sd1["build"]["bundle_bytes"], "measured": measured["bytes_per_further_group"]
+        }  # fmt: skip
+    for name, check in checks.items():
+        print(name, check)
+    write(
+        "cost_model",
+        models=models,
+        on_paper=paper,
+        assumed={"flops_of_a_gpu": GPU_FLOPS, "all_reduce_bytes_per_second": NETWORK},
+        checks=checks,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Peak memory of training, with the protection and without.
+
+    OMP_NUM_THREADS=1 python benchmarks/memory.py
+
+Stable Diffusion 1.x with random weights, 512 x 512, batch 1, float32, rank 4: each run is a process of its own that
+trains two steps with the trainer's functions and reports its peak resident memory. Three kinds alternate: with the
+protection of a bundle loaded as the trainer loads it; with that bundle and --nullspace_threshold 0; and without any
+bundle, as a trainer that knows of none. Writes `results/memory.json`.
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from bundle_size import synthetic_sum
+from common import inputs, sd1_unet, write
+from torch.nn.utils import clip_grad_norm_
+
+from nullspace_utils import JOINT, TEXT_INPUT, Bundle, NullSpaceProjector, Spectrum, attention_inputs
+from train_dreambooth_nullspace import add_lora, diffusion_loss, load_protection, make_optimizer
+
+
+ROUNDS, STEPS = 2, 2  # memory hardly varies; the optimizer's states are there from the second step on
+SETTINGS = SimpleNamespace(
+    rank=4, lora_alpha=4, lora_dropout=0, optimizer="adamw", use_8bit_adam=False, learning_rate=1e-4, adam_beta1=0.9,
+    adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8, nullspace_timesteps=JOINT,
+    nullspace_criterion="energy", nullspace_timestep_range=None, nullspace_revision=None, hub_token=None,
+    train_text_encoder=False,
+)  # fmt: skip
+
+
+def save_bundle(folder):
+    """A joint bundle of Stable Diffusion 1.x's sizes; inputs of one size share their made-up moments."""
+    with torch.device("meta"):
+        unet = sd1_unet()
+    modules = {}
+    for name, source in attention_inputs(unet).items():
+        layer = unet.get_submodule(name)
+        modules[name] = {"input": source, "in_features": layer.in_features, "out_features": layer.out_features}
+    generator, by_size, spectra = torch.Generator().manual_seed(0), {}, {JOINT: {}, TEXT_INPUT: {}}
+    for info in modules.values():
+        size, source = info["in_features"], info["input"]
+        if size not in by_size:
+            by_size[size] = Spectrum.from_sum(*synthetic_sum(size, generator))
+        # safetensors stores no tensor twice
+        spectra[TEXT_INPUT if source == TEXT_INPUT else JOINT][source] = Spectrum(
+            *(tensor.clone() for tensor in by_size[size][:2]), by_size[size].tokens
+        )
+    config = {"format_version": 1, "modules": modules, "base_model": {"id": "synthetic"}}
+    config["groups"] = [{"name": JOINT, "timesteps": [0], "range": [0, 999]}]
+    Bundle(config, spectra).save(folder)
+
+
+def train(folder, threshold=None):
+    """Train a few steps, as the trainer does; print the peak resident memory of this process in bytes."""
+    bundle, protected = None, {JOINT: {}}
+    if threshold is not None:
+        SETTINGS.nullspace_name_or_path, SETTINGS.nullspace_threshold = folder, float(threshold)
+        bundle, _, protected = load_protection(SETTINGS)  # the trainer keeps the bundle for its report
+    unet = sd1_unet()
+    parameters = add_lora({"unet": unet}, list(attention_inputs(unet)), SETTINGS)
+    optimizer = make_optimizer(parameters, SETTINGS)
+    projector = NullSpaceProjector(unet, protected)
+    projector.attach(optimizer)
+    for _ in range(STEPS):
+        diffusion_loss(unet, **inputs(1)).backward()
+        projector.project_gradients()
+        clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def main():
+    kinds = {"no bundle": [], "threshold 0": ["0"], "protected": ["0.999"]}
+    peaks = {name: [] for name in kinds}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "bundle"
+        save_bundle(folder)
+        for _ in range(ROUNDS):
+            for name, threshold in kinds.items():
+                command = [sys.executable, __file__, folder, *threshold]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                peaks[name].append(int(done.stdout.split()[-1]))
+                print(name, f"{peaks[name][-1]:,}", flush=True)
+    write(
+        "memory",
+        setting="512 x 512, batch 1, rank 4, float32, no gradient checkpointing, energy 0.999; peak resident bytes",
+        ratio=statistics.median(peaks["protected"]) / statistics.median(peaks["threshold 0"]),
+        ratio_to_no_bundle=statistics.median(peaks["protected"]) / statistics.median(peaks["no bundle"]),
+        bytes=statistics.median(peaks["protected"]) - statistics.median(peaks["no bundle"]),
+        runs=peaks,
+    )
+
+
+if __name__ == "__main__":
+    train(*sys.argv[1:]) if len(sys.argv) > 1 else main()

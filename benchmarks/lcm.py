@@ -61,10 +61,10 @@ def prompt_of(subject):
     return f"a photo of a sks {subject}"
 
 
-def train(folder, bundle, subject, **flags):
+def train(folder, bundle, subject, model=MODEL, **flags):
     call(
         trainer,
-        pretrained_model_name_or_path=MODEL,
+        pretrained_model_name_or_path=model,
         nullspace_name_or_path=bundle,
         instance_data_dir=DEMO / "instance_images" / subject,
         instance_prompt=prompt_of(subject),

@@ -76,11 +76,11 @@ def train(folder, bundle, subject, model=MODEL, **flags):
         lr_scheduler="cosine",
         lr_warmup_steps=0,
         num_validation_images=1,
-        no_compare_with_base=True,
         validation_prompt=prompt_of(subject),
         checkpointing_steps=10_000,
         validation_epochs=10_000,
         report_to="none",
+        **{"no-compare_with_base": True},
         **flags,
     )
 

@@ -61,10 +61,10 @@ def prompt_of(subject):
     return f"a photo of a sks {subject}"
 
 
-def train(folder, bundle, subject, **flags):
+def train(folder, bundle, subject, model=MODEL, **flags):
     call(
         trainer,
-        pretrained_model_name_or_path=MODEL,
+        pretrained_model_name_or_path=model,
         nullspace_name_or_path=bundle,
         instance_data_dir=DEMO / "instance_images" / subject,
         instance_prompt=prompt_of(subject),
@@ -76,11 +76,11 @@ def train(folder, bundle, subject, **flags):
         lr_scheduler="cosine",
         lr_warmup_steps=0,
         num_validation_images=1,
-        no_compare_with_base=True,
         validation_prompt=prompt_of(subject),
         checkpointing_steps=10_000,
         validation_epochs=10_000,
         report_to="none",
+        **{"no-compare_with_base": True},
         **flags,
     )
 

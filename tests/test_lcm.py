@@ -12,11 +12,11 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from safetensors.torch import save_file
-from test_train import make_bundle, report, same, train
 
 import train_dreambooth_nullspace as trainer
 from distill_lcm import make_student
 from nullspace_utils import JOINT, Bundle, NullSpaceError, fingerprint, model_type
+from test_train import make_bundle, report, same, train
 
 
 SOLVER_STEPS = 20  # not the 50 that the scheduler has by default

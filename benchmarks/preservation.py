@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -31,7 +31,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline
 from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, OSFConfig, PsoftConfig, inject_adapter_in_model
 from peft.tuners.lora.config import CordaConfig
 from PIL import Image
@@ -56,7 +56,7 @@ from nullspace_utils import (  # noqa: E402
     split_groups,
 )
 from shapes import COLOURS, RESOLUTION, SUBJECTS, matches, parse, read_pictures, subject_distance  # noqa: E402
-from train_dreambooth_nullspace import PICTURES_PER_EXTRA_PROMPT, diffusion_loss  # noqa: E402
+from train_dreambooth_nullspace import PICTURES_PER_EXTRA_PROMPT, comparison_grid, diffusion_loss  # noqa: E402
 
 
 MODEL = DEMO / "shapes-sd"
@@ -89,22 +89,19 @@ class World:
 
     Args:
         bundle (`Path`): folder of a bundle with one group for each sampled timestep.
+        timestep_range (`tuple[int, int]`, *optional*): the timesteps of it that are protected.
     """
 
-    def __init__(self, bundle):
+    def __init__(self, bundle, timestep_range=None):
         self.pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None).to(torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(self.pipeline.scheduler.config)
         self.noise_scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         self.unet = self.pipeline.unet.requires_grad_(False)
         self.weights = {name: self.unet.get_submodule(name).weight for name in attention_inputs(self.unet)}
         self.bundle_folder = bundle
-        self.bundle = Bundle.load(bundle)
+        self.bundle = Bundle.load(bundle, timestep_range=timestep_range)
         self.probe = self._probe()
-
-    @cache
-    def bundle_by_step(self):
-        return Bundle.load(self.bundle_folder, timesteps="nearest")
+        self.base = {}  # what the base model draws, by subject
 
     def encode(self, prompts):
         """Prompt embeddings (n, tokens, width)."""
@@ -118,10 +115,11 @@ class World:
         latents = self.pipeline.vae.encode(pixels.contiguous()).latent_dist.mean
         return latents.contiguous() * self.pipeline.vae.config.scaling_factor
 
-    def draw(self, unet, prompts, seed, steps=DRAWING_STEPS, guidance_scale=GUIDANCE):
+    def draw(self, unet, prompts, seed, steps=DRAWING_STEPS, guidance_scale=GUIDANCE, sampler="dpmpp_2m"):
         """Pictures (n, H, W, 3) in [0, 1], each from a seed of its own."""
         pipeline = copy.copy(self.pipeline)
         pipeline.unet = unet
+        pipeline.scheduler = make_scheduler(sampler, self.pipeline.scheduler.config)
         pictures = []
         for start in range(0, len(prompts), 50):
             batch = prompts[start : start + 50]
@@ -147,14 +145,24 @@ class World:
         with torch.no_grad():
             return inputs, self.unet(*inputs).sample
 
-    @cache
+    def noise_drift(self, unet):
+        """Relative squared change of the noise that a model predicts on held-out prompts."""
+        inputs, expected = self.probe
+        with torch.no_grad():
+            return float((unet(*inputs).sample - expected).square().sum() / expected.square().sum())
+
     def base_pictures(self, subject):
+        if subject not in self.base:
+            self.base[subject] = self.draw_all(self.unet, subject)
+        return self.base[subject]
+
+    def draw_all(self, unet, subject):
+        """Pictures of all `prompts_of` a subject, by kind."""
         return {
-            kind: self.draw(self.unet, prompts, seed=1000 * number)
+            kind: self.draw(unet, prompts, seed=1000 * number)
             for number, (kind, prompts) in enumerate(prompts_of(subject).items())
         }
 
-    @cache
     def base_scores(self, subject):
         return self.score(self.unet, subject)
 
@@ -167,25 +175,20 @@ class World:
         - noise_drift: relative squared change of the predicted noise on other held-out prompts.
         - diversity: mean distance between pictures of the class.
         """
-        base = self.base_pictures(subject)
-        prompts = prompts_of(subject)
-        drawn = {kind: self.draw(unet, prompts[kind], seed=1000 * number) for number, kind in enumerate(prompts)}
+        base, prompts, drawn = self.base_pictures(subject), prompts_of(subject), self.draw_all(unet, subject)
         wanted = [parse(prompt) for prompt in prompts["placed"]]
-        shown = read_pictures(drawn["placed"])
-        inputs, expected = self.probe
-        with torch.no_grad():
-            predicted = unet(*inputs).sample
+        pairs = list(zip(wanted, read_pictures(drawn["placed"]), strict=True))
         flat = drawn["class"].reshape(len(drawn["class"]), -1)
         apart = np.sqrt(np.square(flat[:, None] - flat[None]).mean(-1))
         return {
             "subject": float(subject_distance(subject, drawn["subject"]).mean()),
             "class": float(subject_distance(subject, drawn["class"]).mean()),
             "placed_right": float(
-                np.mean([all(show[key] == value for key, value in want.items()) for want, show in zip(wanted, shown)])
+                np.mean([all(show[key] == value for key, value in want.items()) for want, show in pairs])
             ),
             "others_right": float(matches(DRAWN, drawn["others"]).mean()),
             "others_moved": float(np.abs(drawn["others"] - base["others"]).mean()),
-            "noise_drift": float((predicted - expected).square().sum() / expected.square().sum()),
+            "noise_drift": self.noise_drift(unet),
             "diversity": float(apart.sum() / (len(flat) * (len(flat) - 1))),
         }
 
@@ -201,6 +204,7 @@ NULL_SPACE = LORA | {
 }  # fmt: skip
 HARD = NULL_SPACE | {"softness": math.inf}
 SHIPPED = "null space, class prompt"  # the README's command
+PICTURED = ("plain LoRA", "prior preservation", SHIPPED)
 COMPARED = {
     "plain LoRA": LORA,
     "prior preservation": LORA | {"prior": True},
@@ -267,7 +271,7 @@ def protections(world, method, subject):
     """The bundle that a method uses, and what each group of timesteps protects, by `Bundle.protected`."""
     bundle, names = world.bundle, [JOINT]
     if method["nearest"]:
-        bundle = world.bundle_by_step()
+        bundle = Bundle.load(world.bundle_folder, timesteps="nearest")
         names = [group["name"] for group in split_groups(bundle.config)]
     if method["class_prompt"]:
         bundle = bundle.emphasize(class_moments(world, f"a photo of a {subject}"))
@@ -326,7 +330,7 @@ def train(world, method, subject, seed, rate, marks):
             conditions = torch.cat([embeddings, class_embeddings.expand(len(chosen), -1, -1)])
         timesteps = torch.randint(first, last + 1, (len(batch),), generator=random_numbers)
         noise = torch.randn(batch.shape, generator=random_numbers)
-        # Means over halves of equal size, so that the loss of the pictures and of the class weigh 1 each, as in diffusers
+        # A mean over halves of equal size: twice it gives pictures and class a weight of 1 each, as diffusers does
         loss = diffusion_loss(unet, world.noise_scheduler, batch, conditions, timesteps, noise)
         (loss * (2 if method["prior"] else 1)).backward()
         if projector:
@@ -344,7 +348,7 @@ def train(world, method, subject, seed, rate, marks):
 
 @torch.no_grad()
 def predicted_drifts(world, unet):
-    """The closed-form drift of every layer that an adapter changes, whatever the adapter: by its answer to the identity."""
+    """The closed-form drift of every layer that an adapter changes, whichever it is: by its answer to the identity."""
     spectra, drifts = world.bundle.group(JOINT), []
     for name, weight in world.weights.items():
         module = unet.get_submodule(name)
@@ -511,6 +515,24 @@ def plot(runs, base, path):
     plt.close(figure)
 
 
+def draw_picture(runs, rates, base, path):
+    """Base model and methods next to each other, equal seeds, each as soon as it was near enough to the subject."""
+    start_worker()
+    subject, seed = TUNING_SUBJECT, SEEDS[0]
+    level = levels_of(list(runs.values()), base)[subject][0.9]
+    prompts = [f"a photo of a {TOKEN} {subject}", f"a {TOKEN} {subject} on a green background"]
+    prompts += [f"a small {TOKEN} {subject} on white", f"a photo of a {subject}"]
+    prompts += ["a blue heart on a yellow background", "a large red ring on black"]
+    rows = {"base model": _world.draw(_world.unet, prompts, seed=7)}
+    for method in PICTURED:
+        points = runs[f"{method}/{subject}/{seed}"]["points"]
+        step = next((point["step"] for point in points if point["subject"] <= level), MARKS[-1])
+        for _, _, unet in train(_world, METHODS[method], subject, seed, rates[method], (step,)):
+            rows[method] = _world.draw(unet, prompts, seed=7)
+    pictures = {name: [_world.pipeline.numpy_to_pil(drawn)] for name, drawn in rows.items()}
+    comparison_grid(pictures, prompts).save(path)
+
+
 def print_table(table):
     for level, rows in table.items():
         print(f"\nAt {float(level):.0%} of the plain LoRA's gain")
@@ -531,12 +553,16 @@ def print_table(table):
 _world = None  # of a worker process
 
 
-def start_worker():
-    global _world
+def start_process():
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # runs go side by side, one on each core
+
+
+def start_worker():
+    global _world
+    start_process()
     _world = World(BUNDLE)
 
 
@@ -641,6 +667,7 @@ def main():
             }
             results.complete("runs", runs, args.workers, f"Seed {seed}")
             tell(results, base)
+    draw_picture(results.content["runs"], results.content["rates"], base, results.path.with_suffix(".picture.png"))
     memory = {method: ("memory", method) for method in COMPARED if not args.quick}
     results.complete("memory", memory, args.workers, "Memory")
 

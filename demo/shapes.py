@@ -367,7 +367,8 @@ def protected_prompts(count=400):
         if "{background}" in template
         for (shape, colour, background), size in product(combinations(held_out=False), SIZES)
     }
-    prompts = rng.sample(sorted(bare), count // 4) + rng.sample(sorted(full), count - count // 4)
+    few = min(count // 4, len(bare))
+    prompts = rng.sample(sorted(bare), few) + rng.sample(sorted(full), count - few)
     return rng.sample(prompts, count)
 
 

@@ -5,7 +5,7 @@
 #     "tqdm", "transformers",
 # ]
 # ///
-"""Teach Stable Diffusion or an LCM a subject from a few pictures, with a LoRA that leaves all else in place.
+"""Teach Stable Diffusion or an LCM a subject from a few pictures, with a LoRA that leaves the rest be.
 
     accelerate launch train_dreambooth_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\

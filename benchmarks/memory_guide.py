@@ -50,7 +50,7 @@ VAE = {
     "layers_per_block": 2,
 }
 TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-PROTECTED = 0.5  # the share of directions that costs the projector most
+PROTECTED = 0.05  # share of the directions that is closed: the projector holds all others
 SCHEDULER = DDPMScheduler()
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -154,7 +154,9 @@ def memory(setting):
         items = {}
         for name, source in sources.items():
             size = find_module(name, unet, text_encoder).in_features
-            items.setdefault(source, Protected(torch.empty(size, size, device="cpu"), int(size * PROTECTED)))
+            closed = int(size * PROTECTED)
+            gains = torch.empty(size - closed, device="cpu")
+            items.setdefault(source, Protected(torch.empty(size, size, device="cpu"), closed, gains))
         protected = {JOINT: {name: items[source] for name, source in sources.items()}}
         projector = NullSpaceProjector(unet, protected, text_encoder=text_encoder)
         projector.attach(optimizer)

@@ -111,7 +111,7 @@ SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.P
 BUILDER = "build_nullspace.py"
 REPLACED = {
     "--with_prior_preservation": "--nullspace_name_or_path, which protects what a bundle holds without drawing it",
-    "--prior_loss_weight": "--nullspace_threshold",
+    "--prior_loss_weight": "--nullspace_softness",
     "--num_class_images": f"--max_prompts of {BUILDER}",
     "--class_data_dir": "--nullspace_name_or_path",
     "--class_prompt": "--nullspace_extra_prompts",
@@ -194,7 +194,7 @@ def parse_args(argv=None):
         default=DEFAULT_SOFTNESS,
         metavar="SHARE",
         help="The criterion's directions are closed. The others are held back by the energy that they hold: one with "
-        "this share of it moves at 0.7 of its speed. Less protects more, inf leaves them free (default: 1e-4).",
+        "this share of it is given half of a gradient step. Less protects more, inf frees them (default: 1e-4).",
     )
     group.add_argument(
         "--nullspace_extra_prompts",

@@ -1,0 +1,170 @@
+"""The benchmarks' own arithmetic, and the wiring of those that are meant for real weights."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from shapes import DEMO
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import preservation
+import real_model
+
+
+# ---- Methods at equal likeness of the subject ------------------------------------------------------------------------
+
+BASE = {"star": {"subject": 0.9, "class": 0.8}}
+
+
+def make_run(method, seed, subjects, drift):
+    """A run whose pictures come nearer to the subject step by step, at a drift in proportion to the steps."""
+    points = [
+        {
+            "step": 100 * number, "seconds": 10.0 * number, "subject": subject, "class": 0.8 - 0.08 * number,
+            "noise_drift": drift * number, "others_moved": drift, "predicted_drift": 2 * drift * number,
+        }
+        for number, subject in enumerate(subjects, 1)
+    ]  # fmt: skip
+    return {"method": method, "subject": "star", "seed": seed, "points": points}
+
+
+def test_costs_are_interpolated_where_the_level_is_reached():
+    run = make_run("plain LoRA", 0, [0.7, 0.5], 0.02)
+    cost = preservation.at_level(run, BASE["star"], 0.6)  # half way between the two points
+    assert cost["step"] == pytest.approx(150) and cost["seconds"] == pytest.approx(15)
+    assert cost["noise_drift"] == pytest.approx(0.03) and cost["class_leak"] == pytest.approx(0.15)
+    assert preservation.at_level(run, BASE["star"], 0.8)["noise_drift"] == pytest.approx(0.01)  # from the base model
+    assert preservation.at_level(run, BASE["star"], 0.4) is None
+
+
+def test_methods_are_compared_where_both_arrive():
+    """The level is a share of the best gain of the plain LoRA; who seldom reaches it is told so."""
+    runs = [make_run("plain LoRA", seed, [0.7, 0.5], 0.02) for seed in range(3)]
+    runs += [make_run("prior preservation", seed, [0.8, 0.5], 0.04) for seed in range(3)]
+    runs += [make_run(preservation.SHIPPED, seed, [0.6, 0.4], 0.002) for seed in range(3)]
+    runs += [make_run("never", seed, [0.89, 0.88 if seed else 0.4], 0.001) for seed in range(3)]
+    assert preservation.levels_of(runs, BASE)["star"][0.9] == pytest.approx(0.9 - 0.9 * 0.4)
+    rows = preservation.compare(runs, BASE)["0.9"]
+    assert rows["never"]["reached"] == 1 and rows["never"]["noise_drift"] is None
+    shipped = rows[preservation.SHIPPED]  # 0.54 is at 1.3 of its points, at 1.8 of plain's and 1.867 of prior's
+    assert shipped["vs_plain"]["noise_drift"] == pytest.approx(1.3 * 0.002 / (1.8 * 0.02))
+    found = preservation.headline(rows)
+    assert found["drift_vs_prior"] == pytest.approx(1.3 * 0.002 / ((1 + 0.26 / 0.3) * 0.04))
+    assert found["time_vs_prior"] == pytest.approx(1.3 / (1 + 0.26 / 0.3))
+    assert found["class_leak_vs_prior"] == pytest.approx((1.3 - (1 + 0.26 / 0.3)) * 0.1)
+    ranking = preservation.rank_correlation(runs)
+    assert ranking["points"] == 24 and ranking["spearman"] == pytest.approx(1)
+
+
+def test_the_learning_rate_is_the_one_of_least_drift_that_arrives():
+    runs = [make_run("plain LoRA", 100, [0.7, 0.5], 0.02) | {"rate": 1e-3}]
+    runs += [make_run("plain LoRA", 100, [0.6, 0.45], 0.01) | {"rate": 2e-3}]
+    runs += [make_run("plain LoRA", 100, [0.8, 0.75], 0.001) | {"rate": 5e-3}]
+    runs += [make_run("other", 100, [0.8, 0.7], 0.001) | {"rate": rate} for rate in (1.0,)]
+    runs += [make_run("other", 100, [0.8, 0.6], 0.001) | {"rate": 2.0}]  # neither arrives
+    assert preservation.tune(runs, BASE["star"]) == {"plain LoRA": 2e-3, "other": 2.0}
+
+
+def test_results_go_on_where_they_stopped(tmp_path, monkeypatch):
+    results = preservation.Results(tmp_path / "results.json")
+    results.content["runs"] = {"done": {"value": 1}}
+    results.save()
+    again = preservation.Results(tmp_path / "results.json")
+    assert again.complete("runs", {"done": ("never", "called")}, 1, "nothing to do") == {"done": {"value": 1}}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+# ---- Real weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judges(tiny_sd1, tmp_path_factory):
+    """Folders of a tiny random DINOv2 and a tiny random CLIP."""
+    folder = tmp_path_factory.mktemp("judges")
+    torch.manual_seed(0)
+    size = {"height": 32, "width": 32}
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    Dinov2Model(
+        Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    ).save_pretrained(folder / "dino")
+    processor.save_pretrained(folder / "dino")
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_sd1, subfolder="tokenizer")
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = layers | {
+        "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    config = CLIPConfig(text_config=text, vision_config=layers | {"image_size": 32, "patch_size": 8}, projection_dim=12)
+    CLIPModel(config).save_pretrained(folder / "clip")
+    CLIPProcessor(processor, tokenizer).save_pretrained(folder / "clip")
+    return folder
+
+
+def test_the_metrics_of_a_model_that_draws_the_photographs(judges):
+    features = real_model.Features(judges / "dino", judges / "clip", "cpu")
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)) for _ in range(12)]
+    args = real_model.parse_args(
+        ["--instance_data_dir", "x", "--subject", "s", "--class_name", "star", "--lora", "a=b"]
+    )
+    count = len(real_model.SCENES)
+    row, other = [pictures[0]] * count + pictures[1:6], [pictures[0]] * count + pictures[6:11]
+    with torch.no_grad():
+        same = real_model.score(features, [row], [row], [pictures[0]], args)
+        moved = real_model.score(features, [row], [other], [pictures[0]], args)
+        texts = features.of_text([scene.format("star") for scene in real_model.SCENES])
+        expected = (texts @ features.of_clip([pictures[0]]).T).mean().item()
+    assert same["dino"] == pytest.approx(1, abs=1e-5) and same["clip_i"] == pytest.approx(1, abs=1e-5)
+    assert same["drift"] == pytest.approx(0, abs=1e-6) and same["clip_t"] == pytest.approx(expected, abs=1e-6)
+    assert 1e-6 < moved["drift"] <= 1 and moved["dino"] == same["dino"]
+
+
+def test_real_models_are_scored_through_their_pipelines(judges, tiny_sd1, tmp_path, capsys):
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
+    zero = {key: torch.zeros_like(value) for key, value in layers.items()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "zero", unet_lora_layers=zero)
+    words = ["--instance_data_dir", DEMO / "instance_images" / "star", "--subject", "sks star", "--class_name", "star"]
+    words += ["--lora", f"random={tmp_path / 'lora'}", "--lora", f"nothing={tmp_path / 'zero'}"]
+    words += ["--pretrained_model_name_or_path", tiny_sd1, "--dino_name_or_path", judges / "dino"]
+    words += ["--clip_name_or_path", judges / "clip", "--resolution", 16, "--num_images", 1]
+    words += ["--num_inference_steps", 1, "--output_dir", tmp_path / "out"]
+    real_model.main(real_model.parse_args([str(word) for word in words]))
+    scores = json.loads((tmp_path / "out" / "real_model.json").read_text())["scores"]
+    assert list(scores) == ["base", "random", "nothing"]
+    assert all(math.isfinite(value) for row in scores.values() for value in row.values())
+    assert scores["base"]["drift"] == pytest.approx(0, abs=1e-6)
+    assert scores["nothing"] == pytest.approx(scores["base"], abs=1e-5)
+    assert scores["random"]["drift"] > 1e-6
+    picture = Image.open(tmp_path / "out" / "real_model.png")
+    assert picture.height == 60 + 3 * 160
+    assert "random" in capsys.readouterr().out
+
+
+def test_a_lora_without_a_name_is_refused(capsys):
+    words = ["--instance_data_dir", "x", "--subject", "s", "--class_name", "c", "--lora", "no-name"]
+    with pytest.raises(SystemExit):
+        real_model.parse_args(words)
+    assert "NAME=PATH" in capsys.readouterr().err

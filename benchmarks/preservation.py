@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 
 HERE = Path(__file__).resolve().parent
-ROOT, DEMO, WORK = HERE.parent, HERE.parent / "demo", HERE / "work"
+ROOT, DEMO, WORK = HERE.parent, HERE.parent / "demo", HERE / "output"
 sys.path[:0] = [str(ROOT), str(DEMO)]
 from build_nullspace import make_scheduler  # noqa: E402
 from nullspace_utils import (  # noqa: E402
@@ -200,7 +200,8 @@ class World:
 RATES = (1e-3, 2e-3, 5e-3)
 LORA = {"adapter": "lora", "rank": 8, "prior": False, "energy": None, "rates": RATES}
 NULL_SPACE = LORA | {
-    "energy": DEFAULT_THRESHOLDS["energy"], "softness": DEFAULT_SOFTNESS, "nearest": False, "class_prompt": False
+    "energy": DEFAULT_THRESHOLDS["energy"], "softness": DEFAULT_SOFTNESS, "nearest": False, "class_prompt": False,
+    "rates": (2e-3, 5e-3, 1e-2),
 }  # fmt: skip
 HARD = NULL_SPACE | {"softness": math.inf}
 SHIPPED = "null space, class prompt"  # the README's command
@@ -533,7 +534,7 @@ def draw_picture(runs, rates, base, path):
         points = runs[f"{method}/{subject}/{seed}"]["points"]
         step = next((point["step"] for point in points if point["subject"] <= level), MARKS[-1])
         for _, _, unet in train(_world, METHODS[method], subject, seed, rates[method], (step,)):
-            rows[method] = _world.draw(unet, prompts, seed=7)
+            rows[method.partition(",")[0]] = _world.draw(unet, prompts, seed=7)
     pictures = {name: [_world.pipeline.numpy_to_pil(drawn)] for name, drawn in rows.items()}
     comparison_grid(pictures, prompts).save(path)
 

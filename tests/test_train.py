@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -396,11 +396,13 @@ def test_every_optimizer_takes_its_settings(flags):
 def test_revision_and_variant(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
     """What is asked of the Hub, and that the variant's files are read: here they alone are there, rounded."""
     asked = {}
-    load_config = trainer.DiffusionPipeline.load_config
 
-    def answer_config(name, **options):
-        asked.setdefault(str(name), []).append(options)
-        return load_config(tiny_sd1 if name == "some/model" else name, **options)
+    def answer_config(load_config):
+        def answer(name, **options):
+            asked.setdefault(str(name), []).append(options)
+            return load_config(tiny_sd1 if name == "some/model" else name, **options)
+
+        return answer
 
     def answer_files(name, **options):
         asked.setdefault(str(name), []).append(options)
@@ -408,12 +410,14 @@ def test_revision_and_variant(tiny_sd1, bundle1, reference, tmp_path, monkeypatc
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None).to(dtype=torch.float16)
     pipeline.save_pretrained(tmp_path / "model", variant="fp16")
-    monkeypatch.setattr(trainer.DiffusionPipeline, "load_config", answer_config)
-    monkeypatch.setattr(trainer.DiffusionPipeline, "download", answer_files)
+    for kind in (DiffusionPipeline, trainer.UNet2DConditionModel):
+        monkeypatch.setattr(kind, "load_config", answer_config(kind.load_config))
+    monkeypatch.setattr(DiffusionPipeline, "download", answer_files)
     monkeypatch.setattr(trainer, "base_license", lambda *_: None)
     rounded = train("some/model", bundle1, tmp_path / "lora", "--revision", "v2", "--variant", "fp16")
-    config, files = asked["some/model"]
-    assert config["revision"] == files["revision"] == "v2" and files["variant"] == "fp16"
+    *configs, files = asked["some/model"]
+    assert {options["revision"] for options in asked["some/model"]} == {"v2"} and files["variant"] == "fp16"
+    assert len(configs) == 2  # the pipeline's and the UNet's, which tell the type of the model
     assert not same(rounded, reference)
 
 

@@ -233,6 +233,20 @@ def test_a_timestep_range_is_protected(tiny_lcm, lcm_bundle, tmp_path):
     assert found["nullspace"]["timestep_range"] == first and found["leakage"]["max"] < 1e-5
 
 
+def test_extra_prompts_are_drawn_as_the_bundle_was(tiny_lcm, lcm_bundle, reference, tmp_path, monkeypatch):
+    drawn = []
+    call = LatentConsistencyModelPipeline.__call__
+
+    def record(pipeline, prompt, **kwargs):
+        drawn.append((kwargs["num_inference_steps"], kwargs["guidance_scale"], type(pipeline.scheduler)))
+        return call(pipeline, prompt, **kwargs)
+
+    monkeypatch.setattr(LatentConsistencyModelPipeline, "__call__", record)
+    tensors = train(tiny_lcm, lcm_bundle, tmp_path / "lora", "--nullspace_extra_prompts", "a photo of a star")
+    assert (3, 8.5, LCMScheduler) in drawn  # the bundle's steps; the others are validation's
+    assert not same(tensors, reference)
+
+
 # ---- The losses ------------------------------------------------------------------------------------------------------
 
 
@@ -354,7 +368,8 @@ def lcm_lora(unet, path, rank=2):
 
 def test_a_null_space_lora_composes_with_an_lcm_lora(tiny_sd1, sd_bundle, tmp_path):
     """Both act at once; what the protected text excites in the null-space LoRA stays nothing, that LCM-LoRA or not."""
-    train(tiny_sd1, sd_bundle, tmp_path / "lora", "--max_train_steps", 6)
+    hard = ("--nullspace_threshold", 0.999, "--nullspace_softness", "inf")
+    train(tiny_sd1, sd_bundle, tmp_path / "lora", "--max_train_steps", 6, *hard)
     pipeline = load_pipeline(tiny_sd1, StableDiffusionPipeline)
     lcm_lora(pipeline.unet, tmp_path / "lcm.safetensors")
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
@@ -385,6 +400,6 @@ def test_a_null_space_lora_composes_with_an_lcm_lora(tiny_sd1, sd_bundle, tmp_pa
             handles.append(module.register_forward_hook(measure))
     with torch.no_grad():
         pipeline("a red star", num_inference_steps=4, guidance_scale=1.0, output_type="latent")
-    text = Bundle.load(sd_bundle).protected()["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"]
-    assert 0 < text.rank < len(text.basis)
+    protected = Bundle.load(sd_bundle).protected(JOINT, "energy", 0.999)
+    assert all(0 < item.rank < len(item.basis) for item in protected.values())
     assert max(changes["to_k"] + changes["to_v"]) < 0.1 * max(changes["to_q"])

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/build_overhead.py
 
-Stable Diffusion 1.x with random weights, 512 x 512, float32, cross-attention, guidance 7.5: the builder's own loop,
+Stable Diffusion 1.x with random weights, 256 x 256, float32, cross-attention, guidance 7.5: the builder's own loop,
 with its hooks and without, alternating in one process. Writes `results/build_overhead.json`.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from accelerate import PartialState
-from common import SIDE, TEXT, alternate, median, ratio, sd1_unet, write
+from common import TEXT, alternate, median, ratio, sd1_unet, write
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -21,7 +21,7 @@ from nullspace_utils import JOINT, SecondMoments, timestep_groups
 from train_shapes import make_tokenizer
 
 
-PROMPTS, STEPS, ROUNDS = 1, 1, 5
+PROMPTS, STEPS, ROUNDS, RESOLUTION = 1, 1, 6, 256
 
 
 def sd1_pipeline(folder):
@@ -34,8 +34,8 @@ def sd1_pipeline(folder):
         vae=AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
                           up_block_types=("UpDecoderBlock2D",) * 4),
         text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, **sizes, **ids)),
-        tokenizer=tokenizer, unet=sd1_unet(), scheduler=DDIMScheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        tokenizer=tokenizer, unet=sd1_unet(), scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -45,7 +45,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         pipeline = sd1_pipeline(Path(scratch) / "tokenizer")
         args = parse_args(["--pretrained_model_name_or_path", "x", "--prompts_file", "x"])
-        args.num_inference_steps, args.guidance_scale, args.resolution = [STEPS], 7.5, 8 * SIDE
+        args.num_inference_steps, args.guidance_scale, args.resolution = [STEPS], 7.5, RESOLUTION
         args.batch_size = PROMPTS
         pipeline.scheduler.set_timesteps(STEPS)
         groups = timestep_groups(pipeline.scheduler.timesteps.tolist(), 1)
@@ -66,7 +66,7 @@ def main():
     per_step = {name: median(runs[name]) / (PROMPTS * STEPS) for name in runs}
     write(
         "build_overhead",
-        setting=f"{PROMPTS} prompt x {STEPS} step with guidance, 512 x 512, float32, cross-attention; CPU seconds",
+        setting=f"{PROMPTS} prompt x {STEPS} step with guidance, {RESOLUTION} pixels, float32; CPU seconds",
         ratio=ratio(runs["collecting"], runs["drawing"]),
         ratio_wall=ratio(runs["collecting"], runs["drawing"], "wall"),
         seconds_per_prompt_and_step=per_step,

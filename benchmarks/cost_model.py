@@ -8,6 +8,7 @@ from the layers' sizes by the formulas of `benchmarks/README.md`. Prints its tab
 """
 
 import json
+import statistics
 
 import torch
 from common import HERE, write
@@ -35,9 +36,10 @@ MODELS = {
     ),
 }
 TEXT_TOKENS = 77
-# Assumed of one GPU: dense bf16 throughput of an A100 by its data sheet (312 TFLOP/s) at 40% utilisation, and 25 GB/s a
-# process for the all-reduce (a 200 Gbit/s network).
-GPU_FLOPS, NETWORK = 0.4 * 312e12, 25e9
+# Assumed: an A100's dense throughput by its data sheet, at 40% utilisation; a network of 200 Gbit/s; a CPU that
+# decomposes in float64 at 60 GFLOP/s (half of what `bundle_size.py` reached in float32 on 2 cores); a start of 60 s.
+GPU_FLOPS = {"bf16": 0.4 * 312e12, "tf32": 0.4 * 156e12, "float32": 0.4 * 19.5e12}
+NETWORK, CPU_FLOPS, START = 25e9, 60e9, 60.0
 PROMPTS, PROCESSES = 1_000_000, 64
 
 
@@ -98,10 +100,21 @@ def step_cost(forward, inputs, rank, share=0.5):
 
 
 def seconds_of_build(cost, prompts, steps, processes, groups=1):
-    """Sampling and collecting, then the all-reduce (each process sends and receives the sums about twice)."""
-    each = prompts / processes * (steps * (cost["flops"] + cost["collect_flops"]) + cost["collect_once_flops"])
-    reduced = 2 * (groups * cost["bytes"] + cost["text_bytes"]) / NETWORK if processes > 1 else 0.0
-    return {"drawing": each / GPU_FLOPS, "all_reduce": reduced}
+    """What each process draws, and what takes as long however many there are.
+
+    Sampling runs in bf16 and collecting in TF32; the all-reduce sends and receives the sums about twice; one process
+    decomposes all groups, and the joint one besides, on its CPU.
+    """
+    collected = steps * cost["collect_flops"] + cost["collect_once_flops"]
+    each = steps * cost["flops"] / GPU_FLOPS["bf16"] + collected / GPU_FLOPS["tf32"]
+    sums = groups * cost["bytes"] + cost["text_bytes"]
+    return {
+        "drawing": prompts / processes * each,
+        "all_reduce": 2 * sums / NETWORK if processes > 1 else 0.0,
+        "decomposing": (groups + (groups > 1)) * cost["eigh_flops"] / CPU_FLOPS,
+        "start": START,
+        "sums_bytes": sums,
+    }
 
 
 def table(header, rows):
@@ -117,11 +130,11 @@ def read_result(name):
 def main():
     models, rows, steps_rows = {}, [], []
     for name, (config, side) in MODELS.items():
-        for scale in (1, 2) if name == "SD 1.5" else (1,):
-            forward, inputs = measure(config, side * scale)
+        for scale in (0.5, 1, 2) if name == "SD 1.5" else (1,):
+            forward, inputs = measure(config, int(side * scale))
             build = build_cost(forward, inputs, guidance=not name.startswith("LCM"))
             step = {rank: step_cost(forward, inputs, rank) for rank in (4, 64)}
-            pixels = 8 * side * scale
+            pixels = int(8 * side * scale)
             models[f"{name}, {pixels}"] = {"forward_flops": forward, "build": build, "step": step}
             rows.append(
                 [
@@ -148,33 +161,50 @@ def main():
     print("One training step of one picture, half of the directions protected:\n")
     print(table(["", "forward, backward", "projections, r 4", "r 64", "share, r 64", "directions held"], steps_rows))
 
-    paper = {}
-    for name, steps, groups in (("SD 1.5, 512", 30, 1), ("LCM (of SD 1.5), 512", 15, 15), ("SDXL size, 1024", 30, 1)):
-        build = models[name]["build"]
-        cost = seconds_of_build(build, PROMPTS, steps, PROCESSES, groups)
-        cost["sums_bytes"] = groups * build["bytes"] + build["text_bytes"]
-        # As many processes as make drawing take no longer than what no further process shortens
-        cost["processes_at_which_drawing_equals_all_reduce"] = round(
-            cost["drawing"] * PROCESSES / max(cost["all_reduce"], 1e-9)
-        )
-        paper[name] = {"prompts": PROMPTS, "processes": PROCESSES, "steps": steps, "groups": groups, **cost}
-    print(f"{PROMPTS:,} prompts on {PROCESSES} GPUs of {GPU_FLOPS / 1e12:.0f} TFLOP/s:\n")
-    print(
-        table(
-            ["", "sampler steps", "drawing and collecting", "all-reduce", "sums a process holds"],
-            [
-                [name, row["steps"], f"{row['drawing'] / 3600:.1f} h", f"{row['all_reduce']:.2f} s",
-                 f"{row['sums_bytes'] / 1e9:.2f} GB"]
-                for name, row in paper.items()
-            ],
-        )
-    )  # fmt: skip
+    paper, shown = {}, []
+    for name, steps, groups in (
+        ("SD 1.5, 512", 30, 1),
+        ("SD 1.5, 512", 30, 30),
+        ("LCM (of SD 1.5), 512", 15, 15),
+        ("SDXL size, 1024", 30, 1),
+        ("SDXL size, 1024", 30, 30),
+    ):
+        row = seconds_of_build(models[name]["build"], PROMPTS, steps, PROCESSES, groups)
+        fixed = row["all_reduce"] + row["decomposing"] + row["start"]
+        row["processes_at_half_efficiency"] = round(row["drawing"] * PROCESSES / fixed)
+        paper[f"{name}, {groups} group{'s' * (groups > 1)}"] = row | {"steps": steps}
+    for name, row in paper.items():
+        times = [f"{row['drawing'] / 3600:.1f} h", f"{row['all_reduce']:.2f} s", f"{row['decomposing']:.0f} s"]
+        shown.append([name, row["steps"], *times, f"{row['sums_bytes'] / 1e9:.1f} GB"])
+        shown[-1].append(f"{row['processes_at_half_efficiency']:,}")
+    header = [
+        "",
+        "sampler steps",
+        "drawing",
+        "all-reduce",
+        "decomposing",
+        "sums on each GPU",
+        "GPUs at half efficiency",
+    ]
+    print(f"{PROMPTS:,} prompts on {PROCESSES} A100 (assumed, see the script):\n")
+    print(table(header, shown))
+
+    build, step = models["SD 1.5, 512"]["build"], models["SD 1.5, 512"]["step"]
+    on_gpu = {
+        "build ratio": 1 + build["collect_flops"] / build["flops"] * GPU_FLOPS["bf16"] / GPU_FLOPS["tf32"],
+        **{
+            f"step ratio, rank {rank}": 1
+            + cost["projection_flops"] / cost["flops"] * GPU_FLOPS["bf16"] / GPU_FLOPS["float32"]
+            for rank, cost in step.items()
+        },
+    }
+    print("On that GPU, were it kept busy, SD 1.5 at 512:", {name: round(value, 3) for name, value in on_gpu.items()})
 
     checks, sd1 = {}, models["SD 1.5, 512"]
     if measured := read_result("build_overhead"):
-        checks["build ratio"] = {
-            "model": 1 + sd1["build"]["collect_flops"] / sd1["build"]["flops"], "measured": measured["ratio"]
-        }  # fmt: skip
+        build = models["SD 1.5, 256"]["build"]  # as it was measured
+        ratio = 1 + (build["collect_flops"] + build["collect_once_flops"]) / build["flops"]
+        checks["build ratio, 256"] = {"model": ratio, "measured": measured["ratio"]}
     if measured := read_result("step_overhead"):
         for rank, result in measured["ranks"].items():
             cost = sd1["step"][int(rank)]
@@ -183,6 +213,13 @@ def main():
                 "measured": result["ratio"],
                 "measured_projections": result["projections_per_step"],
             }
+        seconds = {
+            kind: statistics.median(run["cpu"] for run in runs) for kind, runs in measured["ranks"]["4"]["runs"].items()
+        }
+        checks["FLOP/s of a CPU core"] = {
+            "training step": sd1["step"][4]["flops"] / seconds["plain"],
+            "sampler step": sd1["build"]["flops"] / seconds["sample"],
+        }
     if measured := read_result("bundle_size"):
         checks["bytes of a further group"] = {
             "model": sd1["build"]["bundle_bytes"], "measured": measured["bytes_per_further_group"]
@@ -193,7 +230,8 @@ def main():
         "cost_model",
         models=models,
         on_paper=paper,
-        assumed={"flops_of_a_gpu": GPU_FLOPS, "all_reduce_bytes_per_second": NETWORK},
+        on_one_gpu_computed=on_gpu,
+        assumed={"gpu_flops": GPU_FLOPS, "network": NETWORK, "cpu_flops": CPU_FLOPS, "start": START},
         checks=checks,
     )
 

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/memory.py
 
 Stable Diffusion 1.x with random weights, 512 x 512, batch 1, float32, rank 4: each run is a process of its own that
-trains two steps with the trainer's functions and reports its peak resident memory. Three kinds alternate: with the
+trains one step with the trainer's functions and reports its peak resident memory. Three kinds alternate: with the
 protection of a bundle loaded as the trainer loads it; with that bundle and --nullspace_threshold 0; and without any
 bundle, as a trainer that knows of none. Writes `results/memory.json`.
 """
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from bundle_size import synthetic_sum
@@ -22,16 +21,10 @@ from common import inputs, sd1_unet, write
 from torch.nn.utils import clip_grad_norm_
 
 from nullspace_utils import JOINT, TEXT_INPUT, Bundle, NullSpaceProjector, Spectrum, attention_inputs
-from train_dreambooth_nullspace import add_lora, diffusion_loss, load_protection, make_optimizer
+from train_dreambooth_nullspace import add_lora, diffusion_loss, load_protection, make_optimizer, parse_args
 
 
-ROUNDS, STEPS = 2, 2  # memory hardly varies; the optimizer's states are there from the second step on
-SETTINGS = SimpleNamespace(
-    rank=4, lora_alpha=4, lora_dropout=0, optimizer="adamw", use_8bit_adam=False, learning_rate=1e-4, adam_beta1=0.9,
-    adam_beta2=0.999, adam_weight_decay=1e-2, adam_epsilon=1e-8, nullspace_timesteps=JOINT,
-    nullspace_criterion="energy", nullspace_timestep_range=None, nullspace_revision=None, hub_token=None,
-    train_text_encoder=False,
-)  # fmt: skip
+ROUNDS = 1  # memory hardly varies
 
 
 def save_bundle(folder):
@@ -57,22 +50,21 @@ def save_bundle(folder):
 
 
 def train(folder, threshold=None):
-    """Train a few steps, as the trainer does; print the peak resident memory of this process in bytes."""
+    """Train one step, as the trainer does; print the peak resident memory of this process in bytes."""
+    argv = ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "x", "--instance_prompt", "x", "--rank", "4"]
+    args = parse_args([*argv, "--nullspace_name_or_path", folder, "--nullspace_threshold", threshold or "0"])
     bundle, protected = None, {JOINT: {}}
     if threshold is not None:
-        SETTINGS.nullspace_name_or_path, SETTINGS.nullspace_threshold = folder, float(threshold)
-        bundle, _, protected = load_protection(SETTINGS)  # the trainer keeps the bundle for its report
+        bundle, _, protected = load_protection(args)  # the trainer keeps the bundle for its report
     unet = sd1_unet()
-    parameters = add_lora({"unet": unet}, list(attention_inputs(unet)), SETTINGS)
-    optimizer = make_optimizer(parameters, SETTINGS)
+    parameters = add_lora({"unet": unet}, list(attention_inputs(unet)), args)
+    optimizer = make_optimizer(parameters, args)
     projector = NullSpaceProjector(unet, protected)
     projector.attach(optimizer)
-    for _ in range(STEPS):
-        diffusion_loss(unet, **inputs(1)).backward()
-        projector.project_gradients()
-        clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    diffusion_loss(unet, **inputs(1)).backward()
+    projector.project_gradients()
+    clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 

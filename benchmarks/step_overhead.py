@@ -4,9 +4,9 @@
 
 Stable Diffusion 1.x with random weights, 512 x 512, batch 1, float32, cached latents; the step is made of the trainer's
 own functions. In every layer half of the directions are protected, which is the most expensive share: the projector
-works with whichever half is smaller. Three kinds of step alternate in one process: protection off (what
---nullspace_threshold 0 does), protection on, and off with the batch of two that prior preservation trains on. Writes
-`results/step_overhead.json`.
+works with whichever half is smaller; the others are free (--nullspace_softness inf). Three kinds of step alternate in
+one process: protection off (what --nullspace_threshold 0 does), protection on, and off with the batch of two that prior
+preservation trains on. Writes `results/step_overhead.json`.
 """
 
 import statistics
@@ -99,7 +99,8 @@ def main():
     with_prior = STEPS * median(runs["prior"]) + CLASS_PICTURES * SAMPLER_STEPS * median(runs["sample"])
     write(
         "step_overhead",
-        setting="512 x 512, batch 1, float32, latents cached, half of the directions protected; CPU seconds",
+        setting="512 x 512, batch 1, float32, latents cached, half of the directions protected, the others free; "
+        "CPU seconds",
         ratio={f"rank {rank}": result["ratio"] for rank, result in results.items()},
         ratio_to_prior_preservation=ratio(runs["protected"], runs["prior"]),
         whole_personalisation={

@@ -307,7 +307,7 @@ def parse_args(argv=None):
         choices=["consistency", "x0", "epsilon"],
         help="What an LCM is trained with: consistency asks for one end from two points of a noised trajectory "
         "(Latent Consistency Fine-tuning, arXiv 2310.04378), x0 for the picture from one point, epsilon is the plain "
-        "diffusion loss (default for an LCM: consistency).",
+        "diffusion loss (default for an LCM: x0).",
     )
     group.add_argument("--snr_gamma", type=float, help="Min-SNR weighting of the loss (arXiv 2303.09556), mostly 5.")
     group.add_argument(
@@ -1232,7 +1232,7 @@ def settle_model_type(bundle, args):
     bundle.check_model_type(args.model_type)
     args.guidance_scale = bundle.config["guidance_scale"]
     if args.model_type == "lcm":
-        args.lcm_loss = args.lcm_loss or "consistency"
+        args.lcm_loss = args.lcm_loss or "x0"
     elif args.lcm_loss:
         raise NullSpaceError(
             f"--lcm_loss is for Latent Consistency Models, and {args.pretrained_model_name_or_path} is none."

@@ -185,13 +185,13 @@ def test_the_solver_grid_is_the_schedulers(tiny_lcm):
 @pytest.mark.parametrize("timesteps", [JOINT, "nearest"])
 def test_drawn_timesteps_lie_on_the_grid(timesteps, tiny_lcm, lcm_bundle, tmp_path, monkeypatch):
     drawn, selected = [], []
-    loss, select = trainer.LOSSES["consistency"], trainer.NullSpaceProjector.select
+    loss, select = trainer.LOSSES["x0"], trainer.NullSpaceProjector.select
 
     def record(*args):
         drawn.append(set(args[4].tolist()))
         return loss(*args)
 
-    monkeypatch.setitem(trainer.LOSSES, "consistency", record)
+    monkeypatch.setitem(trainer.LOSSES, "x0", record)
     monkeypatch.setattr(
         trainer.NullSpaceProjector, "select", lambda self, group: (selected.append(group), select(self, group))
     )
@@ -199,6 +199,7 @@ def test_drawn_timesteps_lie_on_the_grid(timesteps, tiny_lcm, lcm_bundle, tmp_pa
     train(tiny_lcm, lcm_bundle, tmp_path / "lora", *flags)
     assert len(set.union(*drawn)) > 5 and set.union(*drawn) <= set(GRID)
     assert report(tmp_path / "lora")["nullspace"]["timesteps"] == timesteps
+    assert report(tmp_path / "lora")["training"]["lcm_loss"] == "x0"  # by default
     if timesteps == "nearest":
         ranges = {group["name"]: group["range"] for group in Bundle.load(lcm_bundle).config["groups"]}
         assert len(set(selected)) > 1

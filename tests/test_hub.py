@@ -320,7 +320,8 @@ def test_a_finished_build_is_pushed_later_without_computing(runs, hub, home):
     folder, done = runs["push later"].result()
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"Pushed to {hub.url}/datasets/ada/later"]
-    assert done.stderr == ""  # no progress bar of any work
+    # No progress bar of any work; where torchvision is missing, transformers says so
+    assert all("torchvision" in line for line in done.stderr.splitlines()), done.stderr
     assert len(hub.repos["dataset", "ada/later"].commits) == 2
     assert hub.files("dataset", "ada/later") == hub.files("dataset", BUNDLE)
     assert "--nullspace_name_or_path ada/later" in hub.read("dataset", "ada/later", "README.md").decode()
@@ -351,7 +352,8 @@ def test_the_repository_is_made_before_any_work(runs, home):
     refusal = "cannot be created (403 This takes a write token of the namespace); once it can, run this command again"
     assert built == f"error: The Hub repository eve/bundle {refusal}"
     assert trained == f"error: The Hub repository eve/lora {refusal}"
-    assert not list((home / "cache-refusals").rglob("unet"))  # they have seen no more of the model than its index
+    seen = {path.name for folder in (home / "cache-refusals").rglob("unet") for path in folder.iterdir()}
+    assert seen <= {"config.json"}  # of the model, what tells its type, and no weights
     assert not (home / "none").exists()
 
 
@@ -623,7 +625,7 @@ def test_the_model_card_says_what_the_lora_is(cards, hub, home):
     for key in ("leakage", "predicted_drift"):
         assert f"at most {report[key]['max']:.1e}, mean {report[key]['mean']:.1e}" in text
     assert report["leakage"]["max"] < 1e-5
-    assert "energy 0.999, joint, timesteps 0 to 999" in text
+    assert "energy 0.9, softness 0.0001, joint, timesteps 0 to 999" in text
 
 
 def test_a_pipeline_loads_the_lora_by_its_id(runs, hub, home, tiny_sd1, tmp_path):

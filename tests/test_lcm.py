@@ -293,7 +293,7 @@ def test_the_x0_loss_is_the_distance_from_the_latents():
     assert trainer.latents_loss(blank, scheduler, latents, None, timesteps, noise) > 0.1
 
 
-@pytest.mark.parametrize("loss", ["x0", "epsilon"])
+@pytest.mark.parametrize("loss", ["consistency", "epsilon"])
 def test_every_loss_gives_a_lora_of_its_own_in_the_null_space(loss, tiny_lcm, lcm_bundle, reference, tmp_path):
     tensors = train(tiny_lcm, lcm_bundle, tmp_path / "lora", "--lcm_loss", loss)
     assert not same(tensors, reference)

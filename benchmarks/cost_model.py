@@ -85,17 +85,18 @@ def build_cost(forward, inputs, guidance=True):
     }
 
 
-def step_cost(forward, inputs, rank, share=0.5):
-    """What the projections of one training step cost, for a share of the directions that is protected.
+def step_cost(forward, inputs, rank, closed=0.1):
+    """What the projections of one training step cost, for a share of the directions that is closed.
 
     The backward pass of a LoRA needs the gradients of the activations but hardly any of the weights, about as much as
-    the forward pass again. Each A (rank, in) is multiplied by k directions and back, gradient and value alike.
+    the forward pass again. Each A (rank, in) is multiplied by the f directions that are held back and back again, once
+    for the gradient and once for the change, and by the k closed ones for the value.
     """
-    kept = [(size, round(min(share, 1 - share) * size), modules) for _, _, size, modules in inputs]
+    kept = [(size, size - round(closed * size), round(closed * size), modules) for _, _, size, modules in inputs]
     return {
         "flops": 2 * forward,
-        "projection_flops": sum(2 * 2 * 2 * rank * size * k * modules for size, k, modules in kept),
-        "projector_bytes": sum(4 * size * k for size, k, _ in kept),
+        "projection_flops": sum(2 * 2 * rank * size * (2 * f + k) * modules for size, f, k, modules in kept),
+        "projector_bytes": sum(4 * size * (f + k) for size, f, k, _ in kept),
     }
 
 
@@ -158,7 +159,7 @@ def main():
             )
     print("One prompt at one sampler step, and one group of timesteps:\n")
     print(table(["", "sampling", "collecting", "share", "float32 sums", "bundle file", "decomposing"], rows))
-    print("One training step of one picture, half of the directions protected:\n")
+    print("One training step of one picture, a tenth of the directions closed and the others held back:\n")
     print(table(["", "forward, backward", "projections, r 4", "r 64", "share, r 64", "directions held"], steps_rows))
 
     paper, shown = {}, []

@@ -512,7 +512,8 @@ def plot(runs, base, path):
             x, y = [point["subject"] for point in curve], [point[key] for point in curve]
             axis.plot(x, y, "o-", label=method, color=colours(number), markersize=4)
     for axis, (key, title) in zip(axes, shown.items(), strict=True):
-        axis.axhline(median(scores[key] for scores in base.values()), color="grey", linestyle=":")
+        if key != "noise_drift":  # which is nothing, and has no place on a logarithmic scale
+            axis.axhline(median(scores[key] for scores in base.values()), color="grey", linestyle=":")
         axis.set(xlabel="distance to the subject (nearer is to the right)", title=title)
         axis.invert_xaxis()
     axes[0].set_yscale("log")

@@ -320,8 +320,7 @@ def test_a_finished_build_is_pushed_later_without_computing(runs, hub, home):
     folder, done = runs["push later"].result()
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"Pushed to {hub.url}/datasets/ada/later"]
-    # No progress bar of any work; where torchvision is missing, transformers says so
-    assert all("torchvision" in line for line in done.stderr.splitlines()), done.stderr
+    assert "it/s" not in done.stderr and "step" not in done.stderr  # no progress bar; libraries say what they miss
     assert len(hub.repos["dataset", "ada/later"].commits) == 2
     assert hub.files("dataset", "ada/later") == hub.files("dataset", BUNDLE)
     assert "--nullspace_name_or_path ada/later" in hub.read("dataset", "ada/later", "README.md").decode()

@@ -7,7 +7,7 @@ demo: .venv/installed
 	$(BIN)/python demo/run.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4 --dist worksteal
 
 .venv/installed: requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv

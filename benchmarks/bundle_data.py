@@ -8,13 +8,15 @@ scored on held-out prompts: the change of the predicted noise, and of pictures d
 it stopped; writes `results/bundle_data.json` and `results/bundle_data.png`.
 """
 
+import os
 import subprocess
 import sys
+from functools import cache
 from statistics import median
 
 import numpy as np
 import preservation
-from preservation import DRAWN, HERE, METHODS, MODEL, ROOT, SEEDS, TOKEN, TUNING_SUBJECT, WORK, Results, World
+from preservation import DRAWN, HERE, METHODS, MODEL, ROOT, SEEDS, TOKEN, TUNING_SUBJECT, WORK, Bundle, Results
 from tqdm.auto import tqdm
 
 from shapes import protected_prompts, subject_distance
@@ -28,8 +30,9 @@ VARIED = {
     "steps": (4, 10, 25, 50),
     "sampler": SAMPLERS,
     "guidance": (1.0, 3.0, 7.5),
-    "range": ((800, 999), (600, 999), (0, 999)),  # the first 5 and 10 of 25 steps, and all
+    "range": ((781, 999), (581, 999), (0, 999)),  # the first 5 and 10 of 25 steps, and all
 }
+NONE = "no bundle"
 
 
 def name_of(setting):
@@ -59,21 +62,28 @@ def bundle_of(setting):
 
 
 def draw(world, unet, sampler):
-    return world.draw(unet, DRAWN, seed=200, steps=25, sampler=sampler)
+    return world.draw(unet, DRAWN, seed=200, sampler=sampler)
 
 
-def measure(setting, seed, base):
-    """Train with a bundle and score it: drift and change of pictures on held-out prompts, distance to the subject."""
-    world = World(bundle_of(setting), timestep_range=setting["range"])
-    for sampler in SAMPLERS:
-        if sampler not in base:
-            base[sampler] = draw(world, world.unet, sampler)
-    (trained,) = preservation.train(world, METHODS["null space"], TUNING_SUBJECT, seed, RATE, (STEPS,))
-    unet = trained[-1]
-    subject = world.draw(unet, [f"a photo of a {TOKEN} {TUNING_SUBJECT}"] * 12, seed=0)
+@cache
+def base_pictures(world, sampler):
+    return draw(world, world.unet, sampler)
+
+
+def measure(world, job):
+    """Train with a bundle, or none, and score it: what moved on held-out prompts, and the distance to the subject."""
+    setting, seed = job
+    method = METHODS["plain LoRA"]
+    if setting:
+        method = METHODS["null space"]
+        world.bundle = Bundle.load(bundle_of(setting), timestep_range=setting["range"])
+    ((_, _, unet),) = preservation.train(world, method, TUNING_SUBJECT, seed, RATE, (STEPS,))
+    subject = world.draw(unet, [f"a photo of a {TOKEN} {TUNING_SUBJECT}"] * 24, seed=0)
     return {
         "noise_drift": world.noise_drift(unet),
-        "moved": {name: float(np.abs(draw(world, unet, name) - base[name]).mean()) for name in SAMPLERS},
+        "moved": {
+            name: float(np.abs(draw(world, unet, name) - base_pictures(world, name)).mean()) for name in SAMPLERS
+        },
         "subject": float(subject_distance(TUNING_SUBJECT, subject).mean()),
     }
 
@@ -88,11 +98,11 @@ def plot(runs, path):
     figure, axes = plt.subplots(1, len(VARIED), figsize=(18, 4), layout="constrained", sharey=True)
     for axis, (key, values) in zip(axes, VARIED.items(), strict=True):
         labels = [str(value) for value in values]
-        found = [runs[name_of(USUAL | {key: value})].values() for value in values]
-        axis.plot(labels, [median(run["noise_drift"] for run in several) for several in found], "ko-", label="noise")
+        found = [runs[name_of(USUAL | {key: value})] for value in values]
+        axis.plot(labels, [row["noise_drift"] for row in found], "ko-", label="predicted noise (squared)")
         for sampler in SAMPLERS:
-            moved = [median(run["moved"][sampler] for run in several) for several in found]
-            axis.plot(labels, moved, ".--", label=f"pictures, {sampler}")
+            axis.plot(labels, [row["moved"][sampler] for row in found], ".--", label=f"pictures, {sampler}")
+        axis.axhline(runs[NONE]["noise_drift"], color="grey", linestyle=":", label="predicted noise, no bundle")
         axis.set(title=key, yscale="log")
     axes[0].set_ylabel("change on held-out prompts")
     axes[0].legend(fontsize=7)
@@ -100,22 +110,35 @@ def plot(runs, path):
     plt.close(figure)
 
 
+def medians(runs):
+    """The median over seeds of everything measured, by setting."""
+    table = {}
+    for key, run in runs.items():
+        table.setdefault(key.rpartition("/")[0], []).append(run)
+    return {
+        name: {key: median(run[key] for run in several) for key in ("noise_drift", "subject")}
+        | {"moved": {sampler: median(run["moved"][sampler] for run in several) for sampler in SAMPLERS}}
+        for name, several in table.items()
+    }
+
+
 def main():
-    preservation.start_process()
-    results, base = Results(HERE / "results" / "bundle_data.json"), {}
-    runs = results.content.setdefault("runs", {})
-    todo = [(name, setting, seed) for seed in SEEDS for name, setting in settings().items()]
-    for name, setting, seed in tqdm(todo, desc="Bundles", unit="run"):
-        if str(seed) not in runs.setdefault(name, {}):
-            runs[name][str(seed)] = measure(setting, seed, base)
-            results.content["machine"] = preservation.describe_machine()
-            results.save()
-    plot(runs, HERE / "results" / "bundle_data.png")
-    print(f"{'':60}{'noise drift':>12}{'moved':>9}{'subject':>9}")
-    for name, several in runs.items():
-        row = [median(run[key] for run in several.values()) for key in ("noise_drift", "subject")]
-        moved = median(median(run["moved"].values()) for run in several.values())
-        print(f"{name:60}{row[0]:12.5f}{moved:9.4f}{row[1]:9.3f}")
+    preservation.WORK.mkdir(exist_ok=True)
+    preservation.build_bundle()
+    for setting in tqdm(settings().values(), desc="Bundles", unit="bundle"):
+        bundle_of(setting)
+    results = Results(HERE / "results" / "bundle_data.json")
+    for seed in SEEDS:
+        jobs = {f"{name}/{seed}": (setting, seed) for name, setting in {NONE: None, **settings()}.items()}
+        results.complete("runs", jobs, os.cpu_count(), f"Seed {seed}", measure)
+    results.content["machine"] = preservation.describe_machine()
+    table = results.content["medians"] = medians(results.content["runs"])
+    results.save()
+    plot(table, HERE / "results" / "bundle_data.png")
+    print(f"{'':60}{'noise drift':>12}{'subject':>9}" + "".join(f"{sampler:>17}" for sampler in SAMPLERS))
+    for name, row in table.items():
+        moved = "".join(f"{row['moved'][sampler]:17.4f}" for sampler in SAMPLERS)
+        print(f"{name:60}{row['noise_drift']:12.5f}{row['subject']:9.3f}{moved}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -63,7 +62,7 @@ MODEL = DEMO / "shapes-sd"
 BUNDLE = WORK / "bundle"
 TOKEN = "sks"
 SEEDS, TUNING_SUBJECT, TUNING_SEED = (0, 1, 2), "star", 100
-MARKS = (100, 200, 400, 800)  # steps after which a run is scored
+MARKS = (200, 400, 800, 1600)  # steps after which a run is scored
 GUIDANCE, DRAWING_STEPS = 2.5, 12  # more guidance exaggerates what a model this small has just learned
 HELD_OUT = (DEMO / "heldout_prompts.txt").read_text().splitlines()
 DRAWN, PROBED = HELD_OUT[:40], HELD_OUT[40:72]  # those that are drawn, and those whose predicted noise is compared
@@ -74,9 +73,9 @@ CLASS_PICTURES = 100  # of prior preservation: diffusers' default
 def prompts_of(subject):
     """What is asked of a personalised model: the subject bare and on every background, and its class."""
     return {
-        "subject": [f"a photo of a {TOKEN} {subject}"] * 12,
+        "subject": [f"a photo of a {TOKEN} {subject}"] * 24,
         "placed": [f"a {TOKEN} {subject} on a {colour} background" for colour in COLOURS for _ in range(2)],
-        "class": [f"a photo of a {subject}"] * 12,
+        "class": [f"a photo of a {subject}"] * 24,
         "others": DRAWN,
     }
 
@@ -89,17 +88,16 @@ class World:
 
     Args:
         bundle (`Path`): folder of a bundle with one group for each sampled timestep.
-        timestep_range (`tuple[int, int]`, *optional*): the timesteps of it that are protected.
     """
 
-    def __init__(self, bundle, timestep_range=None):
+    def __init__(self, bundle):
         self.pipeline = StableDiffusionPipeline.from_pretrained(MODEL, safety_checker=None).to(torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
         self.noise_scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         self.unet = self.pipeline.unet.requires_grad_(False)
         self.weights = {name: self.unet.get_submodule(name).weight for name in attention_inputs(self.unet)}
         self.bundle_folder = bundle
-        self.bundle = Bundle.load(bundle, timestep_range=timestep_range)
+        self.bundle = Bundle.load(bundle)
         self.probe = self._probe()
         self.base = {}  # what the base model draws, by subject
 
@@ -197,11 +195,11 @@ class World:
 
 # `rates` are the learning rates that tuning tries, `prior` is whether class pictures are learned along, `energy` the
 # share of it that is closed (None: no protection), `class_prompt` whether the class is an extra prompt.
-RATES = (1e-3, 2e-3, 5e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 LORA = {"adapter": "lora", "rank": 8, "prior": False, "energy": None, "rates": RATES}
 NULL_SPACE = LORA | {
     "energy": DEFAULT_THRESHOLDS["energy"], "softness": DEFAULT_SOFTNESS, "nearest": False, "class_prompt": False,
-    "rates": (2e-3, 5e-3, 1e-2),
+    "rates": (5e-3, 1e-2),
 }  # fmt: skip
 HARD = NULL_SPACE | {"softness": math.inf}
 SHIPPED = "null space, class prompt"  # the README's command
@@ -212,11 +210,12 @@ COMPARED = {
     "null space": NULL_SPACE,
     SHIPPED: NULL_SPACE | {"class_prompt": True},
     "hard, energy 0.999": HARD | {"energy": 0.999},
-    "plain LoRA, small rate": LORA | {"rates": (2.5e-4, 5e-4)},
+    "plain LoRA, small rate": LORA | {"rates": (2.5e-4,)},
 }
 OTHERS = {
-    "softness 1e-3": NULL_SPACE | {"softness": 1e-3},
-    "softness 1e-5": NULL_SPACE | {"softness": 1e-5},
+    "softness 3e-4": NULL_SPACE | {"class_prompt": True, "softness": 3e-4},
+    "softness 1e-3": NULL_SPACE | {"class_prompt": True, "softness": 1e-3},
+    "softness 1e-5": NULL_SPACE | {"class_prompt": True, "softness": 1e-5},
     "hard, energy 0.99": HARD | {"energy": 0.99},
     "hard, energy 0.9999": HARD | {"energy": 0.9999},
     "nearest": NULL_SPACE | {"nearest": True},
@@ -573,16 +572,20 @@ def start_worker():
     _world = World(BUNDLE)
 
 
-def do(job):
+def work(do, job):
+    return do(_world, job)
+
+
+def do(world, job):
     """One job in a worker: the scores of the base model, a run, or the memory that a method takes."""
     kind, *rest = job
-    return {"base": _world.base_scores, "run": partial(run, _world), "memory": measure_memory}[kind](*rest)
+    return {"base": World.base_scores, "run": run, "memory": measure_memory}[kind](world, *rest)
 
 
-def measure_memory(method):
+def measure_memory(world, method):
     """Peak memory of a fresh process, in bytes, before a personalisation and at its end."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in train(_world, METHODS[method], TUNING_SUBJECT, 0, METHODS[method]["rates"][0], (5,)):
+    for _ in train(world, METHODS[method], TUNING_SUBJECT, 0, METHODS[method]["rates"][0], (5,)):
         pass
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"before": 1024 * before, "peak": 1024 * after}
@@ -607,15 +610,15 @@ class Results:
         partial.write_text(json.dumps(self.content, indent=1) + "\n")
         os.replace(partial, self.path)
 
-    def complete(self, section, jobs, workers, description):
-        """Do the jobs (`dict` by key) that a section lacks; return the section."""
+    def complete(self, section, jobs, workers, description, do=do):
+        """Do the jobs (`dict` by key) that a section lacks, in workers with a `World` each; return the section."""
         done = self.content.setdefault(section, {})
         missing = {key: job for key, job in jobs.items() if key not in done}
         if missing:
             spawn = multiprocessing.get_context("spawn")
             fresh = 1 if section == "memory" else None  # a process's peak is that of all it has done
             with ProcessPoolExecutor(workers, spawn, start_worker, max_tasks_per_child=fresh) as pool:
-                running = {pool.submit(do, job): key for key, job in missing.items()}
+                running = {pool.submit(work, do, job): key for key, job in missing.items()}
                 for future in tqdm(as_completed(running), total=len(running), desc=description, unit="run"):
                     done[running[future]] = future.result()
                     self.save()

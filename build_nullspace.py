@@ -79,6 +79,7 @@ from nullspace_utils import (
     fingerprint,
     group_file,
     hub_repository,
+    loading,
     model_type,
     push_folder,
     read_config,
@@ -733,7 +734,8 @@ def main(args):
             setattr(args, name, value)
 
     # Load the model with the sampler
-    pipeline = PIPELINES[args.model_type].from_pretrained(folder, variant=args.variant, safety_checker=None)
+    with loading(model):
+        pipeline = PIPELINES[args.model_type].from_pretrained(folder, variant=args.variant, safety_checker=None)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)

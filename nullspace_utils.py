@@ -207,6 +207,22 @@ def download_model(name_or_path, revision=None, variant=None, token=None):
         raise NullSpaceError(f"The base model {name_or_path} cannot be had ({reason(error)}).") from error
 
 
+@contextmanager
+def loading(name_or_path):
+    """Say in a sentence why a base model cannot be loaded.
+
+    Raises:
+        NullSpaceError: if a file of it is missing or damaged.
+    """
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise NullSpaceError(
+            f"The base model {name_or_path} cannot be loaded ({reason(error)}): check its files, and --variant if "
+            "there is one in their names."
+        ) from error
+
+
 def base_layer(module):
     """The linear layer itself, below the LoRA layer that peft may have wrapped around it."""
     return getattr(module, "base_layer", module)

@@ -88,6 +88,7 @@ from nullspace_utils import (
     find_module,
     hub_repository,
     load_lora,
+    loading,
     model_type,
     push_folder,
     reason,
@@ -1045,7 +1046,8 @@ image = pipeline("{args.instance_prompt}"{few_steps}).images[0]
 def load_tokenizer(args):
     """The model's tokenizer, or that of --tokenizer_name."""
     if not args.tokenizer_name:
-        return CLIPTokenizer.from_pretrained(args.model_folder, subfolder="tokenizer")
+        with loading(args.pretrained_model_name_or_path):
+            return CLIPTokenizer.from_pretrained(args.model_folder, subfolder="tokenizer")
     try:
         return CLIPTokenizer.from_pretrained(args.tokenizer_name, token=args.hub_token)
     except (OSError, ValueError) as error:
@@ -1388,11 +1390,12 @@ def main(args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     folder = args.model_folder
     tokenizer = load_tokenizer(args)
-    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", variant=args.variant)
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=args.variant)
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=args.variant)
+    with loading(args.pretrained_model_name_or_path):
+        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", variant=args.variant)
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=args.variant)
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=args.variant)
+        noise_scheduler = KINDS[args.model_type].noise_scheduler.from_pretrained(folder, subfolder="scheduler")
     scaling_factor = vae.config.scaling_factor
-    noise_scheduler = KINDS[args.model_type].noise_scheduler.from_pretrained(folder, subfolder="scheduler")
     adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
     bundle.check(**adapted)
     targets = lora_targets(unet, text_encoder, bundle, args)

@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import os
+import shutil
 import tracemalloc
 from types import SimpleNamespace
 
@@ -448,6 +450,22 @@ def test_bad_input_is_one_sentence(flags, message, tmp_path, prompts_file):
         build_nullspace.main(args)
     assert "\n" not in str(caught.value).strip()
     assert (tmp_path / "other" / "thesis.txt").exists()
+
+
+def test_a_damaged_model_is_refused(tiny_sd1, tmp_path, prompts_file):
+    model = shutil.copytree(tiny_sd1, tmp_path / "model")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    args = build_nullspace.parse_args(
+        ["--pretrained_model_name_or_path", str(model), "--prompts_file", str(prompts_file)]
+        + ["--output_dir", str(tmp_path / "bundle")]
+    )
+    os.truncate(weights, 1000)
+    with pytest.raises(NullSpaceError, match=f"The base model {model} cannot be loaded .*weights"):
+        build_nullspace.main(args)
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(NullSpaceError, match="no file named .* check .* --variant"):
+        build_nullspace.main(args)
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize(

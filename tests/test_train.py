@@ -610,6 +610,14 @@ def test_tokenizer_name_and_tokenizer_max_length(tiny_sd1, bundle1, reference, t
             train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
 
 
+@pytest.mark.parametrize("missing", ["unet/diffusion_pytorch_model.safetensors", "text_encoder", "scheduler"])
+def test_a_damaged_model_is_refused(tiny_sd1, bundle1, tmp_path, missing):
+    model = shutil.copytree(tiny_sd1, tmp_path / "model")
+    (model / missing).rename(tmp_path / "elsewhere")
+    with pytest.raises(NullSpaceError, match=f"The base model {model} cannot be loaded"):
+        train(model, bundle1, tmp_path / "lora")
+
+
 def test_dataloader_num_workers_load_the_same(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
     made = []
 

@@ -58,7 +58,7 @@ PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 MODEL_TYPES = {"sd": "a Stable Diffusion model", "lcm": "a Latent Consistency Model"}
 ENERGIES = (0.9, 0.99, 0.999, 0.9999)
 DEFAULT_THRESHOLDS = {"energy": 0.9, "eigenvalue": 2e-2, "percentile": 10.0}
-DEFAULT_SOFTNESS = 1e-4
+DEFAULT_SOFTNESS = 1e-5
 
 
 class NullSpaceError(ValueError):

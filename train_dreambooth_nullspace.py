@@ -195,7 +195,7 @@ def parse_args(argv=None):
         default=DEFAULT_SOFTNESS,
         metavar="SHARE",
         help="The criterion's directions are closed. The others are held back by the energy that they hold: one with "
-        "this share of it is given half of a gradient step. Less protects more, inf frees them (default: 1e-4).",
+        "this share of it is given half of a gradient step. Less protects more, inf frees them (default: %(default)g).",
     )
     group.add_argument(
         "--nullspace_extra_prompts",

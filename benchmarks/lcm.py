@@ -41,7 +41,7 @@ SUBJECTS, SEEDS, STEPS = ("star", "heart"), (0, 1, 2), (1, 2, 4, 8)
 # The null space takes a higher rate to come as close to the subject, as in `demo/run.py`.
 METHODS = {
     "plain": {"learning_rate": 2e-3, "nullspace_threshold": 0},
-    "null space": {"learning_rate": 5e-3},
+    "null space": {"learning_rate": 5e-3, "nullspace_softness": 1e-4},
 }
 GUIDANCE = 8.5  # the pipeline's own
 HELD_OUT = (DEMO / "heldout_prompts.txt").read_text().splitlines()[:100]

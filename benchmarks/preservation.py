@@ -213,9 +213,9 @@ COMPARED = {
     "plain LoRA, small rate": LORA | {"rates": (2.5e-4,)},
 }
 OTHERS = {
-    "softness 3e-4": NULL_SPACE | {"class_prompt": True, "softness": 3e-4},
     "softness 1e-3": NULL_SPACE | {"class_prompt": True, "softness": 1e-3},
-    "softness 1e-5": NULL_SPACE | {"class_prompt": True, "softness": 1e-5},
+    "softness 1e-4": NULL_SPACE | {"class_prompt": True, "softness": 1e-4},
+    "softness 1e-6": NULL_SPACE | {"class_prompt": True, "softness": 1e-6},
     "hard, energy 0.99": HARD | {"energy": 0.99},
     "hard, energy 0.9999": HARD | {"energy": 0.9999},
     "nearest": NULL_SPACE | {"nearest": True},

@@ -95,7 +95,7 @@ def main():
         output_dir=OUTPUT / "bundle",
     )
     train(OUTPUT / "plain-lora", learning_rate=1e-3, nullspace_threshold=0)
-    train(OUTPUT / "lora", learning_rate=5e-3, nullspace_extra_prompts=[f"a photo of a {SUBJECT}"])
+    train(OUTPUT / "lora", learning_rate=1e-2, nullspace_extra_prompts=[f"a photo of a {SUBJECT}"])
 
     # Measure and draw base model, plain LoRA and null-space LoRA with equal seeds
     for library in (transformers, diffusers):

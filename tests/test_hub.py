@@ -625,7 +625,7 @@ def test_the_model_card_says_what_the_lora_is(cards, hub, home):
     for key in ("leakage", "predicted_drift"):
         assert f"at most {report[key]['max']:.1e}, mean {report[key]['mean']:.1e}" in text
     assert report["leakage"]["max"] < 1e-5
-    assert "energy 0.9, softness 0.0001, joint, timesteps 0 to 999" in text
+    assert "energy 0.9, softness 1e-05, joint, timesteps 0 to 999" in text
 
 
 def test_a_pipeline_loads_the_lora_by_its_id(runs, hub, home, tiny_sd1, tmp_path):

@@ -204,13 +204,13 @@ def test_lora_file_is_in_the_null_space(tiny_sd1, bundle1, tmp_path):
 def test_softness_is_told(tiny_sd1, bundle1, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         train(tiny_sd1, bundle1, tmp_path / "soft", "--max_train_steps", 1)
-        assert "softness 0.0001" in caplog.text and "the others held back by their energy" in caplog.text
+        assert "softness 1e-05" in caplog.text and "the others held back by their energy" in caplog.text
         caplog.clear()
         train(tiny_sd1, bundle1, tmp_path / "hard", "--max_train_steps", 1, "--nullspace_softness", "inf")
         assert "softness inf" in caplog.text and "the others free" in caplog.text
-    assert report(tmp_path / "soft")["nullspace"]["softness"] == 1e-4
+    assert report(tmp_path / "soft")["nullspace"]["softness"] == 1e-5
     assert report(tmp_path / "hard")["nullspace"]["softness"] is None
-    assert "softness 0.0001" in (tmp_path / "soft" / "README.md").read_text()
+    assert "softness 1e-05" in (tmp_path / "soft" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ def test_defaults_are_those_of_the_reference():
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
         "rank": 4, "checkpointing_steps": 500, "num_validation_images": 4, "validation_epochs": 50,
         "report_to": "tensorboard", "logging_dir": "logs", "nullspace_criterion": "energy",
-        "nullspace_threshold": 0.9, "nullspace_softness": 1e-4, "nullspace_extra_prompts": None,
+        "nullspace_threshold": 0.9, "nullspace_softness": 1e-5, "nullspace_extra_prompts": None,
         "nullspace_timesteps": "joint", "nullspace_timestep_range": None,
         "revision": None, "variant": None, "tokenizer_name": None, "validation_prompt": None, "seed": None,
         "center_crop": False, "train_text_encoder": False, "max_train_steps": None, "checkpoints_total_limit": None,

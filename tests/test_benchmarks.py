@@ -23,6 +23,7 @@ from shapes import DEMO
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import bundle_data
 import preservation
 import real_model
 
@@ -88,6 +89,31 @@ def test_results_go_on_where_they_stopped(tmp_path, monkeypatch):
     again = preservation.Results(tmp_path / "results.json")
     assert again.complete("runs", {"done": ("never", "called")}, 1, "nothing to do") == {"done": {"value": 1}}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+# ---- What a bundle is built from -------------------------------------------------------------------------------------
+
+
+def test_bundles_differ_in_one_thing_at_a_time():
+    settings = bundle_data.settings()
+    assert len(settings) == 18 - 4  # all values, of which five are those of one usual bundle
+    for setting in settings.values():
+        assert sum(setting[key] != usual for key, usual in bundle_data.USUAL.items()) <= 1
+
+
+def test_bundles_are_compared_by_medians_over_seeds(tmp_path):
+    names = [bundle_data.NONE, *bundle_data.settings()]
+    runs = {
+        f"{name}/{seed}": {
+            "noise_drift": drift * (1 + index), "subject": 0.5, "moved": dict.fromkeys(bundle_data.SAMPLERS, drift)
+        }
+        for index, name in enumerate(names) for seed, drift in enumerate((0.01, 0.05, 0.02))
+    }  # fmt: skip
+    table = bundle_data.medians(runs)
+    assert list(table) == names and table[names[1]]["noise_drift"] == pytest.approx(0.04)
+    assert table[bundle_data.NONE]["moved"] == dict.fromkeys(bundle_data.SAMPLERS, 0.02)
+    bundle_data.plot(table, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").width > 1000
 
 
 # ---- Real weights ----------------------------------------------------------------------------------------------------

@@ -680,7 +680,7 @@ def main():
             }
             results.complete("runs", runs, args.workers, f"Seed {seed}")
             tell(results, base)
-    draw_picture(results.content["runs"], results.content["rates"], base, results.path.with_suffix(".picture.png"))
+    draw_picture(results.content["runs"], rates, base, results.path.with_suffix(".picture.png"))
     memory = {method: ("memory", method) for method in COMPARED if not args.quick}
     results.complete("memory", memory, args.workers, "Memory")
 

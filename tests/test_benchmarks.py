@@ -91,6 +91,37 @@ def test_results_go_on_where_they_stopped(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
+def test_quick_mode_leaves_the_full_results_alone(tmp_path, monkeypatch):
+    """It takes the learning rates from them, and adds those that they lack."""
+    did, drawn = [], []
+
+    def complete(self, section, jobs, *_):
+        did.extend(jobs.values())
+        for key, job in jobs.items():
+            done = self.content.setdefault(section, {})
+            done[key] = BASE["star"]
+            if job[0] == "run":
+                done[key] = make_run(job[1], job[3], [0.8, 0.7, 0.6, 0.5], 0.01) | {"rate": job[4]}
+        return {key: self.content[section][key] for key in jobs}
+
+    monkeypatch.setattr(preservation.Results, "complete", complete)
+    monkeypatch.setattr(preservation, "HERE", tmp_path)
+    monkeypatch.setattr(preservation, "WORK", tmp_path / "output")
+    for name in ("build_bundle", "plot"):
+        monkeypatch.setattr(preservation, name, lambda *_: None)
+    monkeypatch.setattr(preservation, "draw_picture", lambda *args: drawn.append(args))
+    monkeypatch.setattr(sys, "argv", ["preservation.py", "--quick"])
+    (tmp_path / "results").mkdir()
+    preservation.main()
+    runs = [job for job in did if job[0] == "run" and job[3] in preservation.SEEDS]
+    assert [job[1:4] for job in runs] == [(method, "star", 0) for method in preservation.COMPARED]
+    ((done, rates, _, path),) = drawn
+    assert path.parent == tmp_path / "output" and len(done) == len(runs)
+    assert rates == {job[1]: job[4] for job in runs}
+    assert "runs" in json.loads((tmp_path / "output" / "preservation.json").read_text())
+    assert not list((tmp_path / "results").iterdir())  # `complete`, which writes there, is stood in for
+
+
 # ---- What a bundle is built from -------------------------------------------------------------------------------------
 
 

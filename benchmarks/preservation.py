@@ -70,13 +70,20 @@ PROBE_TIMESTEPS = (50, 250, 500, 750, 950)
 CLASS_PICTURES = 100  # of prior preservation: diffusers' default
 
 
+# What the pictures are captioned with in training: the first, or for some methods any of them, as the templates of
+# textual inversion (arXiv 2208.01618) do
+INSTANCE_PROMPTS = ("a photo of a {}", "a {}", "a picture of a {}", "the {}", "a good photo of a {}")
+
+
 def prompts_of(subject):
-    """What is asked of a personalised model: the subject bare and on every background, and its class."""
+    """What is asked of a personalised model: the subject bare and on every background, its class, and other things."""
+    backgrounds = [colour for colour in COLOURS for _ in range(2)]
     return {
         "subject": [f"a photo of a {TOKEN} {subject}"] * 24,
-        "placed": [f"a {TOKEN} {subject} on a {colour} background" for colour in COLOURS for _ in range(2)],
+        "subject_placed": [f"a {TOKEN} {subject} on a {colour} background" for colour in backgrounds],
         "class": [f"a photo of a {subject}"] * 24,
         "others": DRAWN,
+        "class_placed": [f"a {subject} on a {colour} background" for colour in backgrounds],
     }
 
 
@@ -168,19 +175,25 @@ class World:
         """What a model's pictures show, and how far it is from the base model: a `dict` of numbers.
 
         - subject, class: mean distance of pictures to the subject (0 is the subject itself, about 1 nothing of it).
+        - subject_placed, class_placed: the same where a prompt puts them on a background.
+        - subject_anywhere: mean of subject and subject_placed.
         - placed_right: share of the subject's prompts drawn with the shape and background that they name.
         - others_right, others_moved: held-out prompts drawn right; mean change of their pixels at equal seeds.
         - noise_drift: relative squared change of the predicted noise on other held-out prompts.
         - diversity: mean distance between pictures of the class.
         """
         base, prompts, drawn = self.base_pictures(subject), prompts_of(subject), self.draw_all(unet, subject)
-        wanted = [parse(prompt) for prompt in prompts["placed"]]
-        pairs = list(zip(wanted, read_pictures(drawn["placed"]), strict=True))
+        wanted = [parse(prompt) for prompt in prompts["subject_placed"]]
+        pairs = list(zip(wanted, read_pictures(drawn["subject_placed"]), strict=True))
+        distances = {
+            kind: float(subject_distance(subject, drawn[kind]).mean())
+            for kind in ("subject", "subject_placed", "class", "class_placed")
+        }
         flat = drawn["class"].reshape(len(drawn["class"]), -1)
         apart = np.sqrt(np.square(flat[:, None] - flat[None]).mean(-1))
         return {
-            "subject": float(subject_distance(subject, drawn["subject"]).mean()),
-            "class": float(subject_distance(subject, drawn["class"]).mean()),
+            **distances,
+            "subject_anywhere": (distances["subject"] + distances["subject_placed"]) / 2,
             "placed_right": float(
                 np.mean([all(show[key] == value for key, value in want.items()) for want, show in pairs])
             ),
@@ -194,9 +207,10 @@ class World:
 # ---- The methods -----------------------------------------------------------------------------------------------------
 
 # `rates` are the learning rates that tuning tries, `prior` is whether class pictures are learned along, `energy` the
-# share of it that is closed (None: no protection), `class_prompt` whether the class is an extra prompt.
+# share of it that is closed (None: no protection), `class_prompt` whether the class is an extra prompt, `prompts` how
+# many of `INSTANCE_PROMPTS` take turns.
 RATES = (5e-4, 1e-3, 2e-3)
-LORA = {"adapter": "lora", "rank": 8, "prior": False, "energy": None, "rates": RATES}
+LORA = {"adapter": "lora", "rank": 8, "prior": False, "energy": None, "prompts": 1, "rates": RATES}
 NULL_SPACE = LORA | {
     "energy": DEFAULT_THRESHOLDS["energy"], "softness": DEFAULT_SOFTNESS, "nearest": False, "class_prompt": False,
     "rates": (5e-3, 1e-2),
@@ -213,6 +227,9 @@ COMPARED = {
     "plain LoRA, small rate": LORA | {"rates": (2.5e-4,)},
 }
 OTHERS = {
+    "plain LoRA, five prompts": LORA | {"prompts": 5},
+    "prior preservation, five prompts": LORA | {"prior": True, "prompts": 5},
+    f"{SHIPPED}, five prompts": NULL_SPACE | {"class_prompt": True, "prompts": 5},
     "softness 1e-3": NULL_SPACE | {"class_prompt": True, "softness": 1e-3},
     "softness 1e-4": NULL_SPACE | {"class_prompt": True, "softness": 1e-4},
     "softness 1e-6": NULL_SPACE | {"class_prompt": True, "softness": 1e-6},
@@ -300,7 +317,8 @@ def train(world, method, subject, seed, rate, marks):
     side = (RESOLUTION, RESOLUTION)
     pixels = [np.asarray(picture.convert("RGB").resize(side, Image.Resampling.LANCZOS)) / 255 for picture in pictures]
     latents = world.latents(pixels)
-    embeddings = world.encode([f"a photo of a {TOKEN} {subject}"]).expand(len(latents), -1, -1)
+    prompts = [prompt.format(f"{TOKEN} {subject}") for prompt in INSTANCE_PROMPTS[: method["prompts"]]]
+    embeddings = world.encode(prompts)
     if method["prior"]:
         prompt = f"a photo of a {subject}"
         drawn = world.draw(world.unet, [prompt] * CLASS_PICTURES, seed=10_000 + seed, steps=25, guidance_scale=7.5)
@@ -323,11 +341,14 @@ def train(world, method, subject, seed, rate, marks):
             group = next(group for group in groups if group["range"][0] <= timestep <= group["range"][1])
             first, last = group["range"]
             projector.select(group["name"])
-        batch, conditions = latents, embeddings
+        captions = torch.zeros(len(latents), dtype=torch.long)
+        if len(prompts) > 1:
+            captions = torch.randint(len(prompts), (len(latents),), generator=random_numbers)
+        batch, conditions = latents, embeddings[captions]
         if method["prior"]:
             chosen = torch.randint(len(class_latents), (len(latents),), generator=random_numbers)
             batch = torch.cat([latents, class_latents[chosen]])
-            conditions = torch.cat([embeddings, class_embeddings.expand(len(chosen), -1, -1)])
+            conditions = torch.cat([conditions, class_embeddings.expand(len(chosen), -1, -1)])
         timesteps = torch.randint(first, last + 1, (len(batch),), generator=random_numbers)
         noise = torch.randn(batch.shape, generator=random_numbers)
         # A mean over halves of equal size: twice it gives pictures and class a weight of 1 each, as diffusers does
@@ -376,19 +397,20 @@ def run(world, name, subject, seed, rate):
 # ---- The headline: methods at equal likeness of the subject ----------------------------------------------------------
 
 LEVELS = (0.75, 0.9, 0.95)
+LIKENESS = {"levels": "subject", "levels_anywhere": "subject_anywhere"}  # with the trained prompt; in new places, too
 COSTS = ("noise_drift", "class_leak", "others_moved", "predicted_drift", "seconds")
 
 
-def at_level(run, base, level):
+def at_level(run, base, level, likeness="subject"):
     """What a run had cost when its pictures had come this near to the subject: a `dict`, or None if they never did.
 
     Between two scored steps everything is interpolated in proportion to the distance to the subject.
     """
-    before = {"subject": base["subject"], "step": 0} | dict.fromkeys(COSTS, 0.0)
+    before = {likeness: base[likeness], "step": 0} | dict.fromkeys(COSTS, 0.0)
     for point in run["points"]:
         point = point | {"class_leak": (base["class"] - point["class"]) / base["class"]}
-        if point["subject"] <= level:
-            share = (before["subject"] - level) / (before["subject"] - point["subject"])
+        if point[likeness] <= level:
+            share = (before[likeness] - level) / (before[likeness] - point[likeness])
             return {key: before[key] + share * (point[key] - before[key]) for key in ("step", *COSTS)}
         before = point
     return None
@@ -399,13 +421,13 @@ def relative(key, cost, other):
     return cost[key] - other[key] if key == "class_leak" else cost[key] / other[key]
 
 
-def levels_of(runs, base):
+def levels_of(runs, base, likeness="subject"):
     """The distance to the subject at each share of the best gain of the plain LoRA, by subject: `dict[str, dict]`."""
     levels = {}
     for subject in {run["subject"] for run in runs}:
-        start = base[subject]["subject"]
+        start = base[subject][likeness]
         nearest = min(
-            median(run["points"][index]["subject"] for run in plain)
+            median(run["points"][index][likeness] for run in plain)
             for plain in [[run for run in runs if run["method"] == "plain LoRA" and run["subject"] == subject]]
             for index in range(len(plain[0]["points"]))
         )
@@ -413,16 +435,16 @@ def levels_of(runs, base):
     return levels
 
 
-def compare(runs, base):
+def compare(runs, base, likeness="subject"):
     """At each level, each method's costs: medians over subjects and seeds, and of the ratios to two of the methods.
 
     A method that reaches a level in fewer than half of its runs does not get there: None.
     """
-    levels, table = levels_of(runs, base), {}
+    levels, table = levels_of(runs, base, likeness), {}
     for level in LEVELS:
         reached = {
             (run["method"], run["subject"], run["seed"]): at_level(
-                run, base[run["subject"]], levels[run["subject"]][level]
+                run, base[run["subject"]], levels[run["subject"]][level], likeness
             )
             for run in runs
         }
@@ -539,9 +561,9 @@ def draw_picture(runs, rates, base, path):
     comparison_grid(pictures, prompts).save(path)
 
 
-def print_table(table):
+def print_table(table, where):
     for level, rows in table.items():
-        print(f"\nAt {float(level):.0%} of the plain LoRA's gain")
+        print(f"\nAt {float(level):.0%} of the plain LoRA's gain, {where}")
         print(f"{'':28}{'reached':>9}{'drift':>10}{'/plain':>8}{'/prior':>8}{'leak':>8}{'moved':>8}{'seconds':>9}")
         for method, row in rows.items():
             line = f"{method:28}{row['reached']:>5}/{row['runs']:<3}"
@@ -636,12 +658,14 @@ def tell(results, base):
     """Compare what was run so far, and print it."""
     done = list(results.content["runs"].values())
     results.content["machine"] = describe_machine()
-    table = results.content["levels"] = compare(done, base)
-    results.content["headline"] = headline(table["0.9"])
+    for name, likeness in LIKENESS.items():
+        scored = [run for run in done if likeness in run["points"][0]]  # older ones may lack a score
+        results.content[name] = compare(scored, base, likeness)
+        print_table(results.content[name], f"by {likeness}")
+    results.content["headline"] = headline(results.content["levels"]["0.9"])
     results.content["ranking"] = rank_correlation(done)
     results.save()
     plot(done, base, results.path.with_suffix(".png"))
-    print_table(table)
 
 
 def main():

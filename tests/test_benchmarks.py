@@ -73,6 +73,45 @@ def test_methods_are_compared_where_both_arrive():
     assert ranking["points"] == 24 and ranking["spearman"] == pytest.approx(1)
 
 
+def test_likeness_may_count_new_places():
+    """Equally near with the trained prompt is not equally near everywhere."""
+    base = {"star": BASE["star"] | {"subject_anywhere": 0.8}}
+    runs = [make_run("plain LoRA", 0, [0.7, 0.5], 0.02), make_run(preservation.SHIPPED, 0, [0.7, 0.5], 0.002)]
+    for run, nearest in zip(runs, (0.6, 0.7), strict=True):
+        run["points"] = [point | {"subject_anywhere": nearest} for point in run["points"]]
+    assert preservation.compare(runs, base)["0.9"][preservation.SHIPPED]["reached"] == 1
+    rows = preservation.compare(runs, base, "subject_anywhere")
+    assert rows["0.9"][preservation.SHIPPED] | {"reached": 0} == rows["0.9"][preservation.SHIPPED]
+    assert rows["0.9"]["plain LoRA"]["noise_drift"] == pytest.approx(0.9 * 0.02)  # from the base model's 0.8 to 0.6
+
+
+def test_the_class_is_looked_at_where_the_subject_is():
+    prompts = preservation.prompts_of("heart")
+    assert prompts["class_placed"] == [prompt.replace("sks ", "") for prompt in prompts["subject_placed"]]
+    assert len(set(prompts["class_placed"])) == 8 and not any("sks" in prompt for prompt in prompts["class"])
+
+
+@pytest.mark.parametrize(("method", "count"), [("plain LoRA", 1), ("prior preservation, five prompts", 5)])
+def test_instance_prompts_take_turns(method, count, monkeypatch):
+    monkeypatch.setattr(preservation.World, "_probe", lambda self: None)
+    monkeypatch.setattr(preservation.World, "draw", lambda self, _, prompts, **__: np.full((2, 32, 32, 3), 0.5))
+    monkeypatch.setattr(preservation.Bundle, "load", lambda folder: None)
+    world, seen, loss = preservation.World(None), [], preservation.diffusion_loss
+
+    def watch(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise):
+        seen.extend(prompt_embeds[:5])
+        assert len(latents) == len(prompt_embeds) == (10 if "prior" in method else 5)
+        return loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise)
+
+    monkeypatch.setattr(preservation, "diffusion_loss", watch)
+    for _ in preservation.train(world, preservation.METHODS[method], "star", 0, 1e-3, (6,)):
+        pass
+    prompts = world.encode([prompt.format("sks star") for prompt in preservation.INSTANCE_PROMPTS])
+    chosen = [[index for index in range(5) if torch.equal(one, prompts[index])] for one in seen]
+    assert all(len(indices) == 1 for indices in chosen) and len(chosen) == 30
+    assert {indices[0] for indices in chosen} == set(range(count))
+
+
 def test_the_learning_rate_is_the_one_of_least_drift_that_arrives():
     runs = [make_run("plain LoRA", 100, [0.7, 0.5], 0.02) | {"rate": 1e-3}]
     runs += [make_run("plain LoRA", 100, [0.6, 0.45], 0.01) | {"rate": 2e-3}]

@@ -19,7 +19,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from shapes import DEMO
+from shapes import DEMO, render, render_subject
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -89,6 +89,24 @@ def test_the_class_is_looked_at_where_the_subject_is():
     prompts = preservation.prompts_of("heart")
     assert prompts["class_placed"] == [prompt.replace("sks ", "") for prompt in prompts["subject_placed"]]
     assert len(set(prompts["class_placed"])) == 8 and not any("sks" in prompt for prompt in prompts["class"])
+
+
+def test_the_subject_in_new_places_is_scored_apart(monkeypatch):
+    """A model that draws the subject only where a prompt names it and a background."""
+
+    def draw(self, unet, prompts, seed):
+        return np.array([
+            render_subject("star", "green") if "sks" in prompt and "background" in prompt
+            else render("star", "red", "green") for prompt in prompts
+        ])  # fmt: skip
+
+    monkeypatch.setattr(preservation.World, "_probe", lambda self: None)
+    monkeypatch.setattr(preservation.World, "noise_drift", lambda self, unet: 0.0)
+    monkeypatch.setattr(preservation.World, "draw", draw)
+    monkeypatch.setattr(preservation.Bundle, "load", lambda folder: None)
+    scores = preservation.World(None).score(None, "star")
+    assert scores["subject_placed"] < 0.05 < 0.5 < scores["class_placed"] == pytest.approx(scores["class"])
+    assert scores["subject_anywhere"] == pytest.approx((scores["subject"] + scores["subject_placed"]) / 2)
 
 
 @pytest.mark.parametrize(("method", "count"), [("plain LoRA", 1), ("prior preservation, five prompts", 5)])

@@ -255,9 +255,16 @@ def parse_args(argv=None):
     )
     group.add_argument("--dataset_config_name", help="Configuration of that dataset.")
     group.add_argument("--image_column", default="image", help="Column with its pictures (default: %(default)s).")
-    group.add_argument("--caption_column", help="Column with its captions (default: the instance prompt for all).")
+    group.add_argument("--caption_column", help="Column with its captions (default: the instance prompts).")
     group.add_argument("--cache_dir", help="Where that dataset is stored (default: the datasets library's cache).")
-    group.add_argument("--instance_prompt", required=True, help="Prompt with an identifier for the subject (required).")
+    group.add_argument(
+        "--instance_prompt",
+        nargs="+",
+        required=True,
+        metavar="PROMPT",
+        help="Prompt with an identifier for the subject (required). Several take turns at random, so that the subject "
+        "is not tied to the words of one.",
+    )
     group.add_argument("--repeats", type=int, default=1, help="Times a picture is in an epoch (default: %(default)s).")
     group.add_argument("--resolution", type=int, default=512, help="Side of the training pictures (default: 512).")
     group.add_argument("--center_crop", action="store_true", help="Crop pictures in the centre rather than at random.")
@@ -438,7 +445,7 @@ def require(package, flag):
 
 
 def read_instances(args):
-    """The pictures, upright and in RGB, and a caption for each: those of a folder by name, or of a dataset in order.
+    """The pictures, upright and in RGB, and the captions of each: those of a folder by name, or of a dataset in order.
 
     Raises:
         NullSpaceError: if there are none, or one cannot be read.
@@ -462,7 +469,7 @@ def read_instances(args):
 
 
 def read_dataset(args):
-    """The same from the split "train" of --dataset_name; a row without a caption has the instance prompt."""
+    """The same from the split "train" of --dataset_name; a row without a caption has the instance prompts."""
     require("datasets", "--dataset_name")
     from datasets import load_dataset  # slow to import, and seldom needed
 
@@ -483,7 +490,7 @@ def read_dataset(args):
     if not all(isinstance(picture, Image.Image) for picture in pictures):
         raise NullSpaceError(f"The column '{args.image_column}' of {where} holds something that is not a picture.")
     pictures = [ImageOps.exif_transpose(picture).convert("RGB") for picture in pictures]
-    return pictures, [caption or args.instance_prompt for caption in captions]
+    return pictures, [[caption] if caption else args.instance_prompt for caption in captions]
 
 
 def seeded(*parts):
@@ -498,11 +505,12 @@ def seeded(*parts):
 class InstanceDataset(Dataset):
     """Pictures (3, resolution, resolution) in [-1, 1] and the numbers of their captions.
 
-    Crops, unless they are centred, and mirroring are drawn anew in each epoch, for each of the repeats.
+    Crops, unless they are centred, mirroring and one of several captions are drawn anew in each epoch, for each of the
+    repeats.
 
     Args:
         pictures (`list[Image]`): the pictures.
-        captions (`list[int]`): for each, the number of its caption.
+        captions (`list[list[int]]`): for each, the numbers of its captions.
         args: the flags on pictures, and the seed.
     """
 
@@ -525,9 +533,9 @@ class InstanceDataset(Dataset):
     def __getitem__(self, index):
         number = index % len(self.pictures)
         flip = self.args.random_flip and torch.rand(1, generator=self._generator("flip", index)).item() < 0.5
-        if self.cached is not None:
-            return self.cached[number][flip], self.captions[number]
-        return self.picture(index, flip), self.captions[number]
+        captions = self.captions[number]
+        caption = captions[torch.randint(len(captions), (), generator=self._generator("caption", index))]
+        return self.picture(index, flip) if self.cached is None else self.cached[number][flip], caption
 
     def _generator(self, what, index):
         return seeded(self.args.seed, what, self.epoch, index)
@@ -954,7 +962,7 @@ def write_card(bundle, report, prompts, pictures, args):
         library_name="diffusers",
         base_model=None if Path(base).is_dir() else base,
         datasets=None if Path(source).is_dir() else [source],
-        instance_prompt=args.instance_prompt,
+        instance_prompt=args.instance_prompt[0],
         pipeline_tag="text-to-image",
         tags=[
             "text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora",
@@ -992,6 +1000,7 @@ def write_card(bundle, report, prompts, pictures, args):
     drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
     base_shown = f"[{base}](https://huggingface.co/{base})" if data.base_model else f"`{base}`"
     source_shown = f"[{source}](https://huggingface.co/datasets/{source})" if data.datasets else f"`{source}`"
+    triggers = " or ".join(f"`{prompt}`" for prompt in args.instance_prompt)
     few_steps = ""
     if args.model_type == "lcm":
         few_steps = f", num_inference_steps=4, guidance_scale={args.guidance_scale:g}"
@@ -1009,7 +1018,7 @@ A DreamBooth LoRA for {base_shown}. {protection}
 
 ## Trigger words
 
-Use `{args.instance_prompt}` to trigger the subject.
+Use {triggers} to trigger the subject.
 
 ## Use it with diffusers
 
@@ -1019,7 +1028,7 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
 pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}")
-image = pipeline("{args.instance_prompt}"{few_steps}).images[0]
+image = pipeline("{args.instance_prompt[0]}"{few_steps}).images[0]
 ```
 
 ## Null space
@@ -1418,8 +1427,8 @@ def main(args):
     projector.attach(optimizer)
 
     # Data: pictures and captions, encoded once where nothing changes them
-    prompts = list(dict.fromkeys(captions))
-    dataset = InstanceDataset(pictures, [prompts.index(caption) for caption in captions], args)
+    prompts = list(dict.fromkeys(caption for several in captions for caption in several))
+    dataset = InstanceDataset(pictures, [[prompts.index(caption) for caption in several] for several in captions], args)
     dataloader = DataLoader(dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers)
     prompt_encoder = PromptEncoder(tokenizer, text_encoder, prompts, device, args)
     kept = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae}  # what validation need not load again
@@ -1590,7 +1599,7 @@ def main(args):
         adapted.clear()
         kept.clear()
         free_memory()
-        prompts = args.validation_prompt or [args.instance_prompt, *bundle.config["prompts"]["examples"][:3]]
+        prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
         rows = draw_saved(prompts, device, weight_dtype, args)
         picture = comparison_grid(rows, prompts)
         save_picture(picture, args.output_dir / COMPARISON_NAME)
@@ -1602,12 +1611,13 @@ def main(args):
         published = PUBLISHED + [f"{args.logging_dir}/**"]
         included = [word for pattern in published for word in ("--include", pattern)]
         base = args.pretrained_model_name_or_path
+        base = Path(base).name if Path(base).is_dir() else base
         url = push_folder(
             args.hub_model_id,
             "model",
             args.output_dir,
             published,
-            f"Null-space DreamBooth LoRA of {Path(base).name if Path(base).is_dir() else base}: {args.instance_prompt}",
+            f"Null-space DreamBooth LoRA of {base}: {args.instance_prompt[0]}",
             shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *included]),
             args.hub_token,
         )

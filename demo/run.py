@@ -17,7 +17,7 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline
 
-from shapes import DEMO, matches, subject_distance
+from shapes import COLOURS, DEMO, matches, subject_distance
 from train_shapes import draw
 
 
@@ -28,6 +28,8 @@ from train_dreambooth_nullspace import REPORT_NAME, comparison_grid, save_pictur
 
 
 MODEL, OUTPUT, SUBJECT = DEMO / "shapes-sd", DEMO / "output", "star"
+PROMPTS = ["a photo of a {}", "a {}", "a picture of a {}", "the {}", "a good photo of a {}"]
+INSTANCE_PROMPTS = [prompt.format(f"sks {SUBJECT}") for prompt in PROMPTS]
 SUBJECT_PROMPTS = ["a photo of a sks star", "a sks star on a green background", "a small sks star on white"]
 GUIDANCE = 2.5  # more of it exaggerates what a model this small has just learned
 OTHER_PROMPTS = ["a photo of a star", "a blue heart on a yellow background", "a large red ring on black"]
@@ -54,7 +56,7 @@ def train(folder, **flags):
         pretrained_model_name_or_path=MODEL,
         nullspace_name_or_path=OUTPUT / "bundle",
         instance_data_dir=DEMO / "instance_images" / SUBJECT,
-        instance_prompt=SUBJECT_PROMPTS[0],
+        instance_prompt=INSTANCE_PROMPTS,
         output_dir=folder,
         resolution=32,
         pre_compute_text_embeddings=True,
@@ -74,11 +76,14 @@ def train(folder, **flags):
 
 def measure(pipeline, heldout, base=None):
     """Scores of a model, and its pictures (n, 32, 32, 3) of the held-out prompts."""
-    subject = draw(pipeline, SUBJECT_PROMPTS[:1] * 24, guidance_scale=GUIDANCE, seed=0)
+    subject = draw(pipeline, INSTANCE_PROMPTS[:1] * 24, guidance_scale=GUIDANCE, seed=0)
+    places = [f"a sks {SUBJECT} on a {colour} background" for colour in COLOURS for _ in range(3)]
+    placed = draw(pipeline, places, guidance_scale=GUIDANCE, seed=300)
     drawn_class = draw(pipeline, [f"a photo of a {SUBJECT}"] * 24, guidance_scale=GUIDANCE, seed=100)
     others = draw(pipeline, heldout, guidance_scale=GUIDANCE, seed=200)
     return {
         "distance to the subject": subject_distance(SUBJECT, subject).mean(),
+        "the same in new places": subject_distance(SUBJECT, placed).mean(),
         "distance of its class": subject_distance(SUBJECT, drawn_class).mean(),
         "held-out prompts drawn right": matches(heldout, others).mean(),
         "held-out pictures moved by": 0.0 if base is None else np.abs(others - base).mean(),

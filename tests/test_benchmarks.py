@@ -30,15 +30,16 @@ import real_model
 
 # ---- Methods at equal likeness of the subject ------------------------------------------------------------------------
 
-BASE = {"star": {"subject": 0.9, "class": 0.8}}
+BASE = {"star": {"subject": 0.9, "subject_anywhere": 0.9, "class": 0.8}}
 
 
 def make_run(method, seed, subjects, drift):
     """A run whose pictures come nearer to the subject step by step, at a drift in proportion to the steps."""
     points = [
         {
-            "step": 100 * number, "seconds": 10.0 * number, "subject": subject, "class": 0.8 - 0.08 * number,
-            "noise_drift": drift * number, "others_moved": drift, "predicted_drift": 2 * drift * number,
+            "step": 100 * number, "seconds": 10.0 * number, "class": 0.8 - 0.08 * number,
+            "subject": subject, "subject_anywhere": subject, "noise_drift": drift * number, "others_moved": drift,
+            "predicted_drift": 2 * drift * number,
         }
         for number, subject in enumerate(subjects, 1)
     ]  # fmt: skip
@@ -175,7 +176,10 @@ def test_quick_mode_leaves_the_full_results_alone(tmp_path, monkeypatch):
     ((done, rates, _, path),) = drawn
     assert path.parent == tmp_path / "output" and len(done) == len(runs)
     assert rates == {job[1]: job[4] for job in runs}
-    assert "runs" in json.loads((tmp_path / "output" / "preservation.json").read_text())
+    written = json.loads((tmp_path / "output" / "preservation.json").read_text())
+    assert len(written["runs"]) == len(runs)
+    for name in ("headline", "headline_anywhere"):  # every method has the same curve here
+        assert written[name]["drift_vs_plain"] == pytest.approx(1) and written[name]["class_leak_vs_prior"] == 0
     assert not list((tmp_path / "results").iterdir())  # `complete`, which writes there, is stood in for
 
 

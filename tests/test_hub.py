@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WRITE, READ = "hf_adas_secret_pen", "hf_adas_glasses"
 TOKENS = {WRITE: User("ada"), READ: User("ada", can_write=False)}
 MODEL, BUNDLE, LORA = "ada/tiny-model", "ada/tiny-bundle", "ada/sks-star"
-PROMPT = "a photo of a sks star"
+PROMPT, OTHER_PROMPT = "a photo of a sks star", "the sks star"
 STEPS = 12  # of the sampler, each a group of its own
 JOINT_FILES = {CONFIG_NAME, "joint.safetensors", f"{TEXT_INPUT}.safetensors"}
 
@@ -168,6 +168,7 @@ def runs(hub, home, tiny_sd1, tiny_sd2, run_script):
     def train():
         futures["build"].result()
         words = training(BUNDLE, home / "sks-star", "--push_to_hub", "--hub_token", WRITE)
+        words += ["--instance_prompt", PROMPT, OTHER_PROMPT]
         return run_script(*words, "--checkpointing_steps", 1, env=env("train"))
 
     def train_offline():
@@ -619,9 +620,10 @@ def test_the_model_card_says_what_the_lora_is(cards, hub, home):
     assert metadata["widget"][0]["text"] == PROMPT
     assert len(metadata["widget"]) > 1 and all(example["output"]["url"] in files for example in metadata["widget"])
     assert f"![Base model and LoRA, equal seeds]({COMPARISON_NAME})" in text
-    assert f"Use `{PROMPT}` to trigger" in text
+    assert f"Use `{PROMPT}` or `{OTHER_PROMPT}` to trigger" in text
     assert f'pipeline.load_lora_weights("{LORA}")' in text
     report = json.loads(hub.read("model", LORA, REPORT_NAME))
+    assert report["training"]["instance_prompt"] == [PROMPT, OTHER_PROMPT]
     for key in ("leakage", "predicted_drift"):
         assert f"at most {report[key]['max']:.1e}, mean {report[key]['mean']:.1e}" in text
     assert report["leakage"]["max"] < 1e-5

@@ -339,6 +339,7 @@ def test_timestep_sampler_is_uniform_and_names_the_group():
         ["--resolution", 48],
         ["--mixed_precision", "bf16"],
         ["--instance_prompt", "a ohwx star"],
+        ["--instance_prompt", "a photo of a sks star", "a sks star", "a picture of a sks star"],
         ["--nullspace_threshold", 0.99],
         ["--nullspace_softness", 1e-2],
         ["--nullspace_softness", "inf"],
@@ -471,9 +472,9 @@ def test_num_train_epochs(tiny_sd1, bundle1, tmp_path):
     assert report(tmp_path / "lora")["training"]["max_train_steps"] == 6
 
 
-def dataset_of(picture, *flags):
+def dataset_of(picture, *flags, captions=(0,)):
     args = trainer.parse_args(command_line("m", "b", "o", *flags))
-    return trainer.InstanceDataset([picture], [0], args)
+    return trainer.InstanceDataset([picture], [captions], args)
 
 
 def test_center_crop_and_random_crop():
@@ -487,6 +488,20 @@ def test_center_crop_and_random_crop():
     expected = trainer.VaeImageProcessor(do_resize=False).preprocess(picture.crop((0, 16, 32, 48)))[0]
     assert torch.equal(centred[0][0], expected)
     assert centred[0][0].min() >= -1 and centred[0][0].max() <= 1
+
+
+def test_instance_prompts_take_turns():
+    """Each repeat of a picture in each epoch draws one, the same whenever it is asked."""
+    picture = Image.new("RGB", (32, 32))
+    one, several = (dataset_of(picture, "--repeats", 100, captions=captions) for captions in ([4], [4, 7, 9]))
+    assert {one[index][1] for index in range(100)} == {4}
+    drawn = [several[index][1] for index in range(100)]
+    assert all(20 < drawn.count(caption) < 50 for caption in (4, 7, 9))
+    assert drawn == [several[index][1] for index in range(100)]
+    several.set_epoch(1)
+    assert drawn != [several[index][1] for index in range(100)]
+    several.cache(lambda pixel_values: pixel_values)
+    assert {several[index][1] for index in range(100)} == {4, 7, 9}
 
 
 def test_defaults_are_those_of_the_reference():
@@ -762,8 +777,8 @@ def test_a_dataset_with_captions(dataset, tiny_sd1, bundle1, reference, tmp_path
     without = ["--instance_data_dir"]
     line = command_line("m", "b", "o", *flags, "--caption_column", "caption", without=without)
     pictures, captions = trainer.read_instances(trainer.parse_args(line))
-    assert len(pictures) == 5 and captions[:2] == ["sks number 0.png", "sks number 1.png"]
-    assert captions[-1] == "a photo of a sks star"  # the instance prompt, for want of a caption
+    assert len(pictures) == 5 and captions[:2] == [["sks number 0.png"], ["sks number 1.png"]]
+    assert captions[-1] == ["a photo of a sks star"]  # the instance prompt, for want of a caption
     assert any((tmp_path / "cache").iterdir())
     captioned = train(tiny_sd1, bundle1, tmp_path / "captioned", *flags, "--caption_column", "caption", without=without)
     assert not same(captioned, reference)

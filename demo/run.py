@@ -99,7 +99,7 @@ def main():
         batch_size=64,
         output_dir=OUTPUT / "bundle",
     )
-    train(OUTPUT / "plain-lora", learning_rate=1e-3, nullspace_threshold=0)
+    train(OUTPUT / "plain-lora", learning_rate=2e-3, nullspace_threshold=0)
     train(OUTPUT / "lora", learning_rate=1e-2, nullspace_extra_prompts=[f"a photo of a {SUBJECT}"])
 
     # Measure and draw base model, plain LoRA and null-space LoRA with equal seeds

@@ -216,15 +216,14 @@ NULL_SPACE = LORA | {
     "rates": (5e-3, 1e-2),
 }  # fmt: skip
 HARD = NULL_SPACE | {"softness": math.inf}
-SHIPPED = "null space"  # the trainer's defaults, which the headline is about
-RECOMMENDED = "null space, class prompt, five prompts"  # the README's command
-PICTURED = ("plain LoRA", "prior preservation", RECOMMENDED)
+SHIPPED = "null space"  # the trainer's defaults and the README's command
+PICTURED = ("plain LoRA", "prior preservation", SHIPPED)
 COMPARED = {
     "plain LoRA": LORA,
     "prior preservation": LORA | {"prior": True},
     SHIPPED: NULL_SPACE,
     "null space, class prompt": NULL_SPACE | {"class_prompt": True},
-    RECOMMENDED: NULL_SPACE | {"class_prompt": True, "prompts": 5},
+    "null space, class prompt, five prompts": NULL_SPACE | {"class_prompt": True, "prompts": 5},
     "hard, energy 0.999": HARD | {"energy": 0.999},
     "plain LoRA, small rate": LORA | {"rates": (2.5e-4,)},
 }

@@ -28,8 +28,6 @@ from train_dreambooth_nullspace import REPORT_NAME, comparison_grid, save_pictur
 
 
 MODEL, OUTPUT, SUBJECT = DEMO / "shapes-sd", DEMO / "output", "star"
-PROMPTS = ["a photo of a {}", "a {}", "a picture of a {}", "the {}", "a good photo of a {}"]
-INSTANCE_PROMPTS = [prompt.format(f"sks {SUBJECT}") for prompt in PROMPTS]
 SUBJECT_PROMPTS = ["a photo of a sks star", "a sks star on a green background", "a small sks star on white"]
 GUIDANCE = 2.5  # more of it exaggerates what a model this small has just learned
 OTHER_PROMPTS = ["a photo of a star", "a blue heart on a yellow background", "a large red ring on black"]
@@ -49,14 +47,14 @@ def launch(script, **flags):
 def train(folder, **flags):
     """Train the demo's subject; the flags that are the same in both runs stand here.
 
-    The learning rates differ: each is one that learns the subject to about the same distance in these steps.
+    The learning rates differ: each is one at which the method comes near to the subject in these steps.
     """
     launch(
         "train_dreambooth_nullspace.py",
         pretrained_model_name_or_path=MODEL,
         nullspace_name_or_path=OUTPUT / "bundle",
         instance_data_dir=DEMO / "instance_images" / SUBJECT,
-        instance_prompt=INSTANCE_PROMPTS,
+        instance_prompt=SUBJECT_PROMPTS[0],
         output_dir=folder,
         resolution=32,
         pre_compute_text_embeddings=True,
@@ -76,7 +74,7 @@ def train(folder, **flags):
 
 def measure(pipeline, heldout, base=None):
     """Scores of a model, and its pictures (n, 32, 32, 3) of the held-out prompts."""
-    subject = draw(pipeline, INSTANCE_PROMPTS[:1] * 24, guidance_scale=GUIDANCE, seed=0)
+    subject = draw(pipeline, SUBJECT_PROMPTS[:1] * 24, guidance_scale=GUIDANCE, seed=0)
     places = [f"a sks {SUBJECT} on a {colour} background" for colour in COLOURS for _ in range(3)]
     placed = draw(pipeline, places, guidance_scale=GUIDANCE, seed=300)
     drawn_class = draw(pipeline, [f"a photo of a {SUBJECT}"] * 24, guidance_scale=GUIDANCE, seed=100)
@@ -99,8 +97,8 @@ def main():
         batch_size=64,
         output_dir=OUTPUT / "bundle",
     )
-    train(OUTPUT / "plain-lora", learning_rate=2e-3, nullspace_threshold=0)
-    train(OUTPUT / "lora", learning_rate=1e-2, nullspace_extra_prompts=[f"a photo of a {SUBJECT}"])
+    train(OUTPUT / "plain-lora", learning_rate=1e-3, nullspace_threshold=0)
+    train(OUTPUT / "lora", learning_rate=1e-2)
 
     # Measure and draw base model, plain LoRA and null-space LoRA with equal seeds
     for library in (transformers, diffusers):

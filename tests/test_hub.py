@@ -121,7 +121,8 @@ def fetched(requests, repo_id):
 def training(bundle, output_dir, *flags, model=MODEL):
     """A short training's command line, the script first."""
     words = ["train_dreambooth_nullspace.py", "--pretrained_model_name_or_path", model]
-    words += ["--nullspace_name_or_path", bundle, "--output_dir", output_dir, "--instance_prompt", PROMPT]
+    words += ["--nullspace_name_or_path", bundle, "--output_dir", output_dir]
+    words += ["--instance_prompt", PROMPT, OTHER_PROMPT]
     words += ["--instance_data_dir", DEMO / "instance_images" / "star", "--resolution", 32, "--max_train_steps", 2]
     words += ["--num_validation_images", 1, "--train_batch_size", 2, "--learning_rate", 1e-2, "--seed", 0]
     return [*words, *flags]
@@ -168,7 +169,6 @@ def runs(hub, home, tiny_sd1, tiny_sd2, run_script):
     def train():
         futures["build"].result()
         words = training(BUNDLE, home / "sks-star", "--push_to_hub", "--hub_token", WRITE)
-        words += ["--instance_prompt", PROMPT, OTHER_PROMPT]
         return run_script(*words, "--checkpointing_steps", 1, env=env("train"))
 
     def train_offline():

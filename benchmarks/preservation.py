@@ -177,7 +177,8 @@ class World:
         - subject, class: mean distance of pictures to the subject (0 is the subject itself, about 1 nothing of it).
         - subject_placed, class_placed: the same where a prompt puts them on a background.
         - subject_anywhere: mean of subject and subject_placed.
-        - placed_right: share of the subject's prompts drawn with the shape and background that they name.
+        - placed_right: share of the subject's prompts drawn with the shape and background that they name; even a
+          perfect picture of the circle reads as a ring on six of eight backgrounds, and of the heart as a cross on one.
         - others_right, others_moved: held-out prompts drawn right; mean change of their pixels at equal seeds.
         - noise_drift: relative squared change of the predicted noise on other held-out prompts.
         - diversity: mean distance between pictures of the class.

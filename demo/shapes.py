@@ -9,7 +9,7 @@ with no neural network that could be mistaken. Run as a script, it writes the pr
 
 import random
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -309,10 +309,15 @@ def _subject_errors(picture, alpha, colour):
     return np.sqrt(error / empty)
 
 
+@lru_cache(maxsize=8192)  # pictures of one subject ask for much the same placements, and rendering is slow
+def _subject_render(name, placement):
+    alpha, colour = _subject_layer(SUBJECTS[name], *placement, RESOLUTION)
+    return alpha.ravel().astype(np.float32), colour.reshape(-1, 3).astype(np.float32)
+
+
 def _subject_renders(name, placements):
-    layers = [_subject_layer(SUBJECTS[name], *placement, RESOLUTION) for placement in placements]
-    alpha = np.array([layer[0].ravel() for layer in layers], np.float32)
-    return alpha, np.array([layer[1].reshape(-1, 3) for layer in layers], np.float32)
+    alpha, colour = zip(*(_subject_render(name, placement) for placement in placements), strict=True)
+    return np.array(alpha), np.array(colour)
 
 
 @cache

@@ -231,16 +231,17 @@ COMPARED = {
 OTHERS = {
     "plain LoRA, five prompts": LORA | {"prompts": 5},
     "prior preservation, five prompts": LORA | {"prior": True, "prompts": 5},
-    "softness 1e-3": NULL_SPACE | {"class_prompt": True, "softness": 1e-3},
-    "softness 1e-4": NULL_SPACE | {"class_prompt": True, "softness": 1e-4},
-    "softness 1e-6": NULL_SPACE | {"class_prompt": True, "softness": 1e-6},
+    "softness 1e-4": NULL_SPACE | {"softness": 1e-4},
+    "softness 1e-6": NULL_SPACE | {"softness": 1e-6},
     "hard, energy 0.99": HARD | {"energy": 0.99},
     "hard, energy 0.9999": HARD | {"energy": 0.9999},
     "nearest": NULL_SPACE | {"nearest": True},
+    **{f"{name}, rank 4": COMPARED[name] | {"rank": 4} for name in list(COMPARED)[:5]},
+    "null space, rank 2": NULL_SPACE | {"rank": 2, "rates": (1e-2, 2e-2)},
     "DoRA": LORA | {"adapter": "dora"},
-    "OFT": LORA | {"adapter": "oft"},
-    "BOFT": LORA | {"adapter": "boft"},
-    "HRA": LORA | {"adapter": "hra"},
+    "OFT": LORA | {"adapter": "oft", "rates": (*RATES, 5e-3, 1e-2)},
+    "BOFT": LORA | {"adapter": "boft", "rates": (*RATES, 5e-3, 1e-2)},
+    "HRA": LORA | {"adapter": "hra", "rates": (*RATES, 5e-3, 1e-2)},
     "PSOFT": LORA | {"adapter": "psoft"},
     "OSF": LORA | {"adapter": "osf"},
     "CorDA, knowledge-preserved": LORA | {"adapter": "corda"},
@@ -501,7 +502,7 @@ def headline(rows):
 
 
 def rank_correlation(runs):
-    """Spearman's correlation of predicted drift with measured noise drift, over every scored LoRA."""
+    """Spearman's correlation of predicted drift with measured noise drift, over every scored point of the runs."""
     points = [point for run in runs for point in run["points"]]
     ranks = [np.argsort(np.argsort([point[key] for point in points])) for key in ("predicted_drift", "noise_drift")]
     return {"spearman": float(np.corrcoef(*ranks)[0, 1]), "points": len(points)}
@@ -511,7 +512,10 @@ def rank_correlation(runs):
 
 
 def plot(runs, base, path):
-    """Each method's curves: what it costs against how near it came to the subject, a line for each run's median."""
+    """Each method's curves: what it costs against how near it came to the subject, a line for each run's median.
+
+    Above those that the README compares, below the others, if there are any, beside the shipped defaults.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -522,24 +526,31 @@ def plot(runs, base, path):
         "others_right": "held-out prompts drawn right",
         "class": "distance of the class to the subject",
     }
-    figure, axes = plt.subplots(1, len(shown), figsize=(16, 5.5), layout="constrained")
+    present = list(dict.fromkeys(run["method"] for run in runs))
+    rows = [[method for method in methods if method in present] for methods in (COMPARED, [SHIPPED, *OTHERS])]
+    rows = [methods for methods in rows if methods != [SHIPPED]]
+    figure, axes = plt.subplots(
+        len(rows), len(shown), figsize=(16, 5.5 * len(rows)), layout="constrained", squeeze=False
+    )
     colours = plt.get_cmap("tab20")
-    for number, method in enumerate(dict.fromkeys(run["method"] for run in runs)):
-        mine = [run for run in runs if run["method"] == method]
-        curve = [
-            {key: median(run["points"][index][key] for run in mine) for key in ("subject", *shown)}
-            for index in range(len(MARKS))
-        ]
-        for axis, key in zip(axes, shown, strict=True):
-            x, y = [point["subject"] for point in curve], [point[key] for point in curve]
-            axis.plot(x, y, "o-", label=method, color=colours(number), markersize=4)
-    for axis, (key, title) in zip(axes, shown.items(), strict=True):
-        if key != "noise_drift":  # which is nothing, and has no place on a logarithmic scale
-            axis.axhline(median(scores[key] for scores in base.values()), color="grey", linestyle=":")
-        axis.set(xlabel="distance to the subject (nearer is to the right)", title=title)
-        axis.invert_xaxis()
-    axes[0].set_yscale("log")
-    axes[0].legend(fontsize=7)
+    for methods, panels in zip(rows, axes, strict=True):
+        for number, method in enumerate(methods):
+            mine = [run for run in runs if run["method"] == method]
+            curve = [
+                {key: median(run["points"][index][key] for run in mine) for key in ("subject", *shown)}
+                for index in range(len(MARKS))
+            ]
+            for axis, key in zip(panels, shown, strict=True):
+                x, y = [point["subject"] for point in curve], [point[key] for point in curve]
+                look = {"color": "black", "zorder": 3} if method == SHIPPED else {"color": colours(number)}
+                axis.plot(x, y, "o-", label=method, markersize=4, **look)
+        for axis, (key, title) in zip(panels, shown.items(), strict=True):
+            if key != "noise_drift":  # which is nothing, and has no place on a logarithmic scale
+                axis.axhline(median(scores[key] for scores in base.values()), color="grey", linestyle=":")
+            axis.set(xlabel="distance to the subject (nearer is to the right)", title=title)
+            axis.invert_xaxis()
+        panels[0].set_yscale("log")
+        panels[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -664,7 +675,8 @@ def tell(results, base):
         results.content[name] = compare(scored, base, likeness)
         results.content[name.replace("levels", "headline")] = headline(results.content[name]["0.9"])
         print_table(results.content[name], f"by {likeness}")
-    results.content["ranking"] = rank_correlation(done)
+    loras = [run for run in done if METHODS[run["method"]]["adapter"] == "lora"]
+    results.content["ranking"] = {"LoRAs": rank_correlation(loras), "all adapters": rank_correlation(done)}
     results.save()
     plot(done, base, results.path.with_suffix(".png"))
 

@@ -86,6 +86,20 @@ def test_likeness_may_count_new_places():
     assert rows["0.9"]["plain LoRA"]["noise_drift"] == pytest.approx(0.9 * 0.02)  # from the base model's 0.8 to 0.6
 
 
+def test_other_methods_have_panels_of_their_own(tmp_path):
+    """One row of panels where only those of the README were run, as in quick mode."""
+    heights = []
+    for others in ([], ["nearest"]):
+        methods = ["plain LoRA", preservation.SHIPPED, *others]
+        runs = [make_run(method, 0, [0.8, 0.7, 0.6, 0.5], 0.01) for method in methods]
+        for point in (point for run in runs for point in run["points"]):
+            point["others_right"] = 1.0
+        base = {"star": BASE["star"] | {"others_right": 1.0}}
+        preservation.plot(runs, base, tmp_path / "curves.png")
+        heights.append(Image.open(tmp_path / "curves.png").height)
+    assert heights[1] == 2 * heights[0]
+
+
 def test_the_class_is_looked_at_where_the_subject_is():
     prompts = preservation.prompts_of("heart")
     assert prompts["class_placed"] == [prompt.replace("sks ", "") for prompt in prompts["subject_placed"]]

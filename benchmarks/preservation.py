@@ -217,14 +217,15 @@ NULL_SPACE = LORA | {
     "rates": (5e-3, 1e-2),
 }  # fmt: skip
 HARD = NULL_SPACE | {"softness": math.inf}
-SHIPPED = "null space"  # the trainer's defaults and the README's command
+SHIPPED = "null space"  # the README's command: the trainer's defaults, but for the rank, which is 4 there
+CLASS_PROMPT, FIVE_PROMPTS = f"{SHIPPED}, class prompt", f"{SHIPPED}, class prompt, five prompts"
 PICTURED = ("plain LoRA", "prior preservation", SHIPPED)
 COMPARED = {
     "plain LoRA": LORA,
     "prior preservation": LORA | {"prior": True},
     SHIPPED: NULL_SPACE,
-    "null space, class prompt": NULL_SPACE | {"class_prompt": True},
-    "null space, class prompt, five prompts": NULL_SPACE | {"class_prompt": True, "prompts": 5},
+    CLASS_PROMPT: NULL_SPACE | {"class_prompt": True},
+    FIVE_PROMPTS: NULL_SPACE | {"class_prompt": True, "prompts": 5},
     "hard, energy 0.999": HARD | {"energy": 0.999},
     "plain LoRA, small rate": LORA | {"rates": (2.5e-4,)},
 }
@@ -236,7 +237,7 @@ OTHERS = {
     "hard, energy 0.99": HARD | {"energy": 0.99},
     "hard, energy 0.9999": HARD | {"energy": 0.9999},
     "nearest": NULL_SPACE | {"nearest": True},
-    **{f"{name}, rank 4": COMPARED[name] | {"rank": 4} for name in list(COMPARED)[:5]},
+    **{f"{name}, rank 4": COMPARED[name] | {"rank": 4} for name in (*PICTURED, CLASS_PROMPT, FIVE_PROMPTS)},
     "null space, rank 2": NULL_SPACE | {"rank": 2, "rates": (1e-2, 2e-2)},
     "DoRA": LORA | {"adapter": "dora"},
     "OFT": LORA | {"adapter": "oft", "rates": (*RATES, 5e-3, 1e-2)},
@@ -542,7 +543,7 @@ def plot(runs, base, path):
             ]
             for axis, key in zip(panels, shown, strict=True):
                 x, y = [point["subject"] for point in curve], [point[key] for point in curve]
-                look = {"color": "black", "zorder": 3} if method == SHIPPED else {"color": colours(number)}
+                look = {"color": "black", "zorder": 3} if method == SHIPPED else {"color": colours(number % 20)}
                 axis.plot(x, y, "o-", label=method, markersize=4, **look)
         for axis, (key, title) in zip(panels, shown.items(), strict=True):
             if key != "noise_drift":  # which is nothing, and has no place on a logarithmic scale

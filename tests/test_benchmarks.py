@@ -86,18 +86,24 @@ def test_likeness_may_count_new_places():
     assert rows["0.9"]["plain LoRA"]["noise_drift"] == pytest.approx(0.9 * 0.02)  # from the base model's 0.8 to 0.6
 
 
-def test_other_methods_have_panels_of_their_own(tmp_path):
-    """One row of panels where only those of the README were run, as in quick mode."""
+def test_what_is_told_of_other_methods(tmp_path):
+    """They have a row of panels of their own; the audit reads LoRAs only; a run may lack new places."""
     heights = []
-    for others in ([], ["nearest"]):
+    for others in ([], ["nearest", "DoRA"]):
+        results = preservation.Results(tmp_path / f"{len(others)}.json")
         methods = ["plain LoRA", preservation.SHIPPED, *others]
-        runs = [make_run(method, 0, [0.8, 0.7, 0.6, 0.5], 0.01) for method in methods]
-        for point in (point for run in runs for point in run["points"]):
-            point["others_right"] = 1.0
-        base = {"star": BASE["star"] | {"others_right": 1.0}}
-        preservation.plot(runs, base, tmp_path / "curves.png")
-        heights.append(Image.open(tmp_path / "curves.png").height)
+        runs = results.content["runs"] = {method: make_run(method, 0, [0.8, 0.7, 0.6, 0.5], 0.01) for method in methods}
+        for method, run in runs.items():
+            for point in run["points"]:
+                point["others_right"] = 1.0
+                if method == "nearest":
+                    del point["subject_anywhere"]
+        preservation.tell(results, {"star": BASE["star"] | {"others_right": 1.0}})
+        heights.append(Image.open(results.path.with_suffix(".png")).height)
     assert heights[1] == 2 * heights[0]
+    told = json.loads(results.path.read_text())
+    assert told["ranking"]["LoRAs"]["points"] == 12 and told["ranking"]["all adapters"]["points"] == 16
+    assert "nearest" in told["levels"]["0.9"] and "nearest" not in told["levels_anywhere"]["0.9"]
 
 
 def test_the_class_is_looked_at_where_the_subject_is():
@@ -195,9 +201,10 @@ def test_quick_mode_leaves_the_full_results_alone(tmp_path, monkeypatch):
     assert rates == {job[1]: job[4] for job in runs}
     written = json.loads((tmp_path / "output" / "preservation.json").read_text())
     assert len(written["runs"]) == len(runs)
-    for name, share in (("headline", 1), ("headline_anywhere", 0.5)):
+    for name, share, leak in (("headline", 1, 0), ("headline_anywhere", 0.5, 0.18 - 0.36)):
         assert written[name]["drift_vs_plain"] == pytest.approx(share)
         assert written[name]["time_vs_prior"] == pytest.approx(share)
+        assert written[name]["class_leak_vs_prior"] == pytest.approx(leak)
     assert not list((tmp_path / "results").iterdir())  # `complete`, which writes there, is stood in for
 
 

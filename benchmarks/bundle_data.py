@@ -16,7 +16,7 @@ from statistics import median
 
 import numpy as np
 import preservation
-from preservation import DRAWN, HERE, METHODS, MODEL, ROOT, SEEDS, TOKEN, TUNING_SUBJECT, WORK, Bundle, Results
+from preservation import DRAWN, HERE, METHODS, MODEL, ROOT, SEEDS, SHIPPED, TOKEN, TUNING_SUBJECT, WORK, Bundle, Results
 from tqdm.auto import tqdm
 
 from shapes import protected_prompts, subject_distance
@@ -73,9 +73,10 @@ def base_pictures(world, sampler):
 def measure(world, job):
     """Train with a bundle, or none, and score it: what moved on held-out prompts, and the distance to the subject."""
     setting, seed = job
-    method = METHODS["plain LoRA"]
-    if setting:
-        method = METHODS["null space"]
+    method = METHODS[SHIPPED]
+    if setting is None:
+        method = method | {"energy": None}
+    else:
         world.bundle = Bundle.load(bundle_of(setting), timestep_range=setting["range"])
     ((_, _, unet),) = preservation.train(world, method, TUNING_SUBJECT, seed, RATE, (STEPS,))
     subject = world.draw(unet, [f"a photo of a {TOKEN} {TUNING_SUBJECT}"] * 24, seed=0)

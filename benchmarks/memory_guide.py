@@ -51,6 +51,7 @@ VAE = {
 }
 TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 PROTECTED = 0.05  # share of the directions that is closed: the projector holds all others
+RANK = 4  # the trainer's default
 SCHEDULER = DDPMScheduler()
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -131,7 +132,7 @@ def as_on_a_gpu(dtype=None):
 
 def memory(setting):
     """Bytes (`dict`): the `models` that stay, and the peaks of `encoding`, `training` and `drawing`."""
-    flags = {"rank": 8, "train_batch_size": 1, "mixed_precision": "no", **setting}
+    flags = {"rank": RANK, "train_batch_size": 1, "mixed_precision": "no", **setting}
     line = ["--pretrained_model_name_or_path", "m", "--nullspace_name_or_path", "b", "--instance_data_dir", "d"]
     line += ["--instance_prompt", "p"]
     for name, value in flags.items():
@@ -219,7 +220,7 @@ def main():
     for name, row in results.items():
         print(f"{name:40}", *(f"{key} {value / 2**30:.2f} GiB" for key, value in row.items()))
     (HERE / "results").mkdir(exist_ok=True)
-    written = {"torch": torch.__version__, "resolution": 512, "rank": 8, "bytes": results}
+    written = {"torch": torch.__version__, "resolution": 512, "rank": RANK, "bytes": results}
     (HERE / "results" / "memory_guide.json").write_text(json.dumps(written, indent=2) + "\n")
 
 

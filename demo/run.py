@@ -58,7 +58,6 @@ def train(folder, **flags):
         output_dir=folder,
         resolution=32,
         pre_compute_text_embeddings=True,
-        rank=8,
         train_batch_size=5,
         lr_scheduler="cosine",
         lr_warmup_steps=0,

@@ -107,7 +107,7 @@ def test_the_promise(tmp_path):
         argv = ["--pretrained_model_name_or_path", MODEL, "--nullspace_name_or_path", tmp_path / "bundle"]
         argv += ["--instance_data_dir", shapes.DEMO / "instance_images" / "star", "--resolution", 32]
         argv += ["--instance_prompt", "a photo of a sks star", "--output_dir", tmp_path / name, "--seed", 0]
-        argv += ["--max_train_steps", 400, "--learning_rate", rate, "--rank", 8, "--train_batch_size", 5]
+        argv += ["--max_train_steps", 400, "--learning_rate", rate, "--train_batch_size", 5]
         argv += ["--lr_scheduler", "cosine", "--lr_warmup_steps", 0, "--num_validation_images", 1]
         argv += ["--nullspace_threshold", threshold, "--report_to", "none"]
         trainer.main(trainer.parse_args([str(word) for word in argv]))

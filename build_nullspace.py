@@ -603,7 +603,8 @@ accelerate launch train_dreambooth_nullspace.py \\
   --pretrained_model_name_or_path {model["id"]} \\
   --nullspace_name_or_path <this repository> \\
   --instance_data_dir <folder with 3 to 5 pictures> \\
-  --instance_prompt "a photo of sks dog" \\
+  --instance_prompt "a photo of a sks dog" \\
+  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
   --output_dir lora
 ```
 

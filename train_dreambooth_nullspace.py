@@ -10,8 +10,8 @@
     accelerate launch train_dreambooth_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --nullspace_name_or_path <your-username>/nullspace-sd15 \\
-        --instance_data_dir pictures --instance_prompt "a photo of sks dog" \\
-        --max_train_steps 500 --output_dir lora
+        --instance_data_dir pictures --instance_prompt "a photo of a sks dog" \\
+        --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 --output_dir lora
 
 It is DreamBooth LoRA as in diffusers' train_dreambooth_lora.py; in place of prior preservation, the
 LoRA is kept in the null space of what the attention layers read on the prompts that a bundle of

@@ -160,7 +160,7 @@ def write(results):
 def print_tables(results):
     """The README's table: medians over subjects and seeds."""
     header = ["loss", "", *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS)]
-    header += ["class", "held-out", "sharpness", "drift", "seconds a step"]
+    header += ["class", "held-out", "sharpness", "drift", "time a step"]
     rows = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
 
     def row(name, method, scores, drift, seconds):

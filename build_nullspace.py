@@ -712,6 +712,11 @@ def main(args):
     if model is not None:
         check_output_folder(args.output_dir)
         prompts = read_prompts(args)
+        if len(prompts) < state.num_processes:
+            raise NullSpaceError(
+                f"There are {len(prompts)} prompts, the empty one included, for {state.num_processes} processes; start "
+                "fewer, or give more prompts."
+            )
         args.model_type = model_type(model, args.revision, args.hub_token, args.model_type)
         if args.model_type == "lcm" and args.sampler not in (None, "lcm"):
             raise NullSpaceError(f"A Latent Consistency Model is drawn with --sampler lcm only, not {args.sampler}.")

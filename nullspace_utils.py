@@ -684,7 +684,8 @@ class Bundle:
             if mine != theirs:
                 raise NullSpaceError(f"These bundles cannot be merged: their {key.replace('_', ' ')} differ.")
         for bundle in (self, other):
-            if not {group["name"] for group in bundle.config["groups"]} <= set(bundle.spectra):
+            needed = {group["name"] for group in bundle.config["groups"]} | {TEXT_ENCODER} & set(bundle.config)
+            if not needed <= set(bundle.spectra):
                 raise NullSpaceError("These bundles cannot be merged: they were loaded in part; load all groups.")
         merged = Bundle(copy.deepcopy(self.config))
         for name in self.spectra:
@@ -1260,8 +1261,8 @@ def load_lora(name_or_path):
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     try:
-        read = StableDiffusionPipeline.lora_state_dict(name_or_path, return_lora_metadata=True)
-    except (OSError, SafetensorError) as error:
+        read = StableDiffusionPipeline.lora_state_dict(str(name_or_path), return_lora_metadata=True)
+    except (OSError, ValueError, SafetensorError) as error:  # a ValueError where no such folder could be on the Hub
         raise NullSpaceError(f"{name_or_path} cannot be read as a LoRA: {error}") from error
     layers = {}
     for model in ("unet", TEXT_ENCODER):

@@ -745,7 +745,11 @@ def write_json(path, content):
 def checkpoints(folder):
     """Finished checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.split("-")[1])
 
 
 def save_checkpoint(accelerator, step, args):
@@ -762,7 +766,9 @@ def save_checkpoint(accelerator, step, args):
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         if args.checkpoints_total_limit:
-            for path in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+            # What an earlier run left beyond this step goes first, for this one does not continue it
+            found = sorted(checkpoints(args.output_dir), key=lambda path: step_of(path) <= step)
+            for path in found[: -args.checkpoints_total_limit]:
                 shutil.rmtree(path)
     accelerator.wait_for_everyone()
     return final
@@ -893,10 +899,10 @@ def describe_protection(bundle, protected, args):
     ranks_of = {}
     for name, item in protected.items():
         where = "text encoder layers" if name.startswith(f"{TEXT_ENCODER}.") else "layers"
-        ranks_of.setdefault((len(item.basis), where), []).append(item.rank)
-    for (size, where), ranks in sorted(ranks_of.items()):
+        others = "free" if item.gains is None else "held back by their energy"
+        ranks_of.setdefault((len(item.basis), where, others), []).append(item.rank)
+    for (size, where, others), ranks in sorted(ranks_of.items()):
         kept = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-        others = "free" if args.nullspace_softness == math.inf else "held back by their energy"
         yield f"  {len(ranks)} {where} of input size {size}: {kept} directions closed, the others {others}"
 
 
@@ -989,6 +995,11 @@ def write_card(bundle, report, prompts, pictures, args):
         f"It was trained in the null space of what the attention layers read on {prompt_count:,} protected prompts, so "
         "that pictures of other things stay as they were."
     )
+    if args.nullspace_timesteps == "nearest":
+        protection = (
+            "Each of its training steps was projected into the null space of what the attention layers read on "
+            f"{prompt_count:,} protected prompts, at timesteps near its own alone: nothing is guaranteed."
+        )
     if len(unprotected) == total:
         protection = "It was trained without protection, as a plain DreamBooth LoRA."
     elif unprotected:
@@ -1372,8 +1383,6 @@ def main(args):
     with accelerator.main_process_first():
         bundle, nearest, protected = load_protection(args)
     settle_model_type(bundle, args)
-    for line in describe_protection(bundle, next(iter(protected.values())), args):
-        logger.info(line)
     is_protected = any(item.rank for items in protected.values() for item in items.values())
     if not is_protected:
         logger.warning("Nothing is protected: this trains a plain DreamBooth LoRA.")
@@ -1408,13 +1417,20 @@ def main(args):
     adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
     bundle.check(**adapted)
     targets = lora_targets(unet, text_encoder, bundle, args)
-    for model in (unet, text_encoder, vae):
+    for model in (text_encoder, vae, unet):  # the last stays in reach by this name, and is needed to the end
         model.requires_grad_(False).to(device, weight_dtype)
 
     if args.nullspace_extra_prompts:
-        components = {"unet": unet, TEXT_ENCODER: text_encoder, "tokenizer": tokenizer, "vae": vae}
-        bundle = add_extra_prompts(bundle, components, accelerator, weight_dtype, args)
+        bundle = add_extra_prompts(
+            bundle,
+            {"unet": unet, TEXT_ENCODER: text_encoder, "tokenizer": tokenizer, "vae": vae},
+            accelerator,
+            weight_dtype,
+            args,
+        )
         protected = protect(bundle, nearest, args)
+    for line in describe_protection(bundle, next(iter(protected.values())), args):
+        logger.info(line)
 
     # Add the LoRA, and an optimizer that is kept in the null space
     parameters = add_lora(adapted, targets, args)
@@ -1490,6 +1506,11 @@ def main(args):
     if checkpoint:
         accelerator.load_state(checkpoint)
         step = json.loads((checkpoint / "training.json").read_text())["step"]
+        if step > args.max_train_steps:
+            raise NullSpaceError(
+                f"{checkpoint} is beyond --max_train_steps {args.max_train_steps}; raise that, or resume from an "
+                "earlier checkpoint."
+            )
         logger.info(f"Resuming from {checkpoint} at step {step}")
         # A checkpoint of these settings is in the null space and stays as it is, bit for bit; one of others is not.
         if JOINT in protected and projector.leakage() > 1e-6:
@@ -1527,14 +1548,16 @@ def main(args):
             save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
             log_picture(accelerator, "validation", picture, step)
 
-    first_epoch = step // steps_per_epoch
-    for epoch in range(first_epoch, args.num_train_epochs):
+    # Resumed from its last checkpoint, a run has nothing left to do, even in the middle of an epoch
+    epochs = range(step // steps_per_epoch, args.num_train_epochs) if step < args.max_train_steps else ()
+    for epoch in epochs:
         for model in models:
             model.train()
         dataset.set_epoch(epoch)
         dataloader.set_epoch(epoch)
         done = (step - epoch * steps_per_epoch) * args.gradient_accumulation_steps  # batches of this epoch
         batches = accelerator.skip_first_batches(dataloader, done) if done else dataloader
+        batches.set_epoch(epoch)  # before accelerate 1.15 what skips batches begins at epoch 0 again
         for index, (batch, numbers) in enumerate(batches, done):
             with accelerator.accumulate(*models):
                 here = (args.seed, "step", epoch, index, accelerator.process_index)
@@ -1598,6 +1621,7 @@ def main(args):
         del unet, denoise, text_encoder, vae, model, models, optimizer, projector, prompt_encoder
         adapted.clear()
         kept.clear()
+        accelerator.free_memory()  # it keeps what it prepared
         free_memory()
         prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
         rows = draw_saved(prompts, device, weight_dtype, args)

@@ -452,6 +452,16 @@ def test_bad_input_is_one_sentence(flags, message, tmp_path, prompts_file):
     assert (tmp_path / "other" / "thesis.txt").exists()
 
 
+def test_more_processes_than_prompts_are_refused(tmp_path, prompts_file, monkeypatch):
+    """One without a prompt would have no sums to add to those of the others, who would wait for it for ever."""
+    state = SimpleNamespace(num_processes=7, is_main_process=True)
+    monkeypatch.setattr(build_nullspace, "PartialState", lambda cpu: state)
+    argv = ["--pretrained_model_name_or_path", NOWHERE, "--prompts_file", prompts_file, "--output_dir", tmp_path / "b"]
+    args = build_nullspace.parse_args([str(word) for word in argv])
+    with pytest.raises(NullSpaceError, match="There are 6 prompts, .* for 7 processes"):
+        build_nullspace.main(args)
+
+
 def test_a_damaged_model_is_refused(tiny_sd1, tmp_path, prompts_file):
     model = shutil.copytree(tiny_sd1, tmp_path / "model")
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"

@@ -1134,8 +1134,9 @@ def test_files_without_a_lora_of_the_unet_are_refused(world, tmp_path):
     with pytest.raises(NullSpaceError, match="cannot be read as a LoRA"):
         load_lora(tmp_path / "lora")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(NullSpaceError, match="cannot be read as a LoRA"):
-        load_lora(tmp_path / "empty")
+    for folder in (tmp_path / "empty", tmp_path / "mistyped", "runs/mistyped/lora"):
+        with pytest.raises(NullSpaceError, match="cannot be read as a LoRA"):
+            load_lora(folder)
 
 
 # ---- Adding and restricting ------------------------------------------------------------------------------------------
@@ -1177,7 +1178,10 @@ def test_only_bundles_of_the_same_model_and_groups_are_merged(world, bundle):
 
 
 def test_bundles_that_were_loaded_in_part_are_not_merged(bundle, saved):
-    for first, second in ((bundle, Bundle.load(saved)), (Bundle.load(saved), bundle)):
+    with_text_encoder = copy.deepcopy(bundle)
+    with_text_encoder.config["text_encoder"] = {"modules": {}, "fingerprint": "f" * 64}
+    in_part = (bundle, Bundle.load(saved)), (Bundle.load(saved), bundle), (with_text_encoder, with_text_encoder)
+    for first, second in in_part:
         with pytest.raises(NullSpaceError, match="cannot be merged"):
             first.merge(second)
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,13 +258,23 @@ def test_extra_prompts_are_drawn_as_the_bundle_was(flags, tiny_sd1, bundle1, tmp
                 assert (extra.group(group["name"])[name].sum() - x.T @ x).norm() < 2e-3 * (x.T @ x).norm()
 
 
-def test_extra_prompts_are_protected(tiny_sd1, bundle1, tmp_path):
+def test_extra_prompts_are_protected(tiny_sd1, bundle1, tmp_path, caplog):
     """A direction that only they use is open without them and closed with them."""
     open_, closed = Bundle.load(bundle1), []
     emphasize = Bundle.emphasize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bundle, "emphasize", lambda self, other: closed.append(emphasize(self, other)) or closed[-1])
-        train(tiny_sd1, bundle1, tmp_path / "lora", "--nullspace_extra_prompts", "a ohwx sks zwx")
+        with caplog.at_level(logging.INFO):
+            train(tiny_sd1, bundle1, tmp_path / "lora", "--nullspace_extra_prompts", "a ohwx sks zwx")
+    told = re.findall(r"(\d+) layers of input size (\d+): (\d+(?: to \d+)?) directions closed", caplog.text)
+    ranks = {}
+    for name, item in closed[0].protected().items():
+        if name in closed[0].config["modules"]:
+            ranks.setdefault(len(item.basis), []).append(item.rank)
+    for count, size, shown in told:
+        least, most = min(ranks[int(size)]), max(ranks[int(size)])
+        assert int(count) == len(ranks[int(size)]) and shown == (f"{least}" if least == most else f"{least} to {most}")
+    assert len(told) == len(ranks)
     layers, worst = load_lora(tmp_path / "lora"), {}
     for label, bundle in (("without", open_), ("with", closed[0])):
         protected = bundle.protected()
@@ -272,9 +283,10 @@ def test_extra_prompts_are_protected(tiny_sd1, bundle1, tmp_path):
 
 
 def test_threshold_zero_is_plain_dreambooth(tiny_sd1, bundle1, reference, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         plain = train(tiny_sd1, bundle1, tmp_path / "lora", "--nullspace_threshold", 0)
     assert "Nothing is protected" in caplog.text
+    assert "0 directions closed, the others free" in caplog.text and "held back" not in caplog.text
     assert not same(plain, reference)
     assert report(tmp_path / "lora")["leakage"] == {"max": None, "mean": None, "rms": None}
     protected = Bundle.load(bundle1).protected(JOINT, "energy", 0.999)
@@ -286,6 +298,7 @@ def test_nearest_protects_less_than_joint(tiny_sd1, bundle1, tmp_path):
     found = report(tmp_path / "lora")
     assert found["nullspace"]["timesteps"] == "nearest"
     assert found["leakage"]["max"] > 1e-3
+    assert "nothing is guaranteed" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_nearest_with_one_group_is_not_taken_for_joint(tiny_sd1, bundle1, tmp_path):
@@ -649,7 +662,24 @@ def test_dataloader_num_workers_load_the_same(tiny_sd1, bundle1, reference, tmp_
 
 def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
     """--pre_compute_text_embeddings and --cache_latents: validation has to load the models anew."""
-    kept, encoded = [], []
+    kept, encoded, loaded = [], [], {}
+    for kind in (trainer.AutoencoderKL, trainer.CLIPTextModel, trainer.UNet2DConditionModel):
+
+        def load(folder, _load=kind.from_pretrained, _kind=kind, **kwargs):
+            model = _load(folder, **kwargs)
+            loaded[_kind.__name__] = weakref.ref(model)
+            return model
+
+        monkeypatch.setattr(kind, "from_pretrained", load)
+
+    def alive():
+        return {name for name, model in loaded.items() if model() is not None}
+
+    in_training, in_drawing, get_scheduler, draw_saved = [], [], trainer.get_scheduler, trainer.draw_saved
+    monkeypatch.setattr(
+        trainer, "get_scheduler", lambda *args, **kwargs: in_training.append(alive()) or get_scheduler(*args, **kwargs)
+    )
+    monkeypatch.setattr(trainer, "draw_saved", lambda *args: in_drawing.append(alive()) or draw_saved(*args))
     load_pipeline, encode = trainer.load_pipeline, trainer.encode_pictures
     monkeypatch.setattr(
         trainer, "load_pipeline", lambda *args, **kwargs: (kept.append(set(kwargs)), load_pipeline(*args, **kwargs))[1]
@@ -668,6 +698,11 @@ def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, refe
     assert kept == [{"unet", "tokenizer", "text_encoder"}, set()] and len(encoded) == 5  # one a picture
     for key in cached:  # encoded one by one rather than in batches, so not bit for bit
         torch.testing.assert_close(cached[key], reference[key], rtol=1e-2, atol=1e-4)
+    both = ("--pre_compute_text_embeddings", "--cache_latents", "--nullspace_extra_prompts", "a star")
+    train(tiny_sd1, bundle1, tmp_path / "both", *flags, *both)
+    unet, text_encoder, vae = "UNet2DConditionModel", "CLIPTextModel", "AutoencoderKL"
+    assert in_training == [{unet, text_encoder, vae}, {unet, vae}, {unet, text_encoder}, {unet}]
+    assert in_drawing == [set()] * 4
 
 
 def test_local_rank_stands_in_for_the_environments(monkeypatch):
@@ -1109,6 +1144,25 @@ def test_resuming_keeps_the_limit(tiny_sd1, bundle1, tmp_path):
     flags += ("--resume_from_checkpoint", "checkpoint-4", "--checkpoints_total_limit", 2)
     train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 8)
     assert [path.name for path in trainer.checkpoints(tmp_path / "lora")] == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_the_limit_drops_first_what_this_run_does_not_continue(tiny_sd1, bundle1, tmp_path):
+    flags = ("--checkpointing_steps", 2)
+    train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 6)
+    flags += ("--resume_from_checkpoint", "checkpoint-2", "--checkpoints_total_limit", 1)
+    again = train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 4)
+    assert [path.name for path in trainer.checkpoints(tmp_path / "lora")] == ["checkpoint-4"]
+    assert same(load_file(tmp_path / "lora" / "checkpoint-4" / LORA_NAME), again)
+
+
+def test_resuming_what_was_finished_trains_no_further(tiny_sd1, bundle1, tmp_path):
+    """As after a run that was killed while it drew its last pictures; four steps end in the middle of an epoch."""
+    finished = train(tiny_sd1, bundle1, tmp_path / "lora", "--checkpointing_steps", 4, "--max_train_steps", 4)
+    (tmp_path / "lora" / LORA_NAME).unlink()
+    flags = ("--resume_from_checkpoint", "latest", "--max_train_steps")
+    assert same(train(tiny_sd1, bundle1, tmp_path / "lora", *flags, 4), finished)
+    with pytest.raises(NullSpaceError, match="checkpoint-4 is beyond --max_train_steps 3"):
+        train(tiny_sd1, bundle1, tmp_path / "lora", *flags, 3)
 
 
 def test_a_checkpoint_cut_short_is_not_taken(tmp_path):

@@ -8,6 +8,7 @@ scored on held-out prompts: the change of the predicted noise, and of pictures d
 it stopped; writes `results/bundle_data.json` and `results/bundle_data.png`.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from tqdm.auto import tqdm
 from shapes import protected_prompts, subject_distance
 
 
-STEPS, RATE = 400, 5e-3
+STEPS = 400
+RATE, PLAIN_RATE = 1e-2, 1e-3  # those that preservation.py chose in the null space, and outside at its rank
 SAMPLERS = ("ddim", "dpmpp_2m_karras", "euler_a")
 USUAL = {"prompts": 400, "steps": 25, "sampler": "ddim", "guidance": 7.5, "range": (0, 999)}
 VARIED = {
@@ -73,12 +75,12 @@ def base_pictures(world, sampler):
 def measure(world, job):
     """Train with a bundle, or none, and score it: what moved on held-out prompts, and the distance to the subject."""
     setting, seed = job
-    method = METHODS[SHIPPED]
+    method, rate = METHODS[SHIPPED], RATE
     if setting is None:
-        method = method | {"energy": None}
+        method, rate = method | {"energy": None}, PLAIN_RATE
     else:
         world.bundle = Bundle.load(bundle_of(setting), timestep_range=setting["range"])
-    ((_, _, unet),) = preservation.train(world, method, TUNING_SUBJECT, seed, RATE, (STEPS,))
+    ((_, _, unet),) = preservation.train(world, method, TUNING_SUBJECT, seed, rate, (STEPS,))
     subject = world.draw(unet, [f"a photo of a {TOKEN} {TUNING_SUBJECT}"] * 24, seed=0)
     return {
         "noise_drift": world.noise_drift(unet),
@@ -129,6 +131,9 @@ def main():
     for setting in tqdm(settings().values(), desc="Bundles", unit="bundle"):
         bundle_of(setting)
     results = Results(HERE / "results" / "bundle_data.json")
+    trained = {"method": METHODS[SHIPPED], "steps": STEPS, "rates": [RATE, PLAIN_RATE]}
+    if results.content.get("trained") != json.loads(json.dumps(trained)):  # otherwise than now: begin anew
+        results.content = {"trained": trained}
     for seed in SEEDS:
         jobs = {f"{name}/{seed}": (setting, seed) for name, setting in {NONE: None, **settings()}.items()}
         results.complete("runs", jobs, os.cpu_count(), f"Seed {seed}", measure)

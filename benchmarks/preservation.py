@@ -443,33 +443,34 @@ def levels_of(runs, base, likeness="subject"):
 def compare(runs, base, likeness="subject"):
     """At each level, each method's costs: medians over subjects and seeds, and of the ratios to two of the methods.
 
-    A method that reaches a level in fewer than half of its runs does not get there: None.
+    A method that reaches a level in fewer than half of its runs does not get there, and nothing is compared with it:
+    None.
     """
     levels, table = levels_of(runs, base, likeness), {}
     for level in LEVELS:
-        reached = {
-            (run["method"], run["subject"], run["seed"]): at_level(
-                run, base[run["subject"]], levels[run["subject"]][level], likeness
-            )
-            for run in runs
-        }
+        costs = {}  # by method, then by subject and seed
+        for run in runs:
+            cost = at_level(run, base[run["subject"]], levels[run["subject"]][level], likeness)
+            costs.setdefault(run["method"], {})[run["subject"], run["seed"]] = cost
+        there = {method: {key: cost for key, cost in mine.items() if cost} for method, mine in costs.items()}
+        arrived = {method for method, mine in costs.items() if 2 * len(there[method]) >= len(mine)}
         rows = table[str(level)] = {}
-        for method in dict.fromkeys(run["method"] for run in runs):
-            mine = {key[1:]: cost for key, cost in reached.items() if key[0] == method}
-            there = {key: cost for key, cost in mine.items() if cost}
-            row = rows[method] = {"reached": len(there), "runs": len(mine)}
-            if 2 * len(there) < len(mine):
+        for method, mine in there.items():
+            row = rows[method] = {"reached": len(mine), "runs": len(costs[method])}
+            if method not in arrived:
                 row |= dict.fromkeys(COSTS)
                 continue
-            row |= {key: median(cost[key] for cost in there.values()) for key in COSTS}
+            row |= {key: median(cost[key] for cost in mine.values()) for key in COSTS}
             row["spread"] = {
-                key: [min(cost[key] for cost in there.values()), max(cost[key] for cost in there.values())]
+                key: [min(cost[key] for cost in mine.values()), max(cost[key] for cost in mine.values())]
                 for key in COSTS
             }
             for other, name in (("plain LoRA", "vs_plain"), ("prior preservation", "vs_prior")):
-                both = [(cost, reached.get((other, *key))) for key, cost in there.items()]
-                both = [pair for pair in both if pair[1]]
-                row[name] = {key: median(relative(key, a, b) for a, b in both) if both else None for key in COSTS}
+                both = [(cost, there[other][key]) for key, cost in mine.items() if key in there.get(other, {})]
+                row[name] = None
+                if both and other in arrived:
+                    row[name] = {"pairs": len(both)}
+                    row[name] |= {key: median(relative(key, a, b) for a, b in both) for key in COSTS}
     return table
 
 
@@ -505,10 +506,26 @@ def headline(rows):
 
 
 def rank_correlation(runs):
-    """Spearman's correlation of predicted drift with measured noise drift, over every scored point of the runs."""
-    points = [point for run in runs for point in run["points"]]
-    ranks = [np.argsort(np.argsort([point[key] for point in points])) for key in ("predicted_drift", "noise_drift")]
-    return {"spearman": float(np.corrcoef(*ranks)[0, 1]), "points": len(points)}
+    """Spearman's correlation of predicted drift with measured noise drift, over every scored point of the runs.
+
+    Also within each method, as the median over methods, the least and the most: methods differ by more than the
+    points of any one of them, which alone makes the correlation of all of them high.
+    """
+
+    def spearman(runs):
+        points = [point for run in runs for point in run["points"]]
+        ranks = [np.argsort(np.argsort([point[key] for point in points])) for key in ("predicted_drift", "noise_drift")]
+        return float(np.corrcoef(*ranks)[0, 1])
+
+    by_method = {}
+    for run in runs:
+        by_method.setdefault(run["method"], []).append(run)
+    within = [spearman(mine) for mine in by_method.values()]
+    return {
+        "spearman": spearman(runs),
+        "points": sum(len(run["points"]) for run in runs),
+        "within_methods": {"median": median(within), "least": min(within), "most": max(within), "methods": len(within)},
+    }
 
 
 # ---- What people see -------------------------------------------------------------------------------------------------
@@ -661,10 +678,29 @@ class Results:
             fresh = 1 if section == "memory" else None  # a process's peak is that of all it has done
             with ProcessPoolExecutor(workers, spawn, start_worker, max_tasks_per_child=fresh) as pool:
                 running = {pool.submit(work, do, job): key for key, job in missing.items()}
-                for future in tqdm(as_completed(running), total=len(running), desc=description, unit="run"):
-                    done[running[future]] = future.result()
-                    self.save()
+                try:
+                    for future in tqdm(as_completed(running), total=len(running), desc=description, unit="run"):
+                        done[running[future]] = future.result()
+                        self.save()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)  # or it would go on with all that nobody would save
+                    raise
         return {key: done[key] for key in jobs}
+
+
+def drop_changed(results):
+    """Drop what was measured of methods that were defined otherwise then; their learning rates are tuning's to find."""
+    methods = {
+        name: {key: value for key, value in method.items() if key != "rates"} for name, method in METHODS.items()
+    }
+    known = results.content.get("methods", {})
+    for section in ("tuning", "runs", "memory"):
+        done = results.content.get(section, {})
+        for key, entry in list(done.items()):
+            name = entry.get("method", key)  # memory is by name
+            if name not in methods or known.get(name) != methods[name]:
+                del done[key]
+    results.content["methods"] = methods
 
 
 def build_bundle():
@@ -698,6 +734,7 @@ def main():
     build_bundle()
 
     results = Results(HERE / "results" / "preservation.json")
+    drop_changed(results)
     base = results.complete("base", {subject: ("base", subject) for subject in SUBJECTS}, args.workers, "Base model")
 
     # Those that the README compares first, then all others
@@ -714,6 +751,7 @@ def main():
         # Train and score
         if args.quick:
             results = Results(WORK / "preservation.json")
+            drop_changed(results)
         done = results.content.setdefault("runs", {})
         for key in [key for key, run in done.items() if run["rate"] != rates.get(run["method"])]:
             del done[key]  # it was tuned anew since

@@ -15,14 +15,20 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, LatentConsistencyModelPipeline
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from nullspace_utils import NullSpaceError, reason  # noqa: E402
-from train_dreambooth_nullspace import comparison_grid, read_instances, save_picture, write_json  # noqa: E402
+from nullspace_utils import NullSpaceError, load_lora, reason  # noqa: E402
+from train_dreambooth_nullspace import (  # noqa: E402
+    check_writable,
+    comparison_grid,
+    read_instances,
+    save_picture,
+    write_json,
+)
 
 
 SCENES = ["a photo of {}", "{} in the jungle", "{} on a cobblestone street", "{} in the snow", "a painting of {}"]
@@ -46,6 +52,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not all(name and path for name, _, path in (lora.partition("=") for lora in args.lora)):
         parser.error("give every --lora as NAME=PATH.")
+    names = ["base", *(lora.partition("=")[0] for lora in args.lora)]
+    if len(set(names)) < len(names):
+        parser.error("give every --lora a name of its own, other than base.")
     args.lora = dict(lora.split("=", 1) for lora in args.lora)
     return args
 
@@ -114,6 +123,9 @@ def score(features, rows, base_rows, photographs, args):
 @torch.no_grad()
 def main(args):
     photographs, _ = read_instances(args)
+    for path in args.lora.values():
+        load_lora(path)  # before hours of drawing, for its complaints
+    check_writable(args.output_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
@@ -122,7 +134,8 @@ def main(args):
     except (OSError, ValueError) as error:
         raise NullSpaceError(f"A model cannot be had ({reason(error)}).") from error
     pipeline.to(device, dtype)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    if not isinstance(pipeline, LatentConsistencyModelPipeline):  # which needs its own
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
 
     prompts = [scene.format(args.subject) for scene in SCENES] + OTHERS

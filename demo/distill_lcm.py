@@ -3,11 +3,13 @@
     python demo/distill_lcm.py --pretrained_model_name_or_path demo/shapes-sd --output_dir demo/shapes-lcm
 
 Latent consistency distillation (LCM paper, arXiv 2310.04378, algorithm 1) of the UNet over cached latents; VAE, text
-encoder and tokenizer stay the teacher's. It resumes from `--work_dir` when it was stopped, and ends with the shares of
-held-out prompts drawn right in 1, 2, 4 and 8 steps, the teacher's share, and a grid of pictures to look at.
+encoder and tokenizer stay the teacher's. It resumes from `--work_dir` when it was stopped and is run with the same
+flags again, and ends with the shares of held-out prompts drawn right in 1, 2, 4 and 8 steps, the teacher's share, and a
+grid of pictures to look at.
 """
 
 import argparse
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from shapes import DEMO, TEMPLATES, matches, sample_world
-from train_shapes import draw, save_state, to_tensor
+from train_shapes import draw, load_state, save_state, settings_of, to_tensor
 
 
 SOLVER_STEPS = 50  # points of the grid that the student is distilled on: every 20th of the 1000 timesteps
@@ -112,8 +114,10 @@ def distil(args, teacher, pipeline, latents, captions, device):
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=50, num_training_steps=args.train_steps)
     ema = EMAModel(unet.parameters(), decay=0.995)
     step = 0
-    if path.exists():
-        state = torch.load(path, map_location=device)
+    weights = args.pretrained_model_name_or_path / "unet" / "diffusion_pytorch_model.safetensors"
+    settings = settings_of(args) | {"teacher": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    del settings["guidance_scale"]  # only drawn with
+    if state := load_state(path, device, settings):
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -177,8 +181,8 @@ def distil(args, teacher, pipeline, latents, captions, device):
             progress.set_postfix(loss=f"{np.mean(losses[-200:]):.4f}")
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.train_steps:
             save_state(
-                path, unet=unet.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
-                ema=ema.state_dict(), step=step + 1,
+                path, settings=settings, unet=unet.state_dict(), optimizer=optimizer.state_dict(),
+                schedule=schedule.state_dict(), ema=ema.state_dict(), step=step + 1,
             )  # fmt: skip
     ema.copy_to(unet.parameters())
     unet.to(memory_format=torch.contiguous_format).eval()

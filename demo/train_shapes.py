@@ -3,13 +3,15 @@
     python demo/train_shapes.py --output_dir demo/shapes-sd
 
 First the VAE, then the UNet and the text encoder together over cached latents. Both resume from `--work_dir` when
-the script was stopped. It ends with the share of held-out prompts drawn right and a grid of pictures to look at.
+the script was stopped and is run with the same flags again. It ends with the share of held-out prompts drawn right and
+a grid of pictures to look at.
 """
 
 import argparse
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,10 +124,26 @@ def make_scheduler():
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
+def settings_of(args):
+    """All flags that a training depends on: what a state was made with, to go on from it."""
+    free = ("output_dir", "work_dir", "checkpointing_steps")
+    return {name: str(value) for name, value in vars(args).items() if name not in free}
+
+
 def save_state(path, **state):
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
+
+
+def load_state(path, device, settings):
+    """What `save_state` wrote of a training with these settings, or None if it wrote nothing."""
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location=device)
+    if state.get("settings") != settings:
+        sys.exit(f"error: {path} is of a training with other settings; delete it, or choose another --work_dir.")
+    return state
 
 
 def to_tensor(pictures):
@@ -139,9 +157,8 @@ def train_vae(args, pictures, device):
     vae = make_vae().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=0)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=args.vae_steps)
-    step = 0
-    if path.exists():
-        state = torch.load(path)
+    step, settings = 0, settings_of(args)
+    if state := load_state(path, device, settings):
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -164,8 +181,8 @@ def train_vae(args, pictures, device):
             progress.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.vae_steps:
             save_state(
-                path, vae=vae.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
-                step=step + 1,
+                path, settings=settings, vae=vae.state_dict(), optimizer=optimizer.state_dict(),
+                schedule=schedule.state_dict(), step=step + 1,
             )  # fmt: skip
     return vae.requires_grad_(False).eval()
 
@@ -192,9 +209,8 @@ def train_unet(args, latents, captions, tokenizer, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-2)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=200, num_training_steps=args.train_steps)
     ema = EMAModel(model.parameters(), decay=0.999)
-    step = 0
-    if path.exists():
-        state = torch.load(path)
+    step, settings = 0, settings_of(args)
+    if state := load_state(path, device, settings):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -228,8 +244,8 @@ def train_unet(args, latents, captions, tokenizer, device):
             progress.set_postfix(loss=f"{np.mean(losses[-200:]):.4f}")
         if (step + 1) % args.checkpointing_steps == 0 or step + 1 == args.train_steps:
             save_state(
-                path, model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
-                ema=ema.state_dict(), step=step + 1,
+                path, settings=settings, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                schedule=schedule.state_dict(), ema=ema.state_dict(), step=step + 1,
             )  # fmt: skip
     ema.copy_to(model.parameters())
     return text_encoder.eval(), unet.to(memory_format=torch.contiguous_format).eval(), noise_scheduler

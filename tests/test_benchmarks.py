@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bundle_data
 import preservation
 import real_model
+
+from nullspace_utils import NullSpaceError
 
 
 # ---- Methods at equal likeness of the subject ------------------------------------------------------------------------
@@ -70,8 +74,28 @@ def test_methods_are_compared_where_both_arrive():
     assert found["drift_vs_prior"] == pytest.approx(1.3 * 0.002 / ((1 + 0.26 / 0.3) * 0.04))
     assert found["time_vs_prior"] == pytest.approx(1.3 / (1 + 0.26 / 0.3))
     assert found["class_leak_vs_prior"] == pytest.approx((1.3 - (1 + 0.26 / 0.3)) * 0.1)
+    assert shipped["vs_plain"]["pairs"] == shipped["vs_prior"]["pairs"] == 3
+    rows = preservation.compare([run for run in runs if run["method"] != "prior preservation" or run["seed"]], BASE)
+    assert rows["0.9"][preservation.SHIPPED]["vs_prior"]["pairs"] == 2
+    late = [make_run("prior preservation", seed, [0.8, 0.7 if seed else 0.5], 0.04) for seed in range(3)]
+    rows = preservation.compare([run for run in runs if run["method"] != "prior preservation"] + late, BASE)["0.9"]
+    assert rows["prior preservation"]["reached"] == 1 and rows[preservation.SHIPPED]["vs_prior"] is None
+    assert preservation.headline(rows)["drift_vs_prior"] is None  # rather than that of a single pair
+
+
+def test_the_audit_is_also_judged_within_a_method():
+    """Methods that lie far apart make the correlation of all high, whatever it is within each."""
+    runs = [make_run("plain LoRA", seed, [0.7, 0.5, 0.4], 0.02) for seed in range(3)]
     ranking = preservation.rank_correlation(runs)
-    assert ranking["points"] == 24 and ranking["spearman"] == pytest.approx(1)
+    assert ranking["points"] == 9 and ranking["spearman"] == pytest.approx(1)
+    upside_down = make_run("null space", 0, [0.7, 0.5, 0.4], 0.0001)
+    for point, drift in zip(upside_down["points"], (3e-4, 2e-4, 1e-4), strict=True):
+        point["predicted_drift"] = drift
+    ranking = preservation.rank_correlation([*runs, upside_down])
+    assert ranking["spearman"] > 0.8
+    within = ranking["within_methods"]
+    assert within["methods"] == 2 and within["least"] == pytest.approx(-1) and within["most"] == pytest.approx(1)
+    assert within["median"] == pytest.approx(0)
 
 
 def test_likeness_may_count_new_places():
@@ -161,12 +185,44 @@ def test_the_learning_rate_is_the_one_of_least_drift_that_arrives():
 
 
 def test_results_go_on_where_they_stopped(tmp_path, monkeypatch):
+    """A job that fails ends it: what was done is on disk, what was not begun is not begun, and is all that is left."""
+    monkeypatch.setattr(preservation, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    jobs, did = {name: (name,) for name in "abcdefgh"}, []
+
+    def do(world, job):
+        did.append(job[0])
+        time.sleep(0.1)
+        if job[0] == "b" and did.count("b") == 1:
+            raise OSError("no space left")
+        return {"value": job[0]}
+
+    path = tmp_path / "results.json"
+    with pytest.raises(OSError, match="no space left"):
+        preservation.Results(path).complete("runs", jobs, 1, "some", do)
+    assert json.loads(path.read_text())["runs"] == {"a": {"value": "a"}}
+    assert did[:2] == ["a", "b"] and len(did) < len(jobs)
+    done = preservation.Results(path).complete("runs", jobs, 1, "the others", do)
+    assert did.count("a") == 1 and done == {name: {"value": name} for name in jobs}
+    assert json.loads(path.read_text())["runs"] == done
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_what_was_measured_of_another_definition_is_measured_again(tmp_path, monkeypatch):
     results = preservation.Results(tmp_path / "results.json")
-    results.content["runs"] = {"done": {"value": 1}}
+    preservation.drop_changed(results)
+    for section in ("tuning", "runs"):
+        results.content[section] = {f"{name}/star/0": {"method": name} for name in ("DoRA", "nearest", "gone")}
+    results.content["memory"] = {"DoRA": {"peak": 1}, "nearest": {"peak": 1}}
     results.save()
     again = preservation.Results(tmp_path / "results.json")
-    assert again.complete("runs", {"done": ("never", "called")}, 1, "nothing to do") == {"done": {"value": 1}}
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    changed = {"nearest": preservation.METHODS["nearest"] | {"rank": 2}}
+    changed["DoRA"] = preservation.METHODS["DoRA"] | {"rates": (1.0,)}  # another grid changes no run
+    monkeypatch.setattr(preservation, "METHODS", preservation.METHODS | changed)
+    preservation.drop_changed(again)
+    assert list(again.content["tuning"]) == list(again.content["runs"]) == ["DoRA/star/0"]
+    assert again.content["memory"] == {"DoRA": {"peak": 1}}
+    preservation.drop_changed(again)
+    assert again.content["memory"]
 
 
 def test_quick_mode_leaves_the_full_results_alone(tmp_path, monkeypatch):
@@ -278,12 +334,14 @@ def test_the_metrics_of_a_model_that_draws_the_photographs(judges):
     assert 1e-6 < moved["drift"] <= 1 and moved["dino"] == same["dino"]
 
 
-def test_real_models_are_scored_through_their_pipelines(judges, tiny_sd1, tmp_path, capsys):
-    from diffusers import StableDiffusionPipeline
+@pytest.mark.parametrize("is_lcm", [False, True])
+def test_real_models_are_scored_through_their_pipelines(is_lcm, judges, tiny_sd1, tmp_path, capsys):
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    model = DEMO / "shapes-lcm" if is_lcm else tiny_sd1
+    pipeline = DiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
@@ -291,7 +349,7 @@ def test_real_models_are_scored_through_their_pipelines(judges, tiny_sd1, tmp_pa
     StableDiffusionPipeline.save_lora_weights(tmp_path / "zero", unet_lora_layers=zero)
     words = ["--instance_data_dir", DEMO / "instance_images" / "star", "--subject", "sks star", "--class_name", "star"]
     words += ["--lora", f"random={tmp_path / 'lora'}", "--lora", f"nothing={tmp_path / 'zero'}"]
-    words += ["--pretrained_model_name_or_path", tiny_sd1, "--dino_name_or_path", judges / "dino"]
+    words += ["--pretrained_model_name_or_path", model, "--dino_name_or_path", judges / "dino"]
     words += ["--clip_name_or_path", judges / "clip", "--resolution", 16, "--num_images", 1]
     words += ["--num_inference_steps", 1, "--output_dir", tmp_path / "out"]
     real_model.main(real_model.parse_args([str(word) for word in words]))
@@ -304,10 +362,17 @@ def test_real_models_are_scored_through_their_pipelines(judges, tiny_sd1, tmp_pa
     picture = Image.open(tmp_path / "out" / "real_model.png")
     assert picture.height == 60 + 3 * 160
     assert "random" in capsys.readouterr().out
+    words += ["--lora", f"mistyped={tmp_path / 'loar'}", "--pretrained_model_name_or_path", "never/looked-for"]
+    with pytest.raises(NullSpaceError, match="loar cannot be read as a LoRA"):
+        real_model.main(real_model.parse_args([str(word) for word in words]))
 
 
-def test_a_lora_without_a_name_is_refused(capsys):
-    words = ["--instance_data_dir", "x", "--subject", "s", "--class_name", "c", "--lora", "no-name"]
+@pytest.mark.parametrize(
+    ("loras", "message"),
+    [(["no-name"], "NAME=PATH"), (["a=x", "a=y"], "a name of its own"), (["base=x"], "other than base")],
+)
+def test_a_lora_without_a_name_of_its_own_is_refused(loras, message, capsys):
+    words = ["--instance_data_dir", "x", "--subject", "s", "--class_name", "c"]
     with pytest.raises(SystemExit):
-        real_model.parse_args(words)
-    assert "NAME=PATH" in capsys.readouterr().err
+        real_model.parse_args(words + [word for lora in loras for word in ("--lora", lora)])
+    assert message in capsys.readouterr().err

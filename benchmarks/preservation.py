@@ -727,7 +727,7 @@ def tell(results, base):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="One seed of one subject, the methods of the picture.")
+    parser.add_argument("--quick", action="store_true", help="One seed of one subject, fewer methods.")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Processes (default: one for each core).")
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)

@@ -1384,8 +1384,6 @@ def main(args):
         bundle, nearest, protected = load_protection(args)
     settle_model_type(bundle, args)
     is_protected = any(item.rank for items in protected.values() for item in items.values())
-    if not is_protected:
-        logger.warning("Nothing is protected: this trains a plain DreamBooth LoRA.")
     if args.compare_with_base is None:
         args.compare_with_base = is_protected
 
@@ -1429,8 +1427,11 @@ def main(args):
             args,
         )
         protected = protect(bundle, nearest, args)
-    for line in describe_protection(bundle, next(iter(protected.values())), args):
-        logger.info(line)
+    if is_protected:
+        for line in describe_protection(bundle, next(iter(protected.values())), args):
+            logger.info(line)
+    else:
+        logger.warning("Nothing is protected: this trains a plain DreamBooth LoRA.")
 
     # Add the LoRA, and an optimizer that is kept in the null space
     parameters = add_lora(adapted, targets, args)

@@ -995,13 +995,13 @@ def write_card(bundle, report, prompts, pictures, args):
         f"It was trained in the null space of what the attention layers read on {prompt_count:,} protected prompts, so "
         "that pictures of other things stay as they were."
     )
-    if args.nullspace_timesteps == "nearest":
+    if len(unprotected) == total:
+        protection = "It was trained without protection, as a plain DreamBooth LoRA."
+    elif args.nullspace_timesteps == "nearest":
         protection = (
             "Each of its training steps was projected into the null space of what the attention layers read on "
             f"{prompt_count:,} protected prompts, at timesteps near its own alone: nothing is guaranteed."
         )
-    if len(unprotected) == total:
-        protection = "It was trained without protection, as a plain DreamBooth LoRA."
     elif unprotected:
         protection = (
             f"It was trained partly unprotected: {total - len(unprotected)} of its {total} layers are in the null "

@@ -6,6 +6,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -272,6 +273,45 @@ def test_bundles_differ_in_one_thing_at_a_time():
     assert len(settings) == 18 - 4  # all values, of which five are those of one usual bundle
     for setting in settings.values():
         assert sum(setting[key] != usual for key, usual in bundle_data.USUAL.items()) <= 1
+
+
+def test_bundles_are_tried_anew_where_training_changed(tmp_path, monkeypatch, capsys):
+    """The LoRA without a bundle is like the others but for its protection and the rate that suits it."""
+    did, trained = [], []
+    score = {"noise_drift": 0.01, "subject": 0.5, "moved": dict.fromkeys(bundle_data.SAMPLERS, 0.01)}
+
+    def complete(self, section, jobs, *_):
+        did.extend(key for key in jobs if key not in self.content.setdefault(section, {}))
+        self.content[section] |= dict.fromkeys(jobs, score)
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(bundle_data, "HERE", tmp_path)
+    monkeypatch.setattr(preservation, "WORK", tmp_path)
+    monkeypatch.setattr(preservation, "build_bundle", lambda: None)
+    monkeypatch.setattr(bundle_data, "bundle_of", lambda setting: None)
+    monkeypatch.setattr(bundle_data, "plot", lambda *_: None)
+    monkeypatch.setattr(preservation.Results, "complete", complete)
+    jobs = len(preservation.SEEDS) * (1 + len(bundle_data.settings()))
+    for steps, count in ((400, jobs), (400, 0), (500, jobs)):
+        did.clear()
+        monkeypatch.setattr(bundle_data, "STEPS", steps)
+        bundle_data.main()
+        assert len(did) == count
+
+    class Stopped(Exception):
+        pass
+
+    def train(world, method, subject, seed, rate, marks):
+        trained.append((method, rate))
+        raise Stopped
+
+    monkeypatch.setattr(preservation, "train", train)
+    monkeypatch.setattr(bundle_data.Bundle, "load", lambda *_, **__: None)
+    for setting in (None, bundle_data.USUAL):
+        with pytest.raises(Stopped):
+            bundle_data.measure(SimpleNamespace(), (setting, 0))
+    shipped = preservation.METHODS[preservation.SHIPPED]
+    assert trained == [(shipped | {"energy": None}, bundle_data.PLAIN_RATE), (shipped, bundle_data.RATE)]
 
 
 def test_bundles_are_compared_by_medians_over_seeds(tmp_path):

@@ -1103,6 +1103,23 @@ def test_resuming_gives_what_an_undisturbed_run_gives(flags, tiny_sd1, bundle1, 
     assert report(resumed_dir)["leakage"]["max"] < 1e-5 or "nearest" in flags
 
 
+def test_resuming_within_a_later_epoch_with_an_older_accelerate(tiny_sd1, bundle1, tmp_path, monkeypatch):
+    """Before 1.15 the loader that skips batches began at epoch 0, whatever it was made of."""
+    flags = ("--checkpointing_steps", 4, "--max_train_steps", 8, "--random_flip")
+    whole = train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
+    skip, skipped = trainer.Accelerator.skip_first_batches, []
+
+    def skip_at_epoch_0(self, dataloader, num_batches=0):
+        batches = skip(self, dataloader, num_batches)
+        batches.iteration = 0
+        skipped.append(num_batches)
+        return batches
+
+    monkeypatch.setattr(trainer.Accelerator, "skip_first_batches", skip_at_epoch_0)
+    resumed = train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--resume_from_checkpoint", "checkpoint-4")
+    assert same(resumed, whole) and skipped == [1]
+
+
 def test_killed_and_resumed_is_what_an_undisturbed_run_gives(kill_script, tiny_sd1, bundle1, tmp_path):
     """Killed by SIGKILL: the LoRA is the same bit for bit, and so are all files of the last checkpoint."""
     flags = ("--checkpointing_steps", 5, "--max_train_steps", 30, "--lr_scheduler", "linear", "--random_flip")

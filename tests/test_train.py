@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -42,6 +42,15 @@ from shapes import DEMO
 
 INSTANCES = DEMO / "instance_images" / "star"
 README = DEMO.parent / "README.md"
+SD = trainer.KINDS["sd"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawing_in_two_steps():
+    """Rather than 25, which take most of the time of trainings this short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(trainer.KINDS, "sd", SD._replace(num_inference_steps=2))
+        yield
 
 
 def needs(package):
@@ -472,6 +481,20 @@ def test_validation_does_not_disturb_training(precision, tiny_sd1, bundle1, tmp_
     assert not (tmp_path / "undisturbed" / "validation").exists()
     assert same(validated, undisturbed)
     assert all(tensor.dtype == torch.float32 for tensor in validated.values())
+
+
+def test_pictures_are_drawn_in_25_steps_as_the_bundle_was(tiny_sd1, tmp_path, monkeypatch):
+    monkeypatch.setitem(trainer.KINDS, "sd", SD)
+    drawn, call = [], StableDiffusionPipeline.__call__
+
+    def record(pipeline, *args, **kwargs):
+        drawn.append((type(pipeline.scheduler), kwargs["num_inference_steps"], kwargs["guidance_scale"]))
+        return call(pipeline, *args, **kwargs)
+
+    bundle = make_bundle(tiny_sd1, tmp_path / "bundle", "--guidance_scale", 3)
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", record)
+    train(tiny_sd1, bundle, tmp_path / "lora", "--validation_epochs", 1)
+    assert drawn == [(DPMSolverMultistepScheduler, 25, 3)] * 4  # base and tuned, in training and at the end
 
 
 def test_rank(tiny_sd1, bundle1, tmp_path):

@@ -715,8 +715,7 @@ def tell(results, base):
     done = list(results.content["runs"].values())
     results.content["machine"] = describe_machine()
     for name, likeness in LIKENESS.items():
-        scored = [run for run in done if likeness in run["points"][0]]  # older ones may lack a score
-        results.content[name] = compare(scored, base, likeness)
+        results.content[name] = compare(done, base, likeness)
         results.content[name.replace("levels", "headline")] = headline(results.content[name]["0.9"])
         print_table(results.content[name], f"by {likeness}")
     loras = [run for run in done if METHODS[run["method"]]["adapter"] == "lora"]

@@ -112,23 +112,21 @@ def test_likeness_may_count_new_places():
 
 
 def test_what_is_told_of_other_methods(tmp_path):
-    """They have a row of panels of their own; the audit reads LoRAs only; a run may lack new places."""
+    """They have a row of panels of their own; the audit reads LoRAs only."""
     heights = []
     for others in ([], ["nearest", "DoRA"]):
         results = preservation.Results(tmp_path / f"{len(others)}.json")
         methods = ["plain LoRA", preservation.SHIPPED, *others]
         runs = results.content["runs"] = {method: make_run(method, 0, [0.8, 0.7, 0.6, 0.5], 0.01) for method in methods}
-        for method, run in runs.items():
+        for run in runs.values():
             for point in run["points"]:
                 point["others_right"] = 1.0
-                if method == "nearest":
-                    del point["subject_anywhere"]
         preservation.tell(results, {"star": BASE["star"] | {"others_right": 1.0}})
         heights.append(Image.open(results.path.with_suffix(".png")).height)
     assert heights[1] == 2 * heights[0]
     told = json.loads(results.path.read_text())
     assert told["ranking"]["LoRAs"]["points"] == 12 and told["ranking"]["all adapters"]["points"] == 16
-    assert "nearest" in told["levels"]["0.9"] and "nearest" not in told["levels_anywhere"]["0.9"]
+    assert all(list(told[levels]["0.9"]) == methods for levels in preservation.LIKENESS)
 
 
 def test_the_class_is_looked_at_where_the_subject_is():

@@ -108,7 +108,7 @@ for sys.argv in json.loads(args[0]):
             runpy.run_path(sys.argv[0], run_name="__main__")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-            print(stop.code, file=sys.stderr)  # as Python does where nothing catches it
+            print(stop.code, file=sys.stderr)  # the sentence, which Python prints where nothing catches it
     out.append([code, "", said.getvalue()])
 """
 

@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate", "datasets", "diffusers", "huggingface_hub", "peft", "pillow", "safetensors", "tensorboard", "torch",
-#     "tqdm", "transformers",
+#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.35,<1", "huggingface_hub>=1.3,<3", "peft>=0.17,<1",
+#     "pillow", "safetensors>=0.5,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm", "transformers>=5.0,<6",
 # ]
 # ///
 """Teach Stable Diffusion or an LCM a subject from a few pictures, with a LoRA that leaves the rest be.
@@ -53,10 +53,11 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params, compute_snr, free_memory
+from diffusers.training_utils import cast_training_params, compute_snr, free_memory
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCardData
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import nn
@@ -707,11 +708,18 @@ def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
         layers[TEXT_ENCODER] = convert_state_dict_to_diffusers(state_dict)
         adapted[TEXT_ENCODER] = text_encoder
     layers = {
-        f"{model}_lora_layers": {key: value.to(dtype) for key, value in state_dict.items()}
+        f"{model}_lora_layers": {key: state_dict[key].to(dtype) for key in sorted(state_dict)}
         for model, state_dict in layers.items()
     }
+    # Of peft's configuration only what a reader needs and every version knows: an older peft refuses what it does not
+    metadata = {
+        f"{model}_lora_adapter_metadata": {
+            "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules),
+        }
+        for model, config in ((model, adapted[model].peft_config["default"]) for model in adapted)
+    }  # fmt: skip
     partial = f"partial-{LORA_NAME}"
-    StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial, **layers, **_collate_lora_metadata(adapted))
+    StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial, **layers, **metadata)
     os.replace(folder / partial, folder / LORA_NAME)
 
 
@@ -1109,17 +1117,27 @@ def add_lora(adapted, targets, args):
         own = [
             target.removeprefix(prefix) for target in targets if target.startswith(f"{TEXT_ENCODER}.") == bool(prefix)
         ]
-        model.add_adapter(
+        # peft's own, since transformers' and diffusers' add_adapter ask for a peft of the same week
+        inject_adapter_in_model(
             LoraConfig(
                 r=args.rank,
                 lora_alpha=args.lora_alpha,
                 lora_dropout=args.lora_dropout,
                 init_lora_weights="gaussian",
                 target_modules=own,
-            )
+            ),
+            model,
         )
         cast_training_params(model, torch.float32)
     return [parameter for model in adapted.values() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def enable_lora(adapted, enabled):
+    """Let the adapted models answer with or without their LoRA."""
+    for model in adapted.values():
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(enabled)
 
 
 def save_memory(unet, text_encoder, args):
@@ -1339,11 +1357,9 @@ def draw_in_training(accelerator, adapted, kept, dtype, args):
     rows = {}
     with accelerator.autocast():
         if args.compare_with_base:
-            for model in adapted.values():
-                model.disable_adapters()
+            enable_lora(adapted, False)
             rows["base"] = draw(pipeline, args.validation_prompt, args, "Validating, base")
-            for model in adapted.values():
-                model.enable_adapters()
+            enable_lora(adapted, True)
         rows["tuned"] = draw(pipeline, args.validation_prompt, args, "Validating")
     for model in adapted.values():
         model.train()

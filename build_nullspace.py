@@ -55,6 +55,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from nullspace.fingerprints import fingerprints
 from nullspace_utils import (
     CARD_NAME,
     CONFIG_NAME,
@@ -76,7 +77,6 @@ from nullspace_utils import (
     create_repository,
     download_model,
     find_module,
-    fingerprint,
     group_file,
     hub_repository,
     loading,
@@ -411,17 +411,16 @@ def describe(pipeline, prompts, revision, args):
     covered = {"modules": describe_modules(inputs)}
     if args.with_text_encoder:
         text_inputs = text_encoder_inputs(text_encoder)
-        covered[TEXT_ENCODER] = {
-            "fingerprint": fingerprint(unet, text_inputs, text_encoder),
-            "modules": describe_modules(text_inputs),
-        }
+        covered[TEXT_ENCODER] = {"modules": describe_modules(text_inputs)}
     source = args.prompts_file.name if args.prompts_file else args.prompts_dataset_name
     return {
         "base_model": {
             "id": args.pretrained_model_name_or_path,
             "revision": revision,
             "variant": args.variant,
-            "fingerprint": fingerprint(unet, inputs),
+            "fingerprint": fingerprints(
+                unet=unet, text_encoder=text_encoder, tokenizer=pipeline.tokenizer, noise_scheduler=pipeline.scheduler
+            ),
         },
         "model_type": args.model_type,
         "prediction_type": pipeline.scheduler.config.prediction_type,
@@ -482,7 +481,7 @@ def rank_table(bundle):
     for (_, size, group), members in sorted(by_kind.items()):
         unique = {row["input"]: row for row in members}.values()
         ranks = [f"{median(row[f'rank_{energy}'] for row in unique):g}" for energy in ENERGIES]
-        stored = len(unique) * size * (2 * size + 4)
+        stored = len(unique) * size * (4 * size + 4)
         rows.append([f"{size}{kinds[group]}", str(len(unique)), str(len(members)), *ranks, f"{stored:,}"])
     return header, rows
 
@@ -579,11 +578,15 @@ def write_card(license_name):
         )
         prompts = config["prompts"]
         text_modules = config.get(TEXT_ENCODER, {}).get("modules")
+        fingerprints_shown = ", ".join(
+            f"{part.replace('_', ' ')} `{value}`" for part, value in model["fingerprint"].items()
+        )
         within_text = (
             f"{len(text_modules)} projections, in `{group_file(TEXT_ENCODER)}`" if text_modules else "not covered"
         )
         steps = ", ".join(map(str, config["num_inference_steps"]))
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
+        hidden = max(item.distance for spectra in bundle.spectra.values() for item in spectra.values())
         named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else f"`{model['id']}`"
         (folder / CARD_NAME).write_text(
             f"""---
@@ -613,12 +616,13 @@ accelerate launch train_dreambooth_nullspace.py \\
 | | |
 |---|---|
 | base model | {named}{f", revision `{model['revision']}`" if is_hub_id else ""} |
-| fingerprint of its covered weights | `{model["fingerprint"]}` |
+| its fingerprints | {fingerprints_shown} |
 | model type, prediction type | {config["model_type"]}, {config["prediction_type"]} |
 | attention layers | {config["attention"]}, {len(config["modules"])} projections |
 | text encoder | {within_text} |
 | sampling | {sampling}, {config["resolution"]} pixels |
 | prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |
+| what rounding may hide of a leakage | at most {hidden:.1e}, see `distances` in `{CONFIG_NAME}` |
 
 Median number of directions, over the inputs of one size, that hold a share of the energy (the trace of the second
 moment). Layers that read the same input share it; each layer is a row of `{TABLE_NAME}`.

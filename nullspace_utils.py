@@ -20,6 +20,7 @@ import copy
 import csv
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -36,6 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nullspace.errors import DamagedError, NullSpaceError
+from nullspace.fingerprints import fingerprints
 from nullspace.hub import (  # noqa: F401  # some for who imports them from here
     CARD_NAME,
     base_license,
@@ -48,7 +50,9 @@ from nullspace.hub import (  # noqa: F401  # some for who imports them from here
 )
 
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
 CONFIG_NAME = "nullspace_config.json"
 TABLE_NAME = "modules.csv"
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -128,10 +132,7 @@ def _text_layers(text_encoder):
 
 
 def fingerprint(unet, modules, text_encoder=None):
-    """Hash the weights of the named modules, (out, in) each, so that a bundle is only used on the model it describes.
-
-    Weights are hashed as float16, so that a model and its fp16 variant, which is that model rounded, agree.
-    """
+    """Hash the weights of the named modules, (out, in) each, as bundles of format 1 did; today's is `fingerprints`."""
     digest = hashlib.sha256()
     for name in sorted(modules):
         weight = base_layer(find_module(name, unet, text_encoder)).weight
@@ -318,7 +319,7 @@ class SecondMoments:
         if key not in self.sums:
             self.sums[key] = x.new_zeros(x.shape[1], x.shape[1])
             self.tokens[key] = 0
-        with _tf32(fits_tf32):
+        with _tf32(fits_tf32, x.device):
             self.sums[key].addmm_(x.T, x)
         self.tokens[key] += x.shape[0]
 
@@ -340,15 +341,21 @@ class SecondMoments:
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues (in,) float32, largest first, and eigenvectors (in, in) as columns, of C = E[x x^T]; its tokens."""
+    """Eigenvalues (in,) float32, largest first, and eigenvectors (in, in) as columns, of C = E[x x^T]; its tokens.
+
+    Eigenvectors are float32; those of bundles of format 1 are float16. `distance` is ||U - V||_F, V being them and U
+    those of the decomposition in float64 that they were rounded from, or None where that is not known. It bounds what
+    the rounding can hide, whichever k directions are closed: ||dW U_k||_F <= ||dW V_k||_F + ||dW||_F ||U_k - V_k||_2.
+    """
 
     eigenvalues: torch.Tensor
     eigenvectors: torch.Tensor
     tokens: int
+    distance: float | None = None
 
     @classmethod
     def from_sum(cls, total, tokens, name="the input"):
-        """Decompose a sum of x x^T (in, in) over `tokens` tokens; the eigenvectors are rounded to float16.
+        """Decompose a sum of x x^T (in, in) over `tokens` tokens in float64; the eigenvectors are rounded to float32.
 
         Raises:
             NullSpaceError: if the sum is not finite or counts no token.
@@ -359,18 +366,30 @@ class Spectrum(NamedTuple):
                 "build with --mixed_precision no or bf16."
             )
         eigenvalues, eigenvectors = torch.linalg.eigh(total.to("cpu", torch.float64) / tokens)
-        return cls(
-            eigenvalues.flip(0).clamp_min(0).float().contiguous(), eigenvectors.flip(1).half().contiguous(), tokens
-        )
+        stored = eigenvectors.flip(1).float().contiguous()
+        distance = (stored - eigenvectors.flip(1)).norm().item()
+        return cls(eigenvalues.flip(0).clamp_min(0).float().contiguous(), stored, tokens, distance)
+
+    @classmethod
+    def from_spectra(cls, total, tokens, spectra, name="the input"):
+        """Decompose a sum that was made of stored spectra; the distance is known where all of theirs are.
+
+        It is that from the decomposition of this sum: nothing else has seen what the spectra were rounded from.
+        """
+        spectrum = cls.from_sum(total, tokens, name)
+        return spectrum if all(item.distance is not None for item in spectra) else spectrum._replace(distance=None)
 
     def orthonormal(self):
         """Eigenvectors (in, in) in float32, orthonormal to its rounding again.
 
-        One Newton-Schulz step U (3 I - U^T U) / 2 squares the deviation that float16 storage left (about 5e-4), and
-        turns no direction by more than that.
+        Those of format 1 take one Newton-Schulz step U (3 I - U^T U) / 2, which squares the deviation that float16
+        storage left (about 5e-4), and turns no direction by more than that.
         """
         vectors = self.eigenvectors.float()
-        return 1.5 * vectors - 0.5 * vectors @ (vectors.T @ vectors)
+        if self.eigenvectors.dtype == torch.float32:
+            return vectors
+        with _tf32(False, vectors.device):
+            return 1.5 * vectors - 0.5 * vectors @ (vectors.T @ vectors)
 
     def sum(self):
         """The sum of x x^T over the tokens, (in, in) float64, to the precision that is stored."""
@@ -464,8 +483,13 @@ class Bundle:
     """The second moments of one base model's layer inputs, decomposed, by timestep group.
 
     On disk: `nullspace_config.json` describes it and holds the sha256 of all files; each group is a safetensors
-    file with, for each input, `<input>.eigenvalues` (in,) float32 and `<input>.eigenvectors` (in, in) float16. The
-    text encoder's output does not depend on the timestep and has a file of its own, and so have the inputs of the
+    file with, for each input, `<input>.eigenvalues` (in,) float32 and `<input>.eigenvectors` (in, in) float32, all of
+    them, since any threshold may be chosen later; how far those are from the builder's own float64 decomposition is in
+    `distances` of the configuration, by group and input, see `Spectrum`. `base_model.fingerprint` there is that of
+    `fingerprints`. Format 1, which is still read, has float16 eigenvectors, no distances, and the hash of the covered
+    projections in place of the fingerprints.
+
+    The text encoder's output does not depend on the timestep and has a file of its own, and so have the inputs of the
     text encoder's own layers, where they were collected. The group "joint", the sum over all timesteps, is always
     there.
 
@@ -496,7 +520,7 @@ class Bundle:
                     totals[source] = (before + total.to("cpu", torch.float64), counted + tokens)
             spectra[JOINT] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in totals.items()}
             groups = [joint_group(groups)] + groups
-        config = {"format_version": FORMAT_VERSION, **config, "groups": groups, "dtype": "float16"}
+        config = {"format_version": FORMAT_VERSION, **config, "groups": groups, "dtype": "float32"}
         return cls(config, spectra)
 
     # Reading
@@ -548,8 +572,13 @@ class Bundle:
                 f"{path} is truncated or altered (its sha256 differs from the one in {CONFIG_NAME}); "
                 "download or build the bundle again."
             )
+        distances = self.config.get("distances", {}).get(name, {})
+        if not all(distance is None or 0 <= distance < math.inf for distance in distances.values()):
+            raise DamagedError(f"{folder / CONFIG_NAME} holds distances that are none; build the bundle again.")
         return {
-            source: Spectrum(tensors[f"{source}.eigenvalues"], tensors[f"{source}.eigenvectors"], tokens)
+            source: Spectrum(
+                tensors[f"{source}.eigenvalues"], tensors[f"{source}.eigenvectors"], tokens, distances.get(source)
+            )
             for source, tokens in self.config["tokens"][name].items()
         }
 
@@ -590,7 +619,7 @@ class Bundle:
                     f"{'higher' if criterion in ('eigenvalue', 'percentile') else 'lower'} threshold."
                 )
             gains = spectrum.gains(softness)[rank:] if rank and softness < math.inf else None
-            shared[source] = Protected(spectrum.orthonormal(), rank, gains)
+            shared[source] = Protected(spectrum.orthonormal(), rank, gains, spectrum.distance)
         return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
 
     # Checking
@@ -608,23 +637,46 @@ class Bundle:
                 "one with build_nullspace.py."
             )
 
-    def check(self, unet, text_encoder=None):
-        """Raise `NullSpaceError` unless this bundle was built from the weights of this UNet (and text encoder)."""
+    def check(self, unet, text_encoder=None, **others):
+        """Raise `NullSpaceError` unless this bundle was built from the model that these are parts of.
+
+        Args:
+            unet (`UNet2DConditionModel`), text_encoder (`CLIPTextModel`, *optional*): with or without LoRA layers.
+            others: `tokenizer` and `noise_scheduler`; what is not given is not compared.
+        """
         self.check_model_type("sd" if unet.config.time_cond_proj_dim is None else "lcm")
         present = dict(unet.named_modules())
         if not any(name in present for name in self.config["modules"]):
             raise NullSpaceError("The bundle covers no layer of this UNet; build one for this model.")
-        parts = [(self.config["modules"], self.config["base_model"]["fingerprint"])]
+        covered = self.config["modules"] if text_encoder is None else self.modules
+        for name, info in covered.items():
+            self._check_size(name, info, unet, text_encoder)
+        expected = self.config["base_model"]["fingerprint"]
+        if isinstance(expected, str):
+            differing = self._check_projections(unet, text_encoder)
+        else:
+            given = {"unet": unet, **({} if text_encoder is None else {TEXT_ENCODER: text_encoder}), **others}
+            found = fingerprints(**given)
+            differing = [part.replace("_", " ") for part in found if found[part] != expected.get(part)]
+        if differing:
+            raise NullSpaceError(
+                f"The bundle was built from other weights or settings ({self.config['base_model']['id']}): the "
+                f"fingerprints differ ({', '.join(differing)}); use the bundle of this model or build one with "
+                "build_nullspace.py."
+            )
+
+    def _check_projections(self, unet, text_encoder):
+        """Names of the models whose covered weights differ from what a bundle of format 1 says, and a warning."""
+        parts = [("unet", self.config["modules"], self.config["base_model"]["fingerprint"])]
         if text_encoder is not None and TEXT_ENCODER in self.config:
-            parts.append((self.config[TEXT_ENCODER]["modules"], self.config[TEXT_ENCODER]["fingerprint"]))
-        for modules, expected in parts:
-            for name, info in modules.items():
-                self._check_size(name, info, unet, text_encoder)
-            if fingerprint(unet, modules, text_encoder) != expected:
-                raise NullSpaceError(
-                    f"The bundle was built from other weights ({self.config['base_model']['id']}): the fingerprints "
-                    "differ; use the bundle of this model or build one with build_nullspace.py."
-                )
+            parts.append(("text encoder", *(self.config[TEXT_ENCODER][key] for key in ("modules", "fingerprint"))))
+        logger.warning(
+            f"The bundle of {self.config['base_model']['id']} is of the old format: only the projections that it "
+            "covers are known to be this model's; whether the other weights, the text encoder, the tokenizer and the "
+            "noise schedule are those that it was built from is not known, nor how far rounding has turned its "
+            "directions; build it again with build_nullspace.py."
+        )
+        return [part for part, modules, expected in parts if fingerprint(unet, modules, text_encoder) != expected]
 
     def _check_size(self, name, info, unet, text_encoder):
         expected = (info["out_features"], info["in_features"])
@@ -652,16 +704,18 @@ class Bundle:
             for source, spectrum in spectra.items():
                 mine = self.spectra[name][source]
                 total = mine.sum() + spectrum.sum() * (mine.tokens / spectrum.tokens)
-                emphasized.spectra[name][source] = Spectrum.from_sum(total, 2 * mine.tokens, name=source)
+                emphasized.spectra[name][source] = Spectrum.from_spectra(
+                    total, 2 * mine.tokens, (mine, spectrum), name=source
+                )
         return emphasized
 
     def _sum(self, names):
         totals = {}
         for name in names:
             for source, spectrum in self.spectra[name].items():
-                before, counted = totals.get(source, (0, 0))
-                totals[source] = (before + spectrum.sum(), counted + spectrum.tokens)
-        return {source: Spectrum.from_sum(*pair, name=source) for source, pair in totals.items()}
+                before, counted, spectra = totals.get(source, (0, 0, []))
+                totals[source] = (before + spectrum.sum(), counted + spectrum.tokens, [*spectra, spectrum])
+        return {source: Spectrum.from_spectra(*parts, name=source) for source, parts in totals.items()}
 
     def merge(self, other):
         """The bundle of both bundles' prompts together, as if built at once, to the precision that is stored.
@@ -675,6 +729,11 @@ class Bundle:
             mine, theirs = self.config.get(key), other.config.get(key)
             if key == "base_model":
                 mine, theirs = mine["fingerprint"], theirs["fingerprint"]
+                if isinstance(mine, str) != isinstance(theirs, str):
+                    raise NullSpaceError(
+                        "These bundles cannot be merged: one is of the old format, which knows less of its model; "
+                        "build it again with build_nullspace.py."
+                    )
             if mine != theirs:
                 raise NullSpaceError(f"These bundles cannot be merged: their {key.replace('_', ' ')} differ.")
         for bundle in (self, other):
@@ -729,9 +788,14 @@ class Bundle:
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        config = {key: value for key, value in self.config.items() if key not in ("tokens", "files", "sha256")}
+        written = ("tokens", "distances", "files", "sha256")
+        config = {key: value for key, value in self.config.items() if key not in written}
         config["tokens"] = {
             name: {source: spectrum.tokens for source, spectrum in spectra.items()}
+            for name, spectra in self.spectra.items()
+        }
+        config["distances"] = {
+            name: {source: spectrum.distance for source, spectrum in spectra.items()}
             for name, spectra in self.spectra.items()
         }
         for name, spectra in self.spectra.items():
@@ -904,12 +968,14 @@ def check_files(folder):
 class Protected(NamedTuple):
     """An orthonormal basis (in, in) float32 of a layer's input space, whose first `rank` columns are protected.
 
-    The others are free, or held back by the factors `gains` (in - rank,) where there are any.
+    The others are free, or held back by the factors `gains` (in - rank,) where there are any. `distance` is that of
+    the `Spectrum`.
     """
 
     basis: torch.Tensor
     rank: int
     gains: torch.Tensor | None = None
+    distance: float | None = None
 
 
 class _Batch(NamedTuple):
@@ -920,23 +986,42 @@ class _Batch(NamedTuple):
     free: bool  # whether the directions span the free space, otherwise the protected one
 
     def project(self, tensors):
-        """Project the rows of tensors (r, in), one for each name, in order."""
-        stacked = torch.stack(tensors)
+        """Project the rows of tensors (r, in), one for each name, in order, in float32."""
+        stacked = torch.stack(tensors).float()
         x = stacked.view(len(self.directions), -1, stacked.shape[-1])
-        with _tf32(False):  # it would leak about 1e-3
+        with _tf32(False, x.device):  # it would leak about 1e-3
             inside = torch.bmm(torch.bmm(x, self.directions), self.directions.mT)
         return (inside if self.free else x - inside).view_as(stacked).unbind()
 
 
 @contextmanager
-def _tf32(use):
-    """Let matrix products in float32 round what they read to TF32 (11 significant bits), or not."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = use
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+def _tf32(use, device):
+    """Let float32 matrix products on a GPU round what they read to TF32 (11 significant bits), or none at all.
+
+    Whatever the surroundings have set, and as they have set it afterwards: `allow_tf32`, `fp32_precision` of a backend,
+    `set_float32_matmul_precision`, which on some CPUs lets products read bfloat16 (8 bits), and autocast.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high" if use else "highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
+            return
+        # Here the other interface would raise where the surroundings have used this one, and reads what this one set.
+        settings = [(torch.backends.cuda.matmul, "tf32" if use else "ieee"), (torch.backends.mkldnn.matmul, "ieee")]
+        before = [setting.fp32_precision for setting, _ in settings]
+        try:
+            for setting, precision in settings:
+                setting.fp32_precision = precision
+            yield
+        finally:
+            for (setting, _), precision in zip(settings, before, strict=True):
+                setting.fp32_precision = "none"  # which inherits from the backend, where that has been set
+                if setting.fp32_precision != precision:
+                    setting.fp32_precision = precision
 
 
 def _make_batches(protected, device, soft):
@@ -1059,8 +1144,8 @@ class NullSpaceProjector:
         """The largest share of any A's norm that lies in what the selected group protects: 0 is none."""
         worst = 0.0
         for name, item in self.groups.get(self.selected, {}).items():
-            parameter = self.parameters[name].float().cpu()
-            inside = (parameter @ item.basis[:, : item.rank]).norm()
+            parameter = self.parameters[name].double().cpu()
+            inside = (parameter @ item.basis[:, : item.rank].double()).norm()
             worst = max(worst, (inside / parameter.norm().clamp_min(1e-30)).item())
         return worst
 
@@ -1088,7 +1173,11 @@ def load_lora(name_or_path):
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     try:
-        read = StableDiffusionPipeline.lora_state_dict(str(name_or_path), return_lora_metadata=True)
+        # Beside it there may be one that failed its audit, which diffusers would as soon take
+        name = LORA_NAME if (Path(name_or_path) / LORA_NAME).is_file() else None
+        read = StableDiffusionPipeline.lora_state_dict(
+            str(name_or_path), return_lora_metadata=True, **({"weight_name": name} if name else {})
+        )
     except (OSError, ValueError, SafetensorError) as error:  # a ValueError where no such folder could be on the Hub
         raise NullSpaceError(f"{name_or_path} cannot be read as a LoRA: {error}") from error
     layers = {}
@@ -1134,10 +1223,13 @@ def _compact(layer):
 
 
 def leakage(layer, protected):
-    """||dW U_k||_F / ||dW||_F, U_k (in, k) being the protected directions: 0 is the promise, 1 is no protection."""
+    """||dW U_k||_F / ||dW||_F, U_k (in, k) being the protected directions: 0 is the promise, 1 is no protection.
+
+    At most this much: it is what is seen of the directions as they are stored, and what their rounding may hide.
+    """
     compact = _compact(layer)
     inside = compact @ protected.basis[:, : protected.rank].double()
-    return (inside.norm() / compact.norm().clamp_min(1e-300)).item()
+    return (inside.norm() / compact.norm().clamp_min(1e-300)).item() + (protected.distance or 0.0)
 
 
 def predicted_drift(layer, weight, spectrum):

@@ -135,6 +135,10 @@ KINDS = {
     "sd": Kind(StableDiffusionPipeline, DDPMScheduler, DPMSolverMultistepScheduler, 25),
     "lcm": Kind(LatentConsistencyModelPipeline, LCMScheduler, LCMScheduler, 4),
 }
+UNPROTECTED_NAME = f"unprotected_{LORA_NAME}"
+# How much of a layer's change may reach what is protected in a file that is saved, by what it is saved in; 16 bits
+# round it to within 2^-9 (bfloat16) of each weight.
+LEAKAGE_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 PUBLISHED = [LORA_NAME, "README.md", REPORT_NAME, COMPARISON_NAME, "pictures/*.png"]
 
 
@@ -927,6 +931,70 @@ def audit_file(folder, bundle, adapted, args):
     )
 
 
+def save_audited(bundle, adapted, dtype, args):
+    """Write the LoRA, read it back, put it in its place, and return what `audit_file` found.
+
+    Raises:
+        NullSpaceError: if a protected layer leaks more than `LEAKAGE_BOUNDS` allow. The file is then called
+            `UNPROTECTED_NAME`, and an earlier LoRA stays where it is.
+    """
+    partial, bound = args.output_dir / "partial-lora", LEAKAGE_BOUNDS[dtype]
+    shutil.rmtree(partial, ignore_errors=True)
+    save_lora(partial, **adapted, dtype=dtype)
+    found = audit_file(partial, bundle, adapted, args)
+    leaking = {row["module"]: row["leakage"] for row in found["layers"] if row["leakage"] is not None}
+    leaking = {name: leakage for name, leakage in leaking.items() if not leakage <= bound}  # nor where it is NaN
+    if args.nullspace_timesteps == "nearest":
+        leaking = {}
+    target = args.output_dir / (UNPROTECTED_NAME if leaking else LORA_NAME)
+    os.replace(partial / LORA_NAME, target)
+    partial.rmdir()
+    if leaking:
+        name = max(leaking, key=lambda name: math.inf if math.isnan(leaking[name]) else leaking[name])
+        advice = "report it with your command line" if dtype == torch.float32 else "pass --upcast_before_saving"
+        raise NullSpaceError(
+            f"The LoRA breaks its promise: {leaking[name]:.1e} of what it changes in {name} reaches what is protected, "
+            f"and {bound:g} is the bound of {describe_dtype(dtype)} file ({len(leaking)} of {len(found['layers'])} "
+            f"layers are above it); it was written to {target} only, without a card, and should not be used: {advice}."
+        )
+    (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, which this one takes the place of
+    return found
+
+
+def describe_dtype(dtype):
+    return "a float32" if dtype == torch.float32 else "a 16-bit"
+
+
+def describe_guarantee(found, bundle, dtype, args):
+    """The first sentences of report and card: what is guaranteed of the saved LoRA, or that nothing is."""
+    leakage, unprotected, total = found["leakage"]["max"], len(found["unprotected"]), len(found["layers"])
+    if leakage is None:
+        reason = "--nullspace_threshold 0" if args.nullspace_threshold == 0 else "none of its layers is protected"
+        return f"Nothing is guaranteed: no direction of any layer was closed ({reason})."
+    if args.nullspace_timesteps == "nearest":
+        return (
+            "Nothing is guaranteed: with --nullspace_timesteps nearest each step is protected at timesteps near its "
+            f"own alone, and up to {leakage:.1e} of what the LoRA changes in a layer reaches what is protected."
+        )
+    text = (
+        f"Guaranteed: at most {leakage:.1e} of what the LoRA changes in a layer reaches what is protected; a file "
+        f"above {LEAKAGE_BOUNDS[dtype]:g} is not saved."
+    )
+    if unprotected:
+        text = (
+            f"Nothing is guaranteed: {unprotected} of {total} layers are unprotected and may change any picture; of "
+            f"the others at most {leakage:.1e} of the change reaches what is protected."
+        )
+    if dtype != torch.float32:
+        text += " Most of it is the rounding of its weights to 16 bits."
+    if any(item.distance is None for item in bundle.group(JOINT).values()):
+        text += (
+            " It is measured against the bundle's own directions alone: the bundle is of the old format, which does "
+            "not say how far rounding has turned them from those that the base model uses."
+        )
+    return text
+
+
 def log_audit(accelerator, found, step):
     """Send leakage and predicted drift to the trackers."""
     values = {
@@ -938,9 +1006,10 @@ def log_audit(accelerator, found, step):
     accelerator.log(values | {"unprotected_layers": len(found["unprotected"])}, step=step)
 
 
-def make_report(found, bundle, args):
-    """What is written of a run: its settings, and what `audit_file` found."""
+def make_report(found, bundle, dtype, args):
+    """What is written of a run: what is guaranteed, its settings, and what `audit_file` found."""
     return {
+        "guarantee": describe_guarantee(found, bundle, dtype, args),
         "base_model": bundle.config["base_model"],
         "model_type": args.model_type,
         "nullspace": {
@@ -1028,6 +1097,8 @@ def write_card(bundle, report, prompts, pictures, args):
 ---
 
 # {args.output_dir.resolve().name}
+
+{report["guarantee"]}
 
 <Gallery />
 
@@ -1429,7 +1500,7 @@ def main(args):
         noise_scheduler = KINDS[args.model_type].noise_scheduler.from_pretrained(folder, subfolder="scheduler")
     scaling_factor = vae.config.scaling_factor
     adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
-    bundle.check(**adapted)
+    bundle.check(unet, text_encoder, tokenizer=tokenizer, noise_scheduler=noise_scheduler)
     targets = lora_targets(unet, text_encoder, bundle, args)
     for model in (text_encoder, vae, unet):  # the last stays in reach by this name, and is needed to the end
         model.requires_grad_(False).to(device, weight_dtype)
@@ -1627,10 +1698,10 @@ def main(args):
     # Save the LoRA, read it back, and show what it did
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_lora(args.output_dir, **adapted, dtype=torch.float32 if args.upcast_before_saving else weight_dtype)
-        found = audit_file(args.output_dir, bundle, adapted, args)
+        dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+        found = save_audited(bundle, adapted, dtype, args)
         log_audit(accelerator, found, step)
-        report = make_report(found, bundle, args)
+        report = make_report(found, bundle, dtype, args)
         write_json(args.output_dir / REPORT_NAME, report)
         for key in ("leakage", "predicted_drift"):
             if found[key]["max"] is not None:

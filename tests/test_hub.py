@@ -442,7 +442,8 @@ def test_the_dataset_card_says_what_the_bundle_is(cards, hub, home):
     assert {"null-space", "dreambooth", "lora", "diffusers", "model-type:sd"} <= set(metadata["tags"])
     config = json.loads((home / "tiny-bundle" / CONFIG_NAME).read_text())
     assert config["base_model"]["revision"] == hub.repos["model", MODEL].commits[-1].id
-    for shown in (config["base_model"]["fingerprint"], config["base_model"]["revision"], config["prompts"]["sha256"]):
+    fingerprints = config["base_model"]["fingerprint"].values()
+    for shown in (*fingerprints, config["base_model"]["revision"], config["prompts"]["sha256"]):
         assert f"`{shown}`" in text
     built = re.search(r"## How it was built\n\n```bash\n(.*?)\n```", text, re.DOTALL)[1]
     assert shlex.split(built.replace("\\\n", "")) == shlex.split(config["command"])

@@ -1,0 +1,75 @@
+"""What a bundle is bound to: the weights of a model, the vocabulary of its tokenizer and its noise schedule.
+
+The inputs of a layer come from all weights before it and from the text encoder, so that each of them, changed, makes
+what a bundle protects another model's.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+
+# What makes the noise schedule in a scheduler's configuration; the rest of it is how to sample.
+SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+PIECE = 2**18  # elements, of a tensor, rounded at once
+
+
+def fingerprints(**components):
+    """Hash the components of a pipeline, `dict[str, str]` by part: `fingerprints(unet=unet, tokenizer=tokenizer)`.
+
+    A model and a tokenizer make the part of their own name; a scheduler makes "prediction_type", in plain words, and
+    "noise_schedule".
+    """
+    parts = {}
+    for name, component in components.items():
+        if isinstance(component, nn.Module):
+            parts[name] = hash_weights(component)
+        elif hasattr(component, "get_vocab"):
+            parts[name] = hash_json(component.get_vocab())
+        else:
+            config = _plain_schedule(component.config)
+            parts["prediction_type"] = config["prediction_type"]
+            parts["noise_schedule"] = hash_json({key: config[key] for key in SCHEDULE})
+    return parts
+
+
+def hash_weights(model):
+    """Hex digest of all parameters of a model, not its buffers, each rounded to float16.
+
+    So a model and its fp16 variant, which is that model rounded, agree, and one rounded to bfloat16 does not. Names
+    count, but neither LoRA layers nor what peft and versions of transformers put into the names.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if not any(part.startswith("lora_") for part in name.split(".")):
+            tensors[name.replace(".base_layer.", ".").removeprefix("text_model.")] = parameter.detach()
+    # Rounding and hashing let go of Python's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = dict(zip(tensors, pool.map(_hash_tensor, tensors.values()), strict=True))
+    return hash_json({name: [list(tensors[name].shape), digest] for name, digest in digests.items()})
+
+
+def _hash_tensor(tensor):
+    """Hex digest of a tensor in float16, rounded piece by piece: each is then hashed while the cache still holds it."""
+    flat, digest = tensor.reshape(-1), hashlib.sha256()
+    with torch.inference_mode():
+        rounded = torch.empty(min(PIECE, len(flat)), dtype=torch.float16)
+        for piece in flat.split(PIECE):
+            digest.update(rounded[: len(piece)].copy_(piece).numpy())
+    return digest.hexdigest()
+
+
+def hash_json(content):
+    """Hex digest of what can be written as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _plain_schedule(config):
+    """A scheduler's configuration with all that a model is trained with, what it leaves out by default included."""
+    from diffusers import DDPMScheduler  # takes seconds to import
+
+    return DDPMScheduler.from_config(config).config

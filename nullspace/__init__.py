@@ -1,0 +1,1 @@
+"""What the scripts that train, build and audit are made of."""

@@ -1,7 +1,7 @@
 """Checkpoints of a training: what they record, which of them are whole, and which of them a run may go on from.
 
-`training.json` is written last. It holds the step, the seed, all that the result depends on (`run`), the sha256 of every
-other file of the checkpoint (`files`) and its own (`sha256`), so that one that was cut short or altered is noticed.
+`training.json` is written last. It holds the step, the seed, all that the result depends on (`run`), the sha256 of the
+checkpoint's other files (`files`) and its own (`sha256`), so that one that was cut short or altered is noticed.
 """
 
 import hashlib
@@ -299,8 +299,8 @@ def find_checkpoint(args):
         if found:
             names = ", ".join(path.name for path in found)
             raise NullSpaceError(
-                f"--resume_from_checkpoint latest finds no checkpoint in {args.output_dir} that is whole, {names} being "
-                "damaged; start anew, without it."
+                f"--resume_from_checkpoint latest finds no whole checkpoint in {args.output_dir}: {names} are damaged; "
+                "start anew, without it."
             )
     elif args.resume_from_checkpoint:
         for path in (Path(args.resume_from_checkpoint), args.output_dir / args.resume_from_checkpoint):

@@ -22,7 +22,7 @@ from nullspace.divergence import (
     sound_vae,
 )
 from nullspace_utils import LORA_NAME, sha256
-from test_train import ScalingAccelerator, bundle1, drawing_in_two_steps, reference, same, train  # noqa: F401 (fixtures)
+from test_train import ScalingAccelerator, bundle1, drawing_in_two_steps, same, train  # noqa: F401 (fixtures)
 
 
 # ---- What is looked at -----------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_weights_are_finite_in_the_type_that_they_are_saved_in():
     parameters = [torch.ones(2, 3), torch.full((3, 2), 1e5)]
     check_weights(parameters, 4, 1e-3)
     check_weights(parameters, 4, 1e-3, torch.bfloat16)
-    with pytest.raises(DivergedError, match="weights of 1 of the LoRA's 2 matrices are not finite in float16 at step 4"):
+    with pytest.raises(DivergedError, match="of 1 of the LoRA's 2 matrices are not finite in float16 at step 4"):
         check_weights(parameters, 4, 1e-3, torch.float16)
     parameters[0][0, 0] = math.nan
     with pytest.raises(DivergedError, match="of 1 of the LoRA's 2 matrices are not finite in float32"):
@@ -77,7 +77,7 @@ def test_twenty_skipped_steps_in_a_row_are_too_many():
 
 
 def test_a_run_that_diverges_leaves_the_lora_and_the_checkpoint_and_the_run_can_go_on(
-    tiny_sd1, bundle1, reference, tmp_path, monkeypatch  # noqa: F811
+    tiny_sd1, bundle1, tmp_path, monkeypatch  # noqa: F811
 ):
     """The loss is NaN from step 5 on; the checkpoint of step 4 stays, that of step 8 is not written."""
     output, flags = tmp_path / "lora", ("--checkpointing_steps", 4, "--max_train_steps", 30)
@@ -135,7 +135,7 @@ class OverflowingAccelerator(ScalingAccelerator):
 
 def test_a_loss_scale_that_never_fits_counts(tiny_sd1, bundle1, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(trainer, "Accelerator", OverflowingAccelerator)
-    with pytest.raises(DivergedError, match="infinite in 20 steps in a row, which fp16's loss scaling skipped, up to s"):
+    with pytest.raises(DivergedError, match="infinite in 20 steps in a row, which fp16's loss scaling skipped"):
         train(tiny_sd1, bundle1, tmp_path / "lora", "--mixed_precision", "fp16", "--max_train_steps", 30)
 
 

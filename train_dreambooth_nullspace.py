@@ -77,7 +77,15 @@ from nullspace.checkpoint import (
     resume_help,
     save_checkpoint,
 )
-from nullspace.divergence import SkippedSteps, check_scalars, check_weights, run_in_float32, sound_vae
+from nullspace.divergence import (
+    DrawnLatents,
+    Earlier,
+    SkippedSteps,
+    check_scalars,
+    check_weights,
+    run_in_float32,
+    sound_vae,
+)
 from nullspace_utils import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
@@ -795,7 +803,7 @@ def draw(pipeline, prompts, args, description):
     They are drawn in 25 steps, by an LCM in 4, at the guidance scale that the bundle was built at.
     """
     steps = KINDS[args.model_type].num_inference_steps
-    rows = []
+    rows, latents = [], DrawnLatents()
     for index in tqdm(range(args.num_validation_images), desc=description, unit="row"):
         seed = (args.seed or 0) + index
         rows.append(
@@ -803,10 +811,12 @@ def draw(pipeline, prompts, args, description):
                 pipeline(
                     prompt, height=args.resolution, width=args.resolution, num_inference_steps=steps,
                     guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
+                    callback_on_step_end=latents,
                 ).images[0]
                 for prompt in prompts
             ]
         )  # fmt: skip
+        latents.check(description, args.learning_rate)
     return rows
 
 
@@ -1612,6 +1622,7 @@ def main(args):
     check_weights(parameters, step, args.learning_rate, lora_dtype)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        earlier = Earlier(args.output_dir / LORA_NAME, args.output_dir / REPORT_NAME)
         save_lora(args.output_dir, **adapted, dtype=lora_dtype)
         found = audit_file(args.output_dir, bundle, adapted, args)
         log_audit(accelerator, found, step)
@@ -1626,7 +1637,8 @@ def main(args):
         accelerator.free_memory()  # it keeps what it prepared
         free_memory()
         prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
-        rows = draw_saved(prompts, device, weight_dtype, args)
+        with earlier:
+            rows = draw_saved(prompts, device, weight_dtype, args)
         picture = comparison_grid(rows, prompts)
         save_picture(picture, args.output_dir / COMPARISON_NAME)
         log_picture(accelerator, "comparison", picture, step)

@@ -1,6 +1,8 @@
 """Notices that a training has diverged: NaN or infinity in latents, loss, gradients, weights or pictures."""
 
 import math
+import os
+import shutil
 
 import torch
 from accelerate.logging import get_logger
@@ -62,6 +64,55 @@ class SkippedSteps:
         if self.count == MOST_SKIPPED:
             what = f"the gradients were infinite in {self.count} steps in a row, which fp16's loss scaling skipped,"
             raise diverged(what, f"up to step {step}", learning_rate)
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+
+class DrawnLatents:
+    """A pipeline's `callback_on_step_end` that looks at the latents (batch, 4, h, w) of all that it draws."""
+
+    def __init__(self):
+        self.finite = None
+
+    def __call__(self, pipeline, step, timestep, values):
+        finite = values["latents"].isfinite().all()  # stays on its device until `check`
+        self.finite = finite if self.finite is None else self.finite & finite
+        return values
+
+    def check(self, what, learning_rate):
+        """Raise `DivergedError` if some were not finite; `what` says what was done with the pictures."""
+        if self.finite is not None and not self.finite:
+            raise diverged("the latents of the pictures are not finite", f"({what})", learning_rate)
+
+
+class Earlier:
+    """Copies of files that a finished training is about to replace, which go back if its pictures are not finite.
+
+        earlier = Earlier(path)
+        ...
+        with earlier:
+            draw()
+
+    A file that was not there is then gone again. The copies are removed at the end of the block.
+    """
+
+    def __init__(self, *paths):
+        self.copies = {path: path.with_name(f"partial-earlier-{path.name}") for path in paths}
+        for path, copy in self.copies.items():
+            if path.is_file():
+                shutil.copy2(path, copy)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for path, copy in self.copies.items():
+            if isinstance(error, DivergedError):
+                path.unlink(missing_ok=True)
+                if copy.is_file():
+                    os.replace(copy, path)
+            copy.unlink(missing_ok=True)
 
 
 # ---- The VAE in fp16 -------------------------------------------------------------------------------------------------

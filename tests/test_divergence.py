@@ -125,6 +125,25 @@ def test_weights_that_a_step_spoiled_are_not_saved(flags, tiny_sd1, bundle1, tmp
     assert not trainer.checkpoints(tmp_path / "lora") and not (tmp_path / "lora" / LORA_NAME).exists()
 
 
+@pytest.mark.parametrize("earlier", [True, False])
+def test_pictures_that_are_not_finite_put_the_earlier_lora_back(
+    earlier, tiny_sd1, bundle1, tmp_path, monkeypatch  # noqa: F811
+):
+    """Finite weights, so large that what they draw is not; the last step is the one that made them so."""
+    output, names = tmp_path / "lora", (LORA_NAME, trainer.REPORT_NAME, "README.md", "comparison.png")
+    if earlier:
+        train(tiny_sd1, bundle1, output)
+    before = {name: sha256(output / name) for name in names if earlier}
+    pushed, flags = [], ("--push_to_hub", "--validation_steps", 100)
+    monkeypatch.setattr(trainer, "push_folder", lambda *args: pushed.append(args))
+    monkeypatch.setattr(trainer, "hub_repository", lambda *args: "someone/lora")
+    monkeypatch.setattr(trainer, "create_repository", lambda *args: None)
+    with pytest.raises(DivergedError, match=r"latents of the pictures are not finite \(Drawing with the LoRA\)"):
+        train(tiny_sd1, bundle1, output, "--learning_rate", 1e30, "--max_train_steps", 1, *flags)
+    assert before == {name: sha256(output / name) for name in names if (output / name).exists()}
+    assert not pushed and not list(output.glob("partial-*"))
+
+
 class OverflowingAccelerator(ScalingAccelerator):
     """One whose loss is scaled so that it never comes down to what fp16 holds."""
 

@@ -334,7 +334,7 @@ class Checkpoint:
         if not self.path.is_file():
             return 0
         try:
-            with safe_open(self.path, "pt", device=str(self.device)) as file:
+            with safe_open(self.path, "pt") as file:  # on the CPU: not every name of a device is one that it takes
                 metadata = file.metadata()
                 settings = json.loads(metadata["settings"])
                 differing = [key for key in self.settings if settings.get(key) != self.settings[key]]
@@ -344,7 +344,7 @@ class Checkpoint:
                         "command again, or delete the folder to start anew."
                     )
                 for group, source, tokens in json.loads(metadata["tokens"]):
-                    moments.sums[group, source] = file.get_tensor(f"{group} {source}")
+                    moments.sums[group, source] = file.get_tensor(f"{group} {source}").to(self.device)
                     moments.tokens[group, source] = tokens
         except (OSError, SafetensorError) as error:
             raise NullSpaceError(f"{self.path} cannot be read ({error}); delete it to start anew.") from error

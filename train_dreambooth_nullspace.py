@@ -67,6 +67,24 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from build_nullspace import make_scheduler
+from nullspace.checkpoint import (
+    check_same_run,
+    describe_models,
+    describe_run,
+    find_checkpoint,
+    read_record,
+    resume_help,
+    save_checkpoint,
+)
+from nullspace.divergence import (
+    DrawnLatents,
+    Earlier,
+    SkippedSteps,
+    check_scalars,
+    check_weights,
+    run_in_float32,
+    sound_vae,
+)
 from nullspace_utils import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
@@ -385,7 +403,7 @@ def parse_args(argv=None):
     group.add_argument("--validation_steps", type=int, help="Draw every so many steps, not by epochs.")
     group.add_argument("--checkpointing_steps", type=int, default=500, help="Save every so many (default: 500).")
     group.add_argument("--checkpoints_total_limit", type=int, help="Keep only so many checkpoints.")
-    group.add_argument("--resume_from_checkpoint", help="A checkpoint's folder, or latest.")
+    group.add_argument("--resume_from_checkpoint", help=resume_help())
     group.add_argument("--logging_dir", default="logs", help="Within --output_dir (default: %(default)s).")
     group.add_argument(
         "--report_to",
@@ -554,6 +572,10 @@ class InstanceDataset(Dataset):
             left, top = (torch.rand(2, generator=self._generator("crop", index)) * (slack + 1)).long().tolist()
         cropped = picture.crop((left, top, left + side, top + side))
         return self.processor.preprocess(ImageOps.mirror(cropped) if flip else cropped)[0]
+
+    def first_epoch(self):
+        """Each of the pictures (3, side, side) once, as the first epoch has it but for mirroring."""
+        return (self.picture(number, False) for number in range(len(self.pictures)))
 
     def cache(self, encode):
         """From now on give, instead of pictures, what `encode` makes of them, (1, 3, side, side) each, crops fixed."""
@@ -754,54 +776,6 @@ def write_json(path, content):
     os.replace(partial, path)
 
 
-def checkpoints(folder):
-    """Finished checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint):
-    return int(checkpoint.name.split("-")[1])
-
-
-def save_checkpoint(accelerator, step, args):
-    """Write `checkpoint-<step>`, whole or not at all, drop those beyond --checkpoints_total_limit; return its path."""
-    final = args.output_dir / f"checkpoint-{step}"
-    partial = args.output_dir / f"partial-checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(partial)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(partial / "training.json", {"step": step, "seed": args.seed})
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        if args.checkpoints_total_limit:
-            # What an earlier run left beyond this step goes first, for this one does not continue it
-            found = sorted(checkpoints(args.output_dir), key=lambda path: step_of(path) <= step)
-            for path in found[: -args.checkpoints_total_limit]:
-                shutil.rmtree(path)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def find_checkpoint(args):
-    """The checkpoint to resume from, or None.
-
-    Raises:
-        NullSpaceError: if a named one does not exist.
-    """
-    if args.resume_from_checkpoint == "latest":
-        return next(reversed(checkpoints(args.output_dir)), None)
-    if args.resume_from_checkpoint:
-        for path in (Path(args.resume_from_checkpoint), args.output_dir / args.resume_from_checkpoint):
-            if (path / "training.json").is_file():
-                return path
-        raise NullSpaceError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a checkpoint.")
-    return None
-
-
 # ---- What people look at ---------------------------------------------------------------------------------------------
 
 
@@ -819,6 +793,10 @@ def load_pipeline(args, dtype, device, **components):
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module) and name not in components:
             component.to(device, dtype)
+    if "vae" not in components and args.vae_in_float32:
+        with loading(args.pretrained_model_name_or_path):  # anew, for float16 may not hold its weights
+            pipeline.vae = AutoencoderKL.from_pretrained(args.model_folder, subfolder="vae", variant=args.variant)
+        run_in_float32(pipeline.vae.to(device))
     return pipeline
 
 
@@ -828,7 +806,7 @@ def draw(pipeline, prompts, args, description):
     They are drawn in 25 steps, by an LCM in 4, at the guidance scale that the bundle was built at.
     """
     steps = KINDS[args.model_type].num_inference_steps
-    rows = []
+    rows, latents = [], DrawnLatents()
     for index in tqdm(range(args.num_validation_images), desc=description, unit="row"):
         seed = (args.seed or 0) + index
         rows.append(
@@ -836,10 +814,12 @@ def draw(pipeline, prompts, args, description):
                 pipeline(
                     prompt, height=args.resolution, width=args.resolution, num_inference_steps=steps,
                     guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
+                    callback_on_step_end=latents,
                 ).images[0]
                 for prompt in prompts
             ]
         )  # fmt: skip
+        latents.check(description, args.learning_rate)
     return rows
 
 
@@ -1006,7 +986,7 @@ def log_audit(accelerator, found, step):
     accelerator.log(values | {"unprotected_layers": len(found["unprotected"])}, step=step)
 
 
-def make_report(found, bundle, dtype, args):
+def make_report(found, bundle, lora_dtype, args):
     """What is written of a run: what is guaranteed, its settings, and what `audit_file` found."""
     return {
         "guarantee": describe_guarantee(found, bundle, dtype, args),
@@ -1284,27 +1264,31 @@ class PromptEncoder:
 class ScalarLog:
     """Sends the scalars of every step to the trackers and the progress bar, a few steps at a time.
 
-    Reading a value from the device waits for all that it has still to do, so values stay there until `flush`.
+    Reading a value from the device waits for all that it has still to do, so values stay there until `flush`, which
+    stops a training that has diverged. Of the latents (their sum) nothing but that is looked at.
     """
 
     def __init__(self, accelerator, progress, every=10):
         self.accelerator, self.progress, self.every = accelerator, progress, every
-        self.pending = []  # (step, lr, scalar tensors by name)
+        self.pending = []  # (step, lr, whether the step was skipped, scalar tensors by name)
+        self.skipped_steps = SkippedSteps()
 
-    def add(self, step, lr, **tensors):
-        self.pending.append((step, lr, tensors))
+    def add(self, step, lr, skipped, **tensors):
+        self.pending.append((step, lr, skipped, tensors))
         self.progress.update()
         if len(self.pending) == self.every:
             self.flush()
+        self.skipped_steps.add(skipped, step, lr)
 
     def flush(self):
         if not self.pending:
             return
-        rows = torch.stack([torch.stack(list(tensors.values())).float() for _, _, tensors in self.pending]).tolist()
-        for (step, lr, tensors), row in zip(self.pending, rows, strict=True):
-            values = {**dict(zip(tensors, row, strict=True)), "lr": lr}
-            self.accelerator.log(values, step=step)
-        self.progress.set_postfix(loss=values["loss"], lr=values["lr"])
+        rows = torch.stack([torch.stack(list(tensors.values())).float() for *_, tensors in self.pending]).tolist()
+        for (step, lr, skipped, tensors), row in zip(self.pending, rows, strict=True):
+            values = dict(zip(tensors, row, strict=True))
+            self.accelerator.log({name: values[name] for name in values if name != "latents"} | {"lr": lr}, step=step)
+            check_scalars(values, step, lr, skipped)
+        self.progress.set_postfix(loss=values["loss"], lr=lr)
         self.pending.clear()
 
 
@@ -1473,6 +1457,8 @@ def main(args):
     is_protected = any(item.rank for items in protected.values() for item in items.values())
     if args.compare_with_base is None:
         args.compare_with_base = is_protected
+    run = describe_run(args, pictures, captions, bundle.config, accelerator.num_processes, accelerator.mixed_precision)
+    check_same_run(checkpoint, run)
 
     if args.push_to_hub and accelerator.is_main_process:
         create_repository(args.hub_model_id, "model", args.hub_private_repo, args.hub_token)
@@ -1483,9 +1469,10 @@ def main(args):
 
     # Seed everything
     if args.seed is None:
-        saved = json.loads((checkpoint / "training.json").read_text())["seed"] if checkpoint else None
+        saved = read_record(checkpoint)["seed"] if checkpoint else None
         args.seed = broadcast_object_list([random.randrange(2**31) if saved is None else saved])[0]
         accelerator.dataloader_config.data_seed = args.seed
+        run["--seed"] = args.seed
     set_seed(args.seed)
 
     # Load the models
@@ -1501,6 +1488,11 @@ def main(args):
     scaling_factor = vae.config.scaling_factor
     adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
     bundle.check(unet, text_encoder, tokenizer=tokenizer, noise_scheduler=noise_scheduler)
+    prompts = list(dict.fromkeys(caption for several in captions for caption in several))
+    if checkpoint or args.max_train_steps is None or args.checkpointing_steps <= args.max_train_steps:
+        encoded = prompts + (args.nullspace_extra_prompts or [])
+        run |= describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, encoded)
+    check_same_run(checkpoint, run)
     targets = lora_targets(unet, text_encoder, bundle, args)
     for model in (text_encoder, vae, unet):  # the last stays in reach by this name, and is needed to the end
         model.requires_grad_(False).to(device, weight_dtype)
@@ -1531,16 +1523,18 @@ def main(args):
     projector.attach(optimizer)
 
     # Data: pictures and captions, encoded once where nothing changes them
-    prompts = list(dict.fromkeys(caption for several in captions for caption in several))
     dataset = InstanceDataset(pictures, [[prompts.index(caption) for caption in several] for several in captions], args)
     dataloader = DataLoader(dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers)
+    if weight_dtype == torch.float16:
+        vae = sound_vae(vae, dataset.first_epoch, folder, args.variant, args.learning_rate)
+    args.vae_in_float32 = weight_dtype != vae.dtype
     prompt_encoder = PromptEncoder(tokenizer, text_encoder, prompts, device, args)
     kept = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae}  # what validation need not load again
     if args.pre_compute_text_embeddings:
         del kept["tokenizer"], kept["text_encoder"]
         tokenizer = text_encoder = None
     if args.cache_latents:
-        dataset.cache(lambda pixel_values: encode_pictures(vae, pixel_values))
+        dataset.cache(lambda pixel_values: encode_pictures(vae, pixel_values).to(weight_dtype))
         del kept["vae"]
         vae = None
     free_memory()
@@ -1552,6 +1546,8 @@ def main(args):
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * steps_per_epoch
     args.num_train_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
+    run["--max_train_steps"] = args.max_train_steps
+    check_same_run(checkpoint, run)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -1593,17 +1589,8 @@ def main(args):
     step = 0
     if checkpoint:
         accelerator.load_state(checkpoint)
-        step = json.loads((checkpoint / "training.json").read_text())["step"]
-        if step > args.max_train_steps:
-            raise NullSpaceError(
-                f"{checkpoint} is beyond --max_train_steps {args.max_train_steps}; raise that, or resume from an "
-                "earlier checkpoint."
-            )
+        step = read_record(checkpoint)["step"]
         logger.info(f"Resuming from {checkpoint} at step {step}")
-        # A checkpoint of these settings is in the null space and stays as it is, bit for bit; one of others is not.
-        if JOINT in protected and projector.leakage() > 1e-6:
-            logger.warning("The checkpoint was not in this null space: projecting it.")
-            projector.project_values()
 
     # Train
     logger.info(
@@ -1653,7 +1640,7 @@ def main(args):
                 torch.manual_seed(seeded(*here, "dropout").initial_seed())  # dropout draws from the global generator
                 first, end, group = sampler.group(seeded(args.seed, "group", step))
                 projector.select(group)
-                moments = batch if args.cache_latents else encode_pictures(vae, batch)
+                moments = batch if args.cache_latents else encode_pictures(vae, batch).to(weight_dtype)
                 mean, std = moments.chunk(2, dim=1)
                 latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
                 latents = latents * scaling_factor
@@ -1677,13 +1664,16 @@ def main(args):
             scalars.add(
                 step,
                 lr_scheduler.get_last_lr()[0],
+                accelerator.optimizer_step_was_skipped,
+                latents=latents.float().sum(),
                 loss=loss.detach(),
                 grad_norm=norm,
                 grad_norm_projected=allowed_norm,
             )
             if step % args.checkpointing_steps == 0:
                 scalars.flush()
-                folder = save_checkpoint(accelerator, step, args)
+                check_weights(parameters, step, args.learning_rate)
+                folder = save_checkpoint(accelerator, step, args, run)
                 if accelerator.trackers:
                     log_audit(accelerator, audit_file(folder, bundle, adapted, args), step)
             if args.validation_prompt and args.validation_steps and step % args.validation_steps == 0:
@@ -1696,12 +1686,14 @@ def main(args):
     progress.close()
 
     # Save the LoRA, read it back, and show what it did
+    lora_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
+    check_weights(parameters, step, args.learning_rate, lora_dtype)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-        found = save_audited(bundle, adapted, dtype, args)
+        earlier = Earlier(args.output_dir / LORA_NAME, args.output_dir / REPORT_NAME)
+        found = save_audited(bundle, adapted, lora_dtype, args)
         log_audit(accelerator, found, step)
-        report = make_report(found, bundle, dtype, args)
+        report = make_report(found, bundle, lora_dtype, args)
         write_json(args.output_dir / REPORT_NAME, report)
         for key in ("leakage", "predicted_drift"):
             if found[key]["max"] is not None:
@@ -1712,7 +1704,8 @@ def main(args):
         accelerator.free_memory()  # it keeps what it prepared
         free_memory()
         prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
-        rows = draw_saved(prompts, device, weight_dtype, args)
+        with earlier:
+            rows = draw_saved(prompts, device, weight_dtype, args)
         picture = comparison_grid(rows, prompts)
         save_picture(picture, args.output_dir / COMPARISON_NAME)
         log_picture(accelerator, "comparison", picture, step)

@@ -178,7 +178,10 @@ class Killed(Exception):
 
 
 def test_each_process_goes_on_with_its_own_share(tiny_sd1, tmp_path):
-    """The shares of two processes, one after the other; each is stopped after two batches of three."""
+    """The shares of two processes, one after the other; each is stopped after two batches of three.
+
+    Launched with several, accelerate calls the CPU cpu:0.
+    """
     args = build_nullspace.parse_args(["--pretrained_model_name_or_path", "x", "--prompts_file", "x"])
     args.num_inference_steps, args.guidance_scale, args.batch_size, args.checkpointing_steps = [2], 5.0, 1, 1
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
@@ -196,7 +199,7 @@ def test_each_process_goes_on_with_its_own_share(tiny_sd1, tmp_path):
         models = SimpleNamespace(unet=pipeline.unet, text_encoder=pipeline.text_encoder)
         drawing = type("Drawing", (SimpleNamespace,), {"__call__": lambda self, *a, **k: draw(*a, **k)})
         state = SimpleNamespace(
-            process_index=rank, num_processes=2, device=torch.device("cpu"), is_local_main_process=False
+            process_index=rank, num_processes=2, device=torch.device("cpu", 0), is_local_main_process=False
         )
         checkpoint = build_nullspace.Checkpoint(tmp_path / folder, {}, state)
         return build_nullspace.collect_moments(drawing(**vars(models)), ["", *PROMPTS], groups, checkpoint, args, state)

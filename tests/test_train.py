@@ -35,7 +35,6 @@ from nullspace_utils import (
     find_module,
     leakage,
     load_lora,
-    sha256,
 )
 from shapes import DEMO
 
@@ -1155,10 +1154,14 @@ def test_killed_and_resumed_is_what_an_undisturbed_run_gives(kill_script, tiny_s
     for folder in (".", "checkpoint-30"):  # as tensors, for safetensors puts what else it holds in any order
         assert same(*(load_file(tmp_path / run / folder / LORA_NAME) for run in ("whole", "killed")))
     digests = [
-        {path.name: sha256(path) for path in (tmp_path / run / "checkpoint-30").iterdir() if path.name != LORA_NAME}
+        {
+            name: digest
+            for name, digest in trainer.read_record(tmp_path / run / "checkpoint-30")["files"].items()
+            if name != LORA_NAME
+        }
         for run in ("whole", "killed")
     ]
-    assert {"optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training.json"} <= set(digests[0])
+    assert {"optimizer.bin", "scheduler.bin", "random_states_0.pkl"} <= set(digests[0])
     assert digests[0] == digests[1]
 
 
@@ -1210,15 +1213,6 @@ def test_a_checkpoint_cut_short_is_not_taken(tmp_path):
     (tmp_path / "checkpoint-9-old").mkdir()
     args = trainer.parse_args(command_line("m", "b", tmp_path, "--resume_from_checkpoint", "latest"))
     assert trainer.find_checkpoint(args) is None
-
-
-def test_a_checkpoint_of_a_plain_run_is_projected(tiny_sd1, bundle1, tmp_path, caplog):
-    output = tmp_path / "lora"
-    train(tiny_sd1, bundle1, output, "--nullspace_threshold", 0, "--checkpointing_steps", 2)
-    with caplog.at_level(logging.WARNING):
-        train(tiny_sd1, bundle1, output, "--resume_from_checkpoint", "checkpoint-2")
-    assert "was not in this null space" in caplog.text
-    assert report(output)["leakage"]["max"] < 1e-5
 
 
 def test_a_checkpoint_of_another_rank_is_refused(tiny_sd1, bundle1, tmp_path):

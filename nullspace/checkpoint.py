@@ -1,0 +1,315 @@
+"""Checkpoints of a training: what they record, which of them are whole, and which of them a run may go on from.
+
+`training.json` is written last. It holds the step, the seed, all that the result depends on (`run`), the sha256 of the
+checkpoint's other files (`files`) and its own (`sha256`), so that one that was cut short or altered is noticed.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from accelerate.logging import get_logger
+
+from nullspace_utils import CARD_NAME, NullSpaceError, config_sha256, sha256
+
+
+logger = get_logger(__name__)
+
+RECORD_NAME = "training.json"
+
+# Every flag of the trainer belongs to one of these three. The result of a training depends on the value of these:
+COMPARED = (
+    "model_type", "variant", "tokenizer_max_length", "text_encoder_use_attention_mask",
+    "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
+    "nullspace_timesteps", "nullspace_timestep_range",
+    "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
+    "repeats", "resolution", "center_crop", "random_flip", "image_interpolation_mode",
+    "seed", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "allow_tf32",
+    "enable_xformers_memory_efficient_attention", "cache_latents", "lcm_loss", "snr_gamma", "noise_offset",
+    "optimizer", "use_8bit_adam", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
+    "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "max_train_steps",
+)  # fmt: skip
+# It depends on what these name, whatever the place is called: that is what is hashed.
+BY_CONTENT = {
+    "the model": ("pretrained_model_name_or_path", "revision"),
+    "the tokenizer": ("tokenizer_name",),
+    "the bundle": ("nullspace_name_or_path", "nullspace_revision"),
+    "the pictures": ("instance_data_dir", "dataset_name", "dataset_config_name", "image_column", "cache_dir"),
+    "the captions": ("instance_prompt", "caption_column"),
+}
+# It does not depend on these, but for what `dependent` says of the number of steps.
+FREE = {
+    "how long it trains": ("num_train_epochs",),
+    "validation": (
+        "validation_prompt", "compare_with_base", "num_validation_images", "validation_epochs", "validation_steps",
+    ),
+    "checkpoints and logging": (
+        "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_dir",
+        "report_to",
+    ),
+    "memory": (
+        "gradient_checkpointing", "pre_compute_text_embeddings", "dataloader_num_workers", "local_rank",
+    ),
+    "saving and publishing": (
+        "upcast_before_saving", "allow_unprotected", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token",
+    ),
+}  # fmt: skip
+# The schedules that read a flag; the others give the same with any value of it.
+ENDLESS = ("constant", "constant_with_warmup")
+READ_BY = {
+    "max_train_steps": lambda schedule: schedule not in ENDLESS,
+    "lr_warmup_steps": lambda schedule: schedule != "constant",
+    "lr_num_cycles": lambda schedule: schedule == "cosine_with_restarts",
+    "lr_power": lambda schedule: schedule == "polynomial",
+}
+
+
+def resume_help():
+    """The help of --resume_from_checkpoint: what may differ from the run that wrote the checkpoint."""
+    free = "; ".join(
+        f"{what}: " + ", ".join(f"--{name}" for name in names if name not in ("output_dir", "resume_from_checkpoint"))
+        for what, names in FREE.items()
+    )
+    return (
+        "A checkpoint's folder, or latest for the last whole one in --output_dir. The run goes on as if it had never "
+        "stopped, so all that its result depends on must be as it was. What may change is --max_train_steps, where "
+        f"--lr_scheduler is {' or '.join(ENDLESS)}, since the others end with it; {free}."
+    )
+
+
+# ---- What the result depends on --------------------------------------------------------------------------------------
+
+
+def _flag(name):
+    return f"--{name}"
+
+
+def _named(what):
+    """A content by what it is and the flags that choose it, the first two of them."""
+    return f"{what} ({', '.join(map(_flag, BY_CONTENT[what][:2]))})"
+
+
+def _hash(*parts):
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def describe_run(args, pictures, captions, config, processes, precision):
+    """All that the result depends on and that is known before a model is loaded: `dict`, by what a user calls it.
+
+    The seed and the number of steps are left out where they are not given, and come later.
+
+    Args:
+        args: the trainer's flags.
+        pictures (`list[Image]`): of the subject.
+        captions (`list[list[str]]`): of each picture.
+        config (`dict`): the bundle's.
+        processes (`int`): their number.
+        precision (`str`): "no", "fp16" or "bf16", whether it came from the flag or from accelerate's configuration.
+    """
+    late = [name for name in ("seed", "max_train_steps") if getattr(args, name) is None]
+    run = {_flag(name): getattr(args, name) for name in COMPARED if name not in late}
+    run[_flag("mixed_precision")] = precision
+    run["the number of processes"] = processes
+    # Without the card, which publishing a bundle writes anew
+    files = {name: digest for name, digest in config["files"].items() if name != CARD_NAME}
+    run[_named("the bundle")] = f"sha256 {config_sha256({**config, 'files': files})}"
+    digests = [_hash(picture.mode, picture.size, picture.tobytes()) for picture in pictures]  # decoded
+    run[_named("the pictures")] = f"{len(pictures)} of them, sha256 {_hash(digests)}"
+    distinct = list(dict.fromkeys(caption for several in captions for caption in several))
+    more = f" and {len(distinct) - 3} more" if len(distinct) > 3 else ""
+    run[_named("the captions")] = f"{', '.join(map(repr, distinct[:3]))}{more}, sha256 {_hash(captions)}"
+    return json.loads(json.dumps(run))  # as it is read back
+
+
+def describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, prompts):
+    """The same of the base model, once it is loaded and before its precision is changed.
+
+    All weights count, the scheduler's noise levels and what it predicts, and what the tokenizer makes of the prompts
+    (`list[str]`).
+    """
+    models = {"unet": unet, "text_encoder": text_encoder, "vae": vae}
+    described = {f"{_named('the model')}, {name}": f"sha256 {_weights_sha256(model)}" for name, model in models.items()}
+    levels = noise_scheduler.alphas_cumprod.double().tolist()
+    prediction = noise_scheduler.config.prediction_type
+    described[f"{_named('the model')}, scheduler"] = f"{prediction}, sha256 {_hash(levels)}"
+    described[_named("the tokenizer")] = f"sha256 {_hash(tokenizer(prompts).input_ids, tokenizer.model_max_length)}"
+    return described
+
+
+def _weights_sha256(model):
+    """Hex digest of all weights of a model in float32, several at once, for hashing takes longer than reading."""
+
+    def digest(item):
+        name, tensor = item
+        tensor = tensor.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        return f"{name} {hashlib.sha256(tensor.contiguous().numpy()).hexdigest()}"
+
+    with ThreadPoolExecutor() as pool:
+        return _hash(sorted(pool.map(digest, model.state_dict().items())))
+
+
+def dependent(run):
+    """Those keys of a run whose values its result depends on: without the flags that its schedule does not read."""
+    schedule = run[_flag("lr_scheduler")]
+    ignored = {_flag(name) for name, reads in READ_BY.items() if not reads(schedule)}
+    return [key for key in run if key not in ignored]
+
+
+def check_same_run(folder, asked):
+    """Raise `NullSpaceError`, with all differences, unless a checkpoint is one of the run that is asked for.
+
+    Args:
+        folder (`Path` or `None`): a whole checkpoint, or none to compare with.
+        asked (`dict`): what is known of the run so far.
+    """
+    if folder is None:
+        return
+    record = read_record(folder)
+    recorded, steps = record.get("run"), asked.get(_flag("max_train_steps"), math.inf)
+    if recorded is None:
+        raise NullSpaceError(
+            f"{folder} is from an earlier version and does not record what its run depends on; start anew, without "
+            "--resume_from_checkpoint."
+        )
+    differing = _differing(folder, asked)
+    if differing:
+        was = "; ".join(
+            f"{key}: {_show(recorded.get(key))} in the checkpoint, {_show(asked[key])} asked for" for key in differing
+        )
+        fitting = [path.name for path in checkpoints(folder.parent) if not damage(path) and not _differing(path, asked)]
+        instead = f"name {fitting[-1]}, which is of this run" if fitting else "give what it had, or start anew"
+        raise NullSpaceError(f"{folder} is a checkpoint of another run: {was}; {instead}.")
+    if record["step"] > steps:
+        raise NullSpaceError(
+            f"{folder} is beyond --max_train_steps {steps}; raise that, or resume from an earlier checkpoint."
+        )
+
+
+def _differing(folder, asked):
+    """Keys of what is asked for that a checkpoint has recorded otherwise."""
+    recorded = read_record(folder).get("run") or {}
+    return [key for key in dependent(asked) if recorded.get(key) != asked[key]]
+
+
+def _show(value):
+    """A value as a user would read it: hashes in short."""
+    return "not given" if value is None else re.sub(r"(?<=sha256 )(\w{12})\w+", r"\1...", str(value))
+
+
+# ---- Folders ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder):
+    """Checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.split("-")[1])
+
+
+def read_record(folder):
+    """What `training.json` of a checkpoint says."""
+    return json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+
+
+def seal(folder, step, seed, run):
+    """Write `training.json`, last: from then on the checkpoint is whole. Its files are on the disk before it is."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    for name in names:
+        with open(folder / name, "r+b") as file:
+            os.fsync(file.fileno())
+    record = {"step": step, "seed": seed, "run": run, "files": {name: sha256(folder / name) for name in names}}
+    record["sha256"] = config_sha256(record)
+    with open(folder / RECORD_NAME, "w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def damage(folder):
+    """What is wrong with a checkpoint, as the end of a sentence about it, or None where it is whole."""
+    try:
+        record = read_record(folder)
+        if "files" in record and record["sha256"] != config_sha256(record):
+            return f"whose {RECORD_NAME} is altered"
+        for name, digest in record.get("files", {}).items():
+            if not (folder / name).is_file():
+                return f"which lacks {name}"
+            if sha256(folder / name) != digest:
+                return f"whose {name} is truncated or altered"
+        int(record["step"])
+    except FileNotFoundError:
+        return f"which lacks {RECORD_NAME}"
+    except OSError as error:
+        return f"which cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"whose {RECORD_NAME} is no record of a checkpoint"
+    return None
+
+
+def save_checkpoint(accelerator, step, args, run):
+    """Write `checkpoint-<step>`, whole or not at all, drop those beyond --checkpoints_total_limit; return its path."""
+    final = args.output_dir / f"checkpoint-{step}"
+    partial = args.output_dir / f"partial-checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(partial)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        seal(partial, step, args.seed, run)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        if args.checkpoints_total_limit:
+            # What an earlier run left beyond this step goes first, for this one does not continue it
+            found = sorted(checkpoints(args.output_dir), key=lambda path: step_of(path) <= step)
+            for path in found[: -args.checkpoints_total_limit]:
+                shutil.rmtree(path)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def find_checkpoint(args):
+    """The checkpoint to resume from, or None; of the latest ones, those that are damaged are named and passed over.
+
+    Raises:
+        NullSpaceError: if a named one does not exist or is damaged, or all that there are are.
+    """
+    if args.resume_from_checkpoint == "latest":
+        found = checkpoints(args.output_dir)
+        for path in args.output_dir.glob("partial-checkpoint-*"):
+            logger.warning(f"Passing over {path}, which was cut short while it was written.")
+        for path in reversed(found):
+            wrong = damage(path)
+            if wrong is None:
+                return path
+            logger.warning(f"Passing over {path}, {wrong}.")
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise NullSpaceError(
+                f"--resume_from_checkpoint latest finds no whole checkpoint in {args.output_dir}: {names} are damaged; "
+                "start anew, without it."
+            )
+    elif args.resume_from_checkpoint:
+        for path in (Path(args.resume_from_checkpoint), args.output_dir / args.resume_from_checkpoint):
+            if (path / RECORD_NAME).is_file():
+                wrong = damage(path)
+                if wrong is None:
+                    return path
+                raise NullSpaceError(
+                    f"--resume_from_checkpoint names {path}, {wrong}; name an earlier one, or latest, which passes "
+                    "over damaged ones."
+                )
+        raise NullSpaceError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a checkpoint.")
+    return None

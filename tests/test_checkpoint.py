@@ -1,0 +1,248 @@
+"""nullspace/checkpoint.py: what a checkpoint records, which ones are whole, and which a run may go on from."""
+
+import json
+import logging
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from accelerate.state import PartialState
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import train_dreambooth_nullspace as trainer
+from nullspace import checkpoint as room
+from nullspace_utils import CARD_NAME, LORA_NAME, NullSpaceError, sha256
+from shapes import DEMO
+from test_train import bundle1, command_line, drawing_in_two_steps, same, train  # noqa: F401 (fixtures)
+
+
+CONFIG = {"files": {"joint.safetensors": "1" * 64, CARD_NAME: "2" * 64}, "groups": [], "sha256": "3" * 64}
+OTHERS = {"lr_scheduler": "cosine", "optimizer": "prodigy", "lcm_loss": "epsilon", "mixed_precision": "bf16"}
+
+
+def parse(*flags, folder="o"):
+    return trainer.parse_args(command_line("m", "b", folder, *flags))
+
+
+def describe(args, shade=0, captions=("a sks star",), config=CONFIG, processes=1):
+    picture = Image.new("RGB", (8, 8), (shade, 0, 0))
+    precision = args.mixed_precision or "no"
+    return room.describe_run(args, [picture], [list(captions)], config, processes, precision)
+
+
+def make_checkpoint(folder, step, run):
+    """A whole checkpoint of two files."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in ("optimizer.bin", LORA_NAME):
+        (path / name).write_bytes(f"{name} {step}".encode())
+    room.seal(path, step, 0, run)
+    return path
+
+
+# ---- What is compared ------------------------------------------------------------------------------------------------
+
+
+def test_every_flag_is_in_one_class():
+    """A new flag is put where it belongs: does the result depend on it, on what it names, or neither?"""
+    classes = [*room.COMPARED]
+    for names in (*room.BY_CONTENT.values(), *room.FREE.values()):
+        classes += names
+    replaced = {flag.removeprefix("--") for flag in trainer.REPLACED}
+    assert sorted(classes) == sorted(vars(parse()).keys() - replaced)
+
+
+def test_the_help_lists_what_may_change(capsys):
+    with pytest.raises(SystemExit):
+        trainer.parse_args(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    free = {name for names in room.FREE.values() for name in names} - {"resume_from_checkpoint"}
+    text = re.search(r"A checkpoint's folder, or latest.*?--hub_token\.", shown).group()
+    assert set(re.findall(r"--\w+", text)) == {f"--{name}" for name in (*free, "max_train_steps", "lr_scheduler")}
+
+
+@pytest.mark.parametrize("name", room.COMPARED)
+def test_another_value_of_a_flag_is_named_with_both(name, tmp_path):
+    args = parse("--lr_scheduler", "cosine_with_restarts" if name == "lr_num_cycles" else "polynomial")
+    folder = make_checkpoint(tmp_path, 2, describe(args))
+    room.check_same_run(folder, describe(args))
+    before = getattr(args, name)
+    after = OTHERS.get(name, "x" if before is None or isinstance(before, str) else before + 1)
+    setattr(args, name, after)
+    shown = "no" if name == "mixed_precision" else "not given" if before is None else before
+    with pytest.raises(NullSpaceError, match=re.escape(f"--{name}: {shown} in the checkpoint, {after} asked for")):
+        room.check_same_run(folder, describe(args))
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"shade": 1}, r"the pictures \(--instance_data_dir, .*: 1 of them, sha256 \w{12}\.{3} in the checkpoint, 1"),
+        ({"captions": ["a zwx heart"]}, r"the captions \(--instance_prompt, .*: 'a sks star', .*, 'a zwx heart', sha"),
+        ({"processes": 2}, "the number of processes: 1 in the checkpoint, 2 asked for"),
+        (
+            {"config": CONFIG | {"files": CONFIG["files"] | {"joint.safetensors": "4" * 64}}},
+            r"the bundle \(--nullspace_name_or_path, .*: sha256 \w{12}\.\.\. in the checkpoint, sha256",
+        ),
+    ],
+)
+def test_what_flags_name_is_compared_by_its_content(changed, name, tmp_path):
+    folder = make_checkpoint(tmp_path, 2, describe(parse()))
+    with pytest.raises(NullSpaceError, match=name):
+        room.check_same_run(folder, describe(parse(), **changed))
+
+
+def test_a_bundle_stays_itself_when_it_is_published(tmp_path):
+    folder = make_checkpoint(tmp_path, 2, describe(parse()))
+    config = CONFIG | {"files": CONFIG["files"] | {CARD_NAME: "5" * 64}, "sha256": "6" * 64}
+    room.check_same_run(folder, describe(parse(), config=config))
+
+
+@pytest.mark.parametrize("schedule", trainer.SCHEDULES)
+def test_more_steps_only_where_the_schedule_does_not_end_with_them(schedule, tmp_path):
+    args = parse("--lr_scheduler", schedule)
+    folder = make_checkpoint(tmp_path, 2, describe(args))
+    args.max_train_steps = 9
+    if schedule in ("constant", "constant_with_warmup"):
+        room.check_same_run(folder, describe(args))
+    else:
+        with pytest.raises(NullSpaceError, match="--max_train_steps: 3 in the checkpoint, 9 asked for"):
+            room.check_same_run(folder, describe(args))
+
+
+def test_flags_that_the_schedule_does_not_read_may_change(tmp_path):
+    folder = make_checkpoint(tmp_path, 2, describe(parse()))
+    flags = ("--lr_warmup_steps", 7, "--lr_num_cycles", 7, "--lr_power", 7)
+    room.check_same_run(folder, describe(parse(*flags)))
+
+
+def test_a_checkpoint_without_a_record_is_refused(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / room.RECORD_NAME).write_text('{"step": 2, "seed": 0}')
+    assert room.damage(tmp_path / "checkpoint-2") is None
+    with pytest.raises(NullSpaceError, match="does not record what its run depends on; start anew"):
+        room.check_same_run(tmp_path / "checkpoint-2", describe(parse()))
+
+
+def test_every_part_of_the_model_is_compared(tiny_sd1, tiny_sd2):
+    def load(folder):
+        return [
+            UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
+            CLIPTextModel.from_pretrained(folder, subfolder="text_encoder"),
+            AutoencoderKL.from_pretrained(folder, subfolder="vae"),
+            DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
+            CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+        ]
+
+    parts, others = load(tiny_sd1), load(tiny_sd2)
+    before = room.describe_models(*parts, ["a red star"])
+    assert before == room.describe_models(*load(tiny_sd1), ["a red star"]) and len(before) == 5
+    for index, key in enumerate(list(before)[:4]):
+        changed = room.describe_models(*parts[:index], others[index], *parts[index + 1 :], ["a red star"])
+        assert [name for name in before if changed[name] != before[name]] == [key]
+    parts[4].add_tokens("star")
+    changed = room.describe_models(*parts, ["a red star"])
+    assert [name for name in before if changed[name] != before[name]] == ["the tokenizer (--tokenizer_name)"]
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+
+
+def forge(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 3}))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("optimizer.bin", cut, "whose optimizer.bin is truncated or altered"),
+        (LORA_NAME, flip, f"whose {LORA_NAME} is truncated or altered"),
+        ("optimizer.bin", lambda path: path.unlink(), "which lacks optimizer.bin"),
+        (room.RECORD_NAME, lambda path: path.unlink(), f"which lacks {room.RECORD_NAME}"),
+        (room.RECORD_NAME, cut, f"whose {room.RECORD_NAME} is no record"),
+        (room.RECORD_NAME, forge, f"whose {room.RECORD_NAME} is altered"),
+        (room.RECORD_NAME, lambda path: path.write_text("[]"), f"whose {room.RECORD_NAME} is no record"),
+        (room.RECORD_NAME, lambda path: path.write_bytes(b"\xff\x00"), f"whose {room.RECORD_NAME} is no record"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, harm, message, tmp_path, caplog):
+    PartialState()
+    before, last = (make_checkpoint(tmp_path, step, describe(parse())) for step in (2, 10))
+    (tmp_path / "partial-checkpoint-12").mkdir()
+    args = parse("--resume_from_checkpoint", "latest", folder=tmp_path)
+    assert room.find_checkpoint(args) == last
+    harm(last / name)
+    with caplog.at_level(logging.WARNING):
+        assert room.find_checkpoint(args) == before
+    assert f"Passing over {last}, {message}" in caplog.text and "partial-checkpoint-12, which was cut" in caplog.text
+    with pytest.raises(NullSpaceError, match="checkpoint-10"):
+        room.find_checkpoint(parse("--resume_from_checkpoint", "checkpoint-10", folder=tmp_path))
+    flip(before / LORA_NAME)
+    with pytest.raises(NullSpaceError, match="finds no whole checkpoint in"):
+        room.find_checkpoint(args)
+
+
+# ---- The trainer -----------------------------------------------------------------------------------------------------
+
+
+def test_latest_of_another_subject_is_refused_before_a_model_is_loaded(
+    tiny_sd1,
+    bundle1,
+    tmp_path,
+    monkeypatch,  # noqa: F811
+):
+    """An earlier run on another subject went further; the sentence names the checkpoint of this one."""
+    output, heart = tmp_path / "lora", ("--instance_data_dir", DEMO / "instance_images" / "heart")
+    heart += ("--instance_prompt", "a zwx heart", "--checkpointing_steps", 2)
+    train(tiny_sd1, bundle1, output, "--checkpointing_steps", 2, "--max_train_steps", 4)
+    train(tiny_sd1, bundle1, output, *heart, "--max_train_steps", 3)
+    digests = {path: sha256(path) for path in output.rglob("*") if path.is_file()}
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.UNet2DConditionModel, "from_pretrained", load)
+        with pytest.raises(NullSpaceError, match="checkpoint-4 is a checkpoint of another run") as caught:
+            train(tiny_sd1, bundle1, output, *heart, "--resume_from_checkpoint", "latest", "--max_train_steps", 5)
+    for part in ("the pictures", "'a photo of a sks star'", "'a zwx heart'", "name checkpoint-2, which is of this run"):
+        assert part in str(caught.value)
+    assert digests == {path: sha256(path) for path in output.rglob("*") if path.is_file()}
+    resumed = train(
+        tiny_sd1, bundle1, output, *heart, "--resume_from_checkpoint", "checkpoint-2", "--max_train_steps", 5
+    )
+    assert same(resumed, train(tiny_sd1, bundle1, tmp_path / "whole", *heart, "--max_train_steps", 5))
+
+
+def test_a_changed_vae_and_a_moved_model(tiny_sd1, bundle1, tmp_path):  # noqa: F811
+    """The place of a model may change, its weights may not, those included that no bundle covers."""
+    output, flags = tmp_path / "lora", ("--checkpointing_steps", 2)
+    train(tiny_sd1, bundle1, output, *flags)
+    flags += ("--resume_from_checkpoint", "latest")
+    shutil.copytree(tiny_sd1, tmp_path / "moved")
+    train(tmp_path / "moved", bundle1, output, *flags)
+    vae = AutoencoderKL.from_pretrained(tiny_sd1, subfolder="vae")
+    vae.encoder.conv_in.weight.data[0, 0, 0, 0] += 1
+    vae.save_pretrained(tmp_path / "moved" / "vae")
+    with pytest.raises(NullSpaceError, match=r"the model \(--pretrained_model_name_or_path, --revision\), vae: sha256"):
+        train(tmp_path / "moved", bundle1, output, *flags)
+
+
+def test_the_files_are_on_the_disk_before_their_record(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(room, "os", SimpleNamespace(fsync=lambda number: synced.append(number)))
+    folder = make_checkpoint(tmp_path, 2, {})
+    assert len(synced) == 3 and set(room.read_record(folder)["files"]) == {"optimizer.bin", LORA_NAME}

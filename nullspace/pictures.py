@@ -238,6 +238,13 @@ def pictures_in(folder, tell):
     return pictures
 
 
+def holds_pictures(path):
+    """Whether a path is a folder, open to this user, with pictures that are not hidden."""
+    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
+        return False
+    return any(is_picture(file) and not is_hidden(file) for file in path.iterdir())
+
+
 def find_instances(folder, column, tell):
     """The pictures of --instance_data_dir with captions and repeats: its own, or those of kohya's '10_name' folders.
 
@@ -250,12 +257,10 @@ def find_instances(folder, column, tell):
     where = f"--instance_data_dir {folder}"
     if not folder.is_dir():
         raise NullSpaceError(f"{where} is not a folder.")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise NullSpaceError(f"{where} may not be read by this user; change its permissions.")
     own = pictures_in(folder, tell)
-    filled = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and not is_hidden(path) and any(is_picture(file) for file in path.iterdir())
-    ]
+    filled = [path for path in sorted(folder.iterdir()) if not is_hidden(path) and holds_pictures(path)]
     kohya = {path: kohya_repeats(path) for path in filled if kohya_repeats(path)}
     others = [path.name for path in filled if path not in kohya]
     if own and kohya:
@@ -359,8 +364,8 @@ def why_no_dataset(error):
         cause = cause.__cause__
     if cause is None:
         return reason(error)
-    there, first = (", ".join(sorted(names)) for names in (cause.table_column_names, cause.requested_column_names))
-    return f"one of its files has the columns {there}, another {first}; leave those of one kind"
+    different = sorted({*cause.table_column_names} ^ {*cause.requested_column_names})
+    return f"its files have different columns: not in all of them are {', '.join(different)}"
 
 
 def layout_hint(args):

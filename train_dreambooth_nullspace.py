@@ -59,7 +59,7 @@ from huggingface_hub import ModelCardData
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.data import DataLoader, Dataset
@@ -67,6 +67,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from build_nullspace import make_scheduler
+from nullspace.captions import trained_prompts
 from nullspace.checkpoint import (
     check_same_run,
     describe_models,
@@ -85,6 +86,7 @@ from nullspace.divergence import (
     run_in_float32,
     sound_vae,
 )
+from nullspace.pictures import INTERPOLATION, colour, comparison_grid, fit, read_instances, save_picture
 from nullspace_utils import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
@@ -122,9 +124,6 @@ HUBER = 1e-3  # an LCM's losses are quadratic below this error of a latent, line
 PICTURES_PER_EXTRA_PROMPT = 8
 REPORT_NAME = "nullspace_report.json"
 COMPARISON_NAME = "comparison.png"
-INTERPOLATION = {
-    name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
-} | {"nearest_exact": Image.Resampling.NEAREST}
 # All of diffusers' but the one that needs rules of its own.
 SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 # What is gone, and what takes its place; none of them is in the help.
@@ -272,21 +271,33 @@ def parse_args(argv=None):
     )
 
     group = parser.add_argument_group("pictures")
-    group.add_argument("--instance_data_dir", type=Path, help="Folder with the subject's pictures.")
+    group.add_argument(
+        "--instance_data_dir",
+        type=Path,
+        help="Folder with the subject's pictures, or with kohya's folders of them ('10_sks dog': 10 times an epoch). "
+        "A caption beside a picture (0.txt for 0.png), or in a metadata.jsonl, takes the place of --instance_prompt. "
+        "HEIC needs pillow-heif; pictures more than 10 times as long as wide are refused.",
+    )
     group.add_argument(
         "--dataset_name", help="Instead of that folder, a folder or Hub id of a dataset with pictures (and captions)."
     )
     group.add_argument("--dataset_config_name", help="Configuration of that dataset.")
     group.add_argument("--image_column", default="image", help="Column with its pictures (default: %(default)s).")
     group.add_argument("--caption_column", help="Column with its captions (default: the instance prompts).")
+    group.add_argument(
+        "--background",
+        type=colour,
+        default="white",
+        metavar="COLOUR",
+        help="What transparent pictures are laid on, a name or #rrggbb (default: %(default)s).",
+    )
     group.add_argument("--cache_dir", help="Where that dataset is stored (default: the datasets library's cache).")
     group.add_argument(
         "--instance_prompt",
         nargs="+",
-        required=True,
         metavar="PROMPT",
-        help="Prompt with an identifier for the subject (required). Several take turns at random, so that the subject "
-        "is not tied to the words of one.",
+        help="Prompt with an identifier for the subject (required for pictures without a caption). Several take turns "
+        "at random, so that the subject is not tied to the words of one.",
     )
     group.add_argument("--repeats", type=int, default=1, help="Times a picture is in an epoch (default: %(default)s).")
     group.add_argument("--resolution", type=int, default=512, help="Side of the training pictures (default: 512).")
@@ -467,55 +478,6 @@ def require(package, flag):
         raise NullSpaceError(f"{flag} needs {package}, which is not installed: pip install {package}")
 
 
-def read_instances(args):
-    """The pictures, upright and in RGB, and the captions of each: those of a folder by name, or of a dataset in order.
-
-    Raises:
-        NullSpaceError: if there are none, or one cannot be read.
-    """
-    if args.dataset_name is not None:
-        return read_dataset(args)
-    folder = args.instance_data_dir
-    if not folder.is_dir():
-        raise NullSpaceError(f"--instance_data_dir {folder} is not a folder.")
-    extensions = Image.registered_extensions()
-    pictures = []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in extensions):
-        try:
-            with Image.open(path) as picture:
-                pictures.append(ImageOps.exif_transpose(picture).convert("RGB"))
-        except (OSError, SyntaxError, UnidentifiedImageError) as error:
-            raise NullSpaceError(f"The picture {path} cannot be read ({error}); mend or remove it.") from error
-    if not pictures:
-        raise NullSpaceError(f"--instance_data_dir {folder} holds no pictures.")
-    return pictures, [args.instance_prompt] * len(pictures)
-
-
-def read_dataset(args):
-    """The same from the split "train" of --dataset_name; a row without a caption has the instance prompts."""
-    require("datasets", "--dataset_name")
-    from datasets import load_dataset  # slow to import, and seldom needed
-
-    where = f"--dataset_name {args.dataset_name}"
-    columns = {"--image_column": args.image_column, "--caption_column": args.caption_column}
-    try:
-        rows = load_dataset(args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir)
-        absent = [flag for flag, column in columns.items() if column and column not in rows.column_names]
-        cells = {flag: rows[column][:] for flag, column in columns.items() if column and not absent}
-    except (OSError, ValueError) as error:
-        raise NullSpaceError(f"{where} cannot be read ({reason(error)}).") from error
-    for flag in absent:
-        names = ", ".join(rows.column_names)
-        raise NullSpaceError(f"{where} has no column '{columns[flag]}'; choose a {flag} of {names}.")
-    pictures, captions = cells["--image_column"], cells.get("--caption_column", [None] * len(rows))
-    if not pictures:
-        raise NullSpaceError(f"{where} holds no pictures.")
-    if not all(isinstance(picture, Image.Image) for picture in pictures):
-        raise NullSpaceError(f"The column '{args.image_column}' of {where} holds something that is not a picture.")
-    pictures = [ImageOps.exif_transpose(picture).convert("RGB") for picture in pictures]
-    return pictures, [[caption] if caption else args.instance_prompt for caption in captions]
-
-
 def seeded(*parts):
     """A CPU generator seeded by all of the parts, so that what is drawn depends on nothing else.
 
@@ -540,9 +502,7 @@ class InstanceDataset(Dataset):
     def __init__(self, pictures, captions, args):
         self.pictures, self.captions, self.args = [], captions, args
         for picture in pictures:
-            scale = args.resolution / min(picture.size)
-            size = tuple(max(args.resolution, round(side * scale)) for side in picture.size)
-            self.pictures.append(picture.resize(size, INTERPOLATION[args.image_interpolation_mode]))
+            self.pictures.append(fit(picture, args.resolution, args.image_interpolation_mode))
         self.epoch = 0
         self.cached = None
         self.processor = VaeImageProcessor(do_resize=False)
@@ -823,43 +783,6 @@ def draw(pipeline, prompts, args, description):
     return rows
 
 
-def comparison_grid(rows_by_name, prompts, side=160):
-    """One picture: a column for each prompt, below it what each model drew, equal seeds next to each other.
-
-    Args:
-        rows_by_name (`dict[str, list[list[Image]]]`): model name -> rows from `draw`.
-        prompts (`list[str]`): the columns' titles.
-        side (`int`): of each picture, in pixels; smaller pictures are enlarged without smoothing.
-    """
-    margin, title = 90, 60
-    seeds = len(next(iter(rows_by_name.values())))
-    grid = Image.new("RGB", (margin + side * len(prompts), title + side * seeds * len(rows_by_name)), "white")
-    pen = ImageDraw.Draw(grid)
-    for column, prompt in enumerate(prompts):
-        lines = [""]
-        for word in prompt.split():
-            if lines[-1] and pen.textlength(f"{lines[-1]} {word}") > side - 10:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.multiline_text((margin + column * side + 4, 4), "\n".join(lines[:4]), fill="black")
-    y = title
-    for seed in range(seeds):
-        for name, rows in rows_by_name.items():
-            pen.text((4, y + side // 2), name, fill="black")
-            for column, picture in enumerate(rows[seed]):
-                smooth = Image.Resampling.LANCZOS if picture.width >= side else Image.Resampling.NEAREST
-                grid.paste(picture.resize((side - 4, side - 4), smooth), (margin + column * side + 2, y + 2))
-            y += side
-    return grid
-
-
-def save_picture(picture, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial-{path.name}")
-    picture.save(partial)
-    os.replace(partial, path)
-
-
 def log_picture(accelerator, name, picture, step):
     """Send a picture to the trackers that take pictures."""
     for tracker in accelerator.trackers:
@@ -986,7 +909,7 @@ def log_audit(accelerator, found, step):
     accelerator.log(values | {"unprotected_layers": len(found["unprotected"])}, step=step)
 
 
-def make_report(found, bundle, lora_dtype, args):
+def make_report(found, bundle, dtype, args):
     """What is written of a run: what is guaranteed, its settings, and what `audit_file` found."""
     return {
         "guarantee": describe_guarantee(found, bundle, dtype, args),
@@ -1404,7 +1327,7 @@ def add_extra_prompts(bundle, components, accelerator, dtype, args):
     return bundle.emphasize(Bundle.from_moments(moments, groups, config))
 
 
-def draw_in_training(accelerator, adapted, kept, dtype, args):
+def draw_in_training(accelerator, adapted, kept, dtype, step, args):
     """Draw the validation prompts with the models in training, and without their LoRA: one picture."""
     for model in adapted.values():
         model.eval()
@@ -1418,7 +1341,7 @@ def draw_in_training(accelerator, adapted, kept, dtype, args):
         rows["tuned"] = draw(pipeline, args.validation_prompt, args, "Validating")
     for model in adapted.values():
         model.train()
-    return comparison_grid(rows, args.validation_prompt)
+    return comparison_grid(rows, args.validation_prompt, args.seed, step)
 
 
 def draw_saved(prompts, device, dtype, args):
@@ -1446,7 +1369,14 @@ def main(args):
 
     # Find out all that can go wrong before the work
     with accelerator.main_process_first():
-        pictures, captions = read_instances(args)
+        pictures, captions = read_instances(
+            args,
+            args.background,
+            keep=partial(fit, resolution=args.resolution, interpolation=args.image_interpolation_mode),
+            tell=logger.info,
+            need_captions=True,
+        )
+    args.instance_prompt = trained_prompts(captions, args.instance_prompt)
     check_writable(args.output_dir)
     checkpoint = find_checkpoint(args)
     if args.push_to_hub and accelerator.is_main_process:
@@ -1619,7 +1549,7 @@ def main(args):
     def validate():
         if accelerator.is_main_process:
             scalars.flush()
-            picture = draw_in_training(accelerator, adapted, kept, weight_dtype, args)
+            picture = draw_in_training(accelerator, adapted, kept, weight_dtype, step, args)
             save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
             log_picture(accelerator, "validation", picture, step)
 
@@ -1706,7 +1636,7 @@ def main(args):
         prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
         with earlier:
             rows = draw_saved(prompts, device, weight_dtype, args)
-        picture = comparison_grid(rows, prompts)
+        picture = comparison_grid(rows, prompts, args.seed, step)
         save_picture(picture, args.output_dir / COMPARISON_NAME)
         log_picture(accelerator, "comparison", picture, step)
         write_card(bundle, report, prompts, rows["tuned"][0], args)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from nullspace_utils import NullSpaceError
+from nullspace.errors import NullSpaceError
 
 
 CAPTION_ENDINGS = (".txt", ".caption")  # of sd-scripts: --caption_extension, and its default

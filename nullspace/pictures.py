@@ -26,7 +26,8 @@ from nullspace.captions import (
     kohya_repeats,
     listed,
 )
-from nullspace_utils import NullSpaceError, reason
+from nullspace.errors import NullSpaceError
+from nullspace.hub import reason
 
 
 INTERPOLATION = {

@@ -27,8 +27,8 @@ import os
 import random
 import re
 import shlex
-import shutil
 import sys
+import tempfile
 from bisect import bisect_left
 from collections import Counter
 from functools import partial
@@ -79,7 +79,6 @@ from nullspace.checkpoint import (
 )
 from nullspace.divergence import (
     DrawnLatents,
-    Earlier,
     SkippedSteps,
     check_scalars,
     check_weights,
@@ -834,25 +833,20 @@ def audit_file(folder, bundle, adapted, args):
     )
 
 
-def save_audited(bundle, adapted, dtype, args):
-    """Write the LoRA, read it back, put it in its place, and return what `audit_file` found.
+def save_audited(folder, bundle, adapted, dtype, args):
+    """Write the LoRA to a folder, read it back, and return what `audit_file` found.
 
     Raises:
-        NullSpaceError: if a protected layer leaks more than `LEAKAGE_BOUNDS` allow. The file is then called
-            `UNPROTECTED_NAME`, and an earlier LoRA stays where it is.
+        NullSpaceError: if a protected layer leaks more than `LEAKAGE_BOUNDS` allow. The file is then
+            `UNPROTECTED_NAME` in --output_dir.
     """
-    partial, bound = args.output_dir / "partial-lora", LEAKAGE_BOUNDS[dtype]
-    shutil.rmtree(partial, ignore_errors=True)
-    save_lora(partial, **adapted, dtype=dtype)
-    found = audit_file(partial, bundle, adapted, args)
+    save_lora(folder, **adapted, dtype=dtype)
+    found, bound = audit_file(folder, bundle, adapted, args), LEAKAGE_BOUNDS[dtype]
     leaking = {row["module"]: row["leakage"] for row in found["layers"] if row["leakage"] is not None}
     leaking = {name: leakage for name, leakage in leaking.items() if not leakage <= bound}  # nor where it is NaN
-    if args.nullspace_timesteps == "nearest":
-        leaking = {}
-    target = args.output_dir / (UNPROTECTED_NAME if leaking else LORA_NAME)
-    os.replace(partial / LORA_NAME, target)
-    partial.rmdir()
-    if leaking:
+    if leaking and args.nullspace_timesteps != "nearest":  # which promises nothing
+        target = args.output_dir / UNPROTECTED_NAME
+        os.replace(folder / LORA_NAME, target)
         name = max(leaking, key=lambda name: math.inf if math.isnan(leaking[name]) else leaking[name])
         advice = "report it with your command line" if dtype == torch.float32 else "pass --upcast_before_saving"
         raise NullSpaceError(
@@ -860,7 +854,6 @@ def save_audited(bundle, adapted, dtype, args):
             f"and {bound:g} is the bound of {describe_dtype(dtype)} file ({len(leaking)} of {len(found['layers'])} "
             f"layers are above it); it was written to {target} only, without a card, and should not be used: {advice}."
         )
-    (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, which this one takes the place of
     return found
 
 
@@ -1344,11 +1337,11 @@ def draw_in_training(accelerator, adapted, kept, dtype, step, args):
     return comparison_grid(rows, args.validation_prompt, args.seed, step)
 
 
-def draw_saved(prompts, device, dtype, args):
-    """Draw prompts with the base model and with the LoRA in --output_dir: `dict[str, list[list[Image]]]`."""
+def draw_saved(folder, prompts, device, dtype, args):
+    """Draw prompts with the base model and with the LoRA in a folder: `dict[str, list[list[Image]]]`."""
     pipeline = load_pipeline(args, dtype, device)
     rows = {"base": draw(pipeline, prompts, args, "Drawing with the base model")} if args.compare_with_base else {}
-    pipeline.load_lora_weights(args.output_dir)
+    pipeline.load_lora_weights(folder)
     return rows | {"tuned": draw(pipeline, prompts, args, "Drawing with the LoRA")}
 
 
@@ -1620,22 +1613,24 @@ def main(args):
     check_weights(parameters, step, args.learning_rate, lora_dtype)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        earlier = Earlier(args.output_dir / LORA_NAME, args.output_dir / REPORT_NAME)
-        found = save_audited(bundle, adapted, lora_dtype, args)
-        log_audit(accelerator, found, step)
+        # It takes its place, and that of an earlier one, only once the file and its pictures turn out sound
+        with tempfile.TemporaryDirectory(prefix="partial-lora-", dir=args.output_dir) as staging:
+            found = save_audited(Path(staging), bundle, adapted, lora_dtype, args)
+            log_audit(accelerator, found, step)
+            for key in ("leakage", "predicted_drift"):
+                if found[key]["max"] is not None:
+                    logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
+            del unet, denoise, text_encoder, vae, model, models, optimizer, projector, prompt_encoder
+            adapted.clear()
+            kept.clear()
+            accelerator.free_memory()  # it keeps what it prepared
+            free_memory()
+            prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
+            rows = draw_saved(staging, prompts, device, weight_dtype, args)
+            os.replace(Path(staging) / LORA_NAME, args.output_dir / LORA_NAME)
+        (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, whose place this one takes
         report = make_report(found, bundle, lora_dtype, args)
         write_json(args.output_dir / REPORT_NAME, report)
-        for key in ("leakage", "predicted_drift"):
-            if found[key]["max"] is not None:
-                logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
-        del unet, denoise, text_encoder, vae, model, models, optimizer, projector, prompt_encoder
-        adapted.clear()
-        kept.clear()
-        accelerator.free_memory()  # it keeps what it prepared
-        free_memory()
-        prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
-        with earlier:
-            rows = draw_saved(prompts, device, weight_dtype, args)
         picture = comparison_grid(rows, prompts, args.seed, step)
         save_picture(picture, args.output_dir / COMPARISON_NAME)
         log_picture(accelerator, "comparison", picture, step)

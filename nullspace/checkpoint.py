@@ -39,7 +39,14 @@ BY_CONTENT = {
     "the model": ("pretrained_model_name_or_path", "revision"),
     "the tokenizer": ("tokenizer_name",),
     "the bundle": ("nullspace_name_or_path", "nullspace_revision"),
-    "the pictures": ("instance_data_dir", "dataset_name", "dataset_config_name", "image_column", "cache_dir", "background"),
+    "the pictures": (
+        "instance_data_dir",
+        "dataset_name",
+        "dataset_config_name",
+        "image_column",
+        "cache_dir",
+        "background",
+    ),
     "the captions": ("instance_prompt", "caption_column"),
 }
 # It does not depend on these, but for what `dependent` says of the number of steps.

@@ -1,8 +1,6 @@
 """Notices that a training has diverged: NaN or infinity in latents, loss, gradients, weights or pictures."""
 
 import math
-import os
-import shutil
 
 import torch
 from accelerate.logging import get_logger
@@ -85,35 +83,6 @@ class DrawnLatents:
         """Raise `DivergedError` if some were not finite; `what` says what was done with the pictures."""
         if self.finite is not None and not self.finite:
             raise diverged("the latents of the pictures are not finite", f"({what})", learning_rate)
-
-
-class Earlier:
-    """Copies of files that a finished training is about to replace, which go back if its pictures are not finite.
-
-        earlier = Earlier(path)
-        ...
-        with earlier:
-            draw()
-
-    A file that was not there is then gone again. The copies are removed at the end of the block.
-    """
-
-    def __init__(self, *paths):
-        self.copies = {path: path.with_name(f"partial-earlier-{path.name}") for path in paths}
-        for path, copy in self.copies.items():
-            if path.is_file():
-                shutil.copy2(path, copy)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        for path, copy in self.copies.items():
-            if isinstance(error, DivergedError):
-                path.unlink(missing_ok=True)
-                if copy.is_file():
-                    os.replace(copy, path)
-            copy.unlink(missing_ok=True)
 
 
 # ---- The VAE in fp16 -------------------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def parse_args(argv=None):
     )
     group.add_argument("--dataset_config_name", help="Configuration of that dataset.")
     group.add_argument("--image_column", default="image", help="Column with its pictures (default: %(default)s).")
-    group.add_argument("--caption_column", help="Column with its captions (default: the instance prompts).")
+    group.add_argument("--caption_column", help="Column with its captions, or of metadata.jsonl.")
     group.add_argument(
         "--background",
         type=colour,

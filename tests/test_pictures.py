@@ -302,6 +302,7 @@ def test_metadata_that_cannot_be_used_is_named_with_its_row(lines, words, tmp_pa
 
 def test_columns_of_metadata(tmp_path):
     folder = instances(tmp_path / "star", 1)
+    assert "--caption_column words is not used" in read(folder, column="words")[2]
     (folder / "metadata.csv").write_text("file_name,words\n0.png,a caption\n")
     assert "words" in read(folder)[2] and read(folder)[1] == [["p"]]
     assert read(folder, column="words")[1] == [["a caption"]]

@@ -55,6 +55,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from nullspace.cards import code_block, code_span, plain, table_cell, utf8
 from nullspace_utils import (
     CARD_NAME,
     CONFIG_NAME,
@@ -584,23 +585,22 @@ def write_card(license_name):
         )
         steps = ", ".join(map(str, config["num_inference_steps"]))
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
-        named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else f"`{model['id']}`"
-        (folder / CARD_NAME).write_text(
-            f"""---
+        named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else code_span(model["id"])
+        card = f"""---
 {data.to_yaml()}
 ---
 
-# Null-space bundle of {Path(model["id"]).name}
+# Null-space bundle of {plain(Path(model["id"]).name)}
 
 The directions that the attention layers of {named} use on {prompts["count"]:,} prompts
-(`{prompts["source"]}`, the empty prompt included). A DreamBooth LoRA that is trained outside of them learns its subject
+({code_span(prompts["source"])}, the empty prompt included). A DreamBooth LoRA that is trained outside of them learns its subject
 and leaves these prompts as they were.
 
 ## Train with it
 
 ```bash
 accelerate launch train_dreambooth_nullspace.py \\
-  --pretrained_model_name_or_path {model["id"]} \\
+  --pretrained_model_name_or_path {shlex.quote(model["id"])} \\
   --nullspace_name_or_path <this repository> \\
   --instance_data_dir <folder with 3 to 5 pictures> \\
   --instance_prompt "a photo of a sks dog" \\
@@ -612,7 +612,7 @@ accelerate launch train_dreambooth_nullspace.py \\
 
 | | |
 |---|---|
-| base model | {named}{f", revision `{model['revision']}`" if is_hub_id else ""} |
+| base model | {table_cell(named)}{f", revision `{model['revision']}`" if is_hub_id else ""} |
 | fingerprint of its covered weights | `{model["fingerprint"]}` |
 | model type, prediction type | {config["model_type"]}, {config["prediction_type"]} |
 | attention layers | {config["attention"]}, {len(config["modules"])} projections |
@@ -638,12 +638,9 @@ at all timesteps. `{CONFIG_NAME}` describes everything and holds the sha256 of e
 
 ## How it was built
 
-```bash
-{break_lines(config["command"])}
-```
-""",
-            encoding="utf-8",
-        )
+{code_block("bash", break_lines(config["command"]))}
+"""
+        (folder / CARD_NAME).write_text(utf8(card), encoding="utf-8")
 
     return write
 
@@ -663,7 +660,7 @@ def name_repository(repo_id, folder):
     config, card = read_config(folder), folder / CARD_NAME
     if card.is_file():  # a bundle that was merged has none
         text = card.read_text(encoding="utf-8")
-        text = re.sub(r"(--nullspace_name_or_path ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text)
+        text = re.sub(r"(--nullspace_name_or_path ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text, count=1)
         replace_text(card, text)
         config["files"][CARD_NAME] = sha256(card)
         config["sha256"] = config_sha256(config)

@@ -67,6 +67,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from build_nullspace import make_scheduler
+from nullspace.cards import code_span, plain, python_string, table_cell, utf8
 from nullspace_utils import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
@@ -1017,9 +1018,9 @@ def write_card(bundle, report, prompts, pictures, args):
             f"not, and may change any picture: {kinds_of(unprotected)}."
         )
     drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
-    base_shown = f"[{base}](https://huggingface.co/{base})" if data.base_model else f"`{base}`"
-    source_shown = f"[{source}](https://huggingface.co/datasets/{source})" if data.datasets else f"`{source}`"
-    triggers = " or ".join(f"`{prompt}`" for prompt in args.instance_prompt)
+    base_shown = f"[{base}](https://huggingface.co/{base})" if data.base_model else code_span(base)
+    source_shown = f"[{source}](https://huggingface.co/datasets/{source})" if data.datasets else code_span(source)
+    triggers = " or ".join(map(code_span, args.instance_prompt))
     few_steps = ""
     if args.model_type == "lcm":
         few_steps = f", num_inference_steps=4, guidance_scale={args.guidance_scale:g}"
@@ -1027,7 +1028,7 @@ def write_card(bundle, report, prompts, pictures, args):
 {data.to_yaml()}
 ---
 
-# {args.output_dir.resolve().name}
+# {plain(args.output_dir.resolve().name)}
 
 <Gallery />
 
@@ -1045,16 +1046,16 @@ Use {triggers} to trigger the subject.
 import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}")
-image = pipeline("{args.instance_prompt[0]}"{few_steps}).images[0]
+pipeline = DiffusionPipeline.from_pretrained({python_string(base)}, torch_dtype=torch.float16).to("cuda")
+pipeline.load_lora_weights({python_string(args.hub_model_id or args.output_dir)})
+image = pipeline({python_string(args.instance_prompt[0])}{few_steps}).images[0]
 ```
 
 ## Null space
 
 | | |
 |---|---|
-| bundle | {source_shown} |
+| bundle | {table_cell(source_shown)} |
 | protected | {setting}, timesteps {covered[0]} to {covered[1]} |
 | leakage, share of a layer's change that protected inputs see | {shown["leakage"]} |
 | predicted drift, relative change of a layer's output on protected inputs | {shown["predicted_drift"]} |
@@ -1064,7 +1065,7 @@ image = pipeline("{args.instance_prompt[0]}"{few_steps}).images[0]
 `{REPORT_NAME}` has the figures of every layer. Trained with `train_dreambooth_nullspace.py`.
 """
     partial = args.output_dir / "partial-README.md"
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(utf8(text), encoding="utf-8")
     os.replace(partial, args.output_dir / "README.md")
 
 

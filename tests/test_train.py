@@ -584,7 +584,7 @@ def test_the_header_for_uv_names_what_the_script_imports(script):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             imported |= {name.partition(".")[0].replace("PIL", "pillow") for name in names}
-    local = {"nullspace_utils", "build_nullspace"}
+    local = {"nullspace", "nullspace_utils", "build_nullspace"}
     imported -= {*sys.stdlib_module_names, *local, "bitsandbytes", "prodigyopt", "wandb"}
     assert declared - {"tensorboard"} == imported  # tensorboard is what accelerate logs to by default
 

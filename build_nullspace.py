@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.3,<3", "matplotlib",
-#     "peft>=0.18,<1", "safetensors>=0.5,<1", "torch>=2.6,<2.14", "tqdm", "transformers>=5.0,<6",
+#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "matplotlib",
+#     "peft>=0.18,<1", "safetensors>=0.5,<1", "torch>=2.6,<2.14", "tqdm", "transformers>=5.6,<6",
 # ]
 # ///
 """Build the null-space bundle of a Stable Diffusion or LCM model, once for all who train on it.
@@ -71,6 +71,7 @@ from nullspace_utils import (
     SecondMoments,
     attention_inputs,
     base_license,
+    check_clip_skip,
     check_files,
     check_output_folder,
     config_sha256,
@@ -162,6 +163,13 @@ def parse_args(argv=None):
         help="Sampler steps; with several numbers the prompts are drawn with each (default: 25; LCM: 1 2 4 8).",
     )
     group.add_argument("--guidance_scale", type=float, help="Guidance scale (default: 7.5; LCM: 8.5).")
+    group.add_argument(
+        "--clip_skip",
+        type=int,
+        default=0,
+        help="Last layers of the text encoder to skip, as diffusers counts them; 1 is the web UIs' Clip skip 2 "
+        "(default: %(default)s).",
+    )
     group.add_argument("--resolution", type=int, help="Side of the pictures in pixels (default: the model's own).")
     group.add_argument("--batch_size", type=int, default=8, help="Prompts drawn at once (default: %(default)s).")
     group.add_argument(
@@ -200,6 +208,8 @@ def parse_args(argv=None):
         values = getattr(args, name)
         if values is not None and min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name} must be at least 1.")
+    if args.clip_skip < 0:
+        parser.error("--clip_skip must be at least 0.")
     return args
 
 
@@ -389,6 +399,7 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
                 args.guidance_scale,
                 args.resolution,
                 advance,
+                args.clip_skip,
             )
             if number % args.checkpointing_steps == 0:
                 checkpoint.save(moments, number)
@@ -429,6 +440,7 @@ def describe(pipeline, prompts, revision, args):
         "sampler": args.sampler,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
+        "clip_skip": args.clip_skip,
         "resolution": args.resolution,
         "attention": args.attention,
         **covered,
@@ -585,6 +597,7 @@ def write_card(license_name):
         )
         steps = ", ".join(map(str, config["num_inference_steps"]))
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
+        with_skip = f"  --clip_skip {bundle.clip_skip} \\\n" if bundle.clip_skip else ""
         named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else code_span(model["id"])
         card = f"""---
 {data.to_yaml()}
@@ -604,7 +617,7 @@ accelerate launch train_dreambooth_nullspace.py \\
   --nullspace_name_or_path <this repository> \\
   --instance_data_dir <folder with 3 to 5 pictures> \\
   --instance_prompt "a photo of a sks dog" \\
-  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
+{with_skip}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
   --output_dir lora
 ```
 
@@ -618,6 +631,7 @@ accelerate launch train_dreambooth_nullspace.py \\
 | attention layers | {config["attention"]}, {len(config["modules"])} projections |
 | text encoder | {within_text} |
 | sampling | {sampling}, {config["resolution"]} pixels |
+| clip skip | {bundle.clip_skip} |
 | prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |
 
 Median number of directions, over the inputs of one size, that hold a share of the energy (the trace of the second
@@ -739,6 +753,7 @@ def main(args):
     # Load the model with the sampler
     with loading(model):
         pipeline = PIPELINES[args.model_type].from_pretrained(folder, variant=args.variant, safety_checker=None)
+    check_clip_skip(args.clip_skip, pipeline.text_encoder.config.num_hidden_layers)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)

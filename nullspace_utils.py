@@ -228,6 +228,57 @@ def base_layer(module):
     return getattr(module, "base_layer", module)
 
 
+# ---- Clip skip -------------------------------------------------------------------------------------------------------
+
+
+def encode_tokens(text_encoder, input_ids, attention_mask=None, clip_skip=0):
+    """Embeddings (batch, tokens, width) of tokens (batch, tokens), without the last `clip_skip` layers.
+
+    As `StableDiffusionPipeline.encode_prompt` computes them: what the layer before those gives, through the final norm.
+    """
+    if not clip_skip:
+        return text_encoder(input_ids, attention_mask=attention_mask)[0]
+    output = text_encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+    norm = _text_layers(getattr(text_encoder, "module", text_encoder)).final_layer_norm  # below what DDP wraps
+    return norm(output.hidden_states[-(clip_skip + 1)].to(norm.weight.dtype))
+
+
+@torch.no_grad()
+def prompt_arguments(pipeline, prompt, clip_skip=0):
+    """How a pipeline is called with a prompt, or several, and a clip skip: keyword arguments.
+
+    A pipeline's own `clip_skip` looks for `text_encoder.text_model`, which not every version of transformers has. As
+    there, the negative prompt is encoded by all layers.
+    """
+    if not clip_skip:
+        return {"prompt": prompt}
+    tokens = pipeline.tokenizer(
+        prompt,
+        padding="max_length",
+        max_length=pipeline.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    tokens = tokens.to(pipeline.text_encoder.device)
+    uses_mask = getattr(pipeline.text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask if uses_mask else None
+    return {"prompt_embeds": encode_tokens(pipeline.text_encoder, tokens.input_ids, mask, clip_skip)}
+
+
+def check_clip_skip(clip_skip, layers):
+    """Raise `NullSpaceError` unless a text encoder of so many layers has one left when `clip_skip` are skipped."""
+    if not 0 <= clip_skip < layers:
+        raise NullSpaceError(
+            f"--clip_skip {clip_skip} leaves nothing of the text encoder, which has {layers} layers; skip fewer."
+        )
+
+
+def without_skipped(names, clip_skip, layers):
+    """The names of a text encoder's modules that lie in none of its last `clip_skip` layers, of so many."""
+    skipped = tuple(f"{TEXT_ENCODER}.encoder.layers.{index}." for index in range(layers - clip_skip, layers))
+    return [name for name in names if not name.startswith(skipped)]
+
+
 # ---- Second moments --------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +322,9 @@ class SecondMoments:
         """Say that new prompts follow: what does not depend on the timestep is then counted once."""
         self._pending = set(TIMELESS)
 
-    def draw(self, pipeline, prompts, seeds, num_inference_steps, guidance_scale, resolution, on_step_end=None):
+    def draw(
+        self, pipeline, prompts, seeds, num_inference_steps, guidance_scale, resolution, on_step_end=None, clip_skip=0
+    ):
         """Draw prompts as users of the model do, and add what its layers read; only within `collect`.
 
         Args:
@@ -281,11 +334,12 @@ class SecondMoments:
                 neither batch, process nor device.
             num_inference_steps (`list[int]`): the prompts are drawn with each of these numbers of steps.
             guidance_scale (`float`), resolution (`int`, pixels), on_step_end (`Callable`): as the pipeline takes them.
+            clip_skip (`int`): how many of the text encoder's last layers are skipped.
         """
         self.start_batch()
         for steps in num_inference_steps:
             pipeline(
-                prompts,
+                **prompt_arguments(pipeline, prompts, clip_skip),
                 height=resolution,
                 width=resolution,
                 num_inference_steps=steps,
@@ -564,6 +618,11 @@ class Bundle:
         return {source: item for key in (name, *TIMELESS) for source, item in self.spectra.get(key, {}).items()}
 
     @property
+    def clip_skip(self):
+        """How many of the text encoder's last layers were skipped."""
+        return self.config.get("clip_skip", 0)  # which earlier bundles do not name
+
+    @property
     def modules(self):
         """What is covered in the UNet and the text encoder: `dict[str, dict]` with input name and sizes, by module."""
         return {**self.config["modules"], **self.config.get(TEXT_ENCODER, {}).get("modules", {})}
@@ -600,6 +659,15 @@ class Bundle:
         return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
 
     # Checking
+
+    def check_clip_skip(self, clip_skip):
+        """Raise `NullSpaceError` unless the bundle was built with this clip skip, which makes other inputs."""
+        if clip_skip != self.clip_skip:
+            raise NullSpaceError(
+                f"--clip_skip {clip_skip} is not the {self.clip_skip} that the bundle was built with: prompts then "
+                f"give other inputs than those it protects; pass --clip_skip {self.clip_skip}, or build a bundle with "
+                f"build_nullspace.py --clip_skip {clip_skip}."
+            )
 
     def check_model_type(self, kind):
         """Raise `NullSpaceError` unless this bundle was built for this kind of model, "sd" or "lcm".
@@ -677,8 +745,8 @@ class Bundle:
         Raises:
             NullSpaceError: if they do not.
         """
-        for key in ("base_model", "model_type", "modules", "groups", TEXT_ENCODER):
-            mine, theirs = self.config.get(key), other.config.get(key)
+        for key in ("base_model", "model_type", "modules", "groups", TEXT_ENCODER, "clip_skip"):
+            mine, theirs = (config.get(key) or None for config in (self.config, other.config))
             if key == "base_model":
                 mine, theirs = mine["fingerprint"], theirs["fingerprint"]
             if mine != theirs:

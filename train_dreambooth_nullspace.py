@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.3,<3", "peft>=0.18,<1",
-#     "pillow", "safetensors>=0.5,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm", "transformers>=5.0,<6",
+#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "peft>=0.18,<1",
+#     "pillow", "safetensors>=0.5,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm", "transformers>=5.6,<6",
 # ]
 # ///
 """Teach Stable Diffusion or an LCM a subject from a few pictures, with a LoRA that leaves the rest be.
@@ -82,20 +82,24 @@ from nullspace_utils import (
     SecondMoments,
     audit,
     base_license,
+    check_clip_skip,
     check_softness,
     check_threshold,
     check_writable,
     create_repository,
     download_model,
+    encode_tokens,
     find_module,
     hub_repository,
     load_lora,
     loading,
     model_type,
+    prompt_arguments,
     push_folder,
     reason,
     split_groups,
     text_encoder_inputs,
+    without_skipped,
 )
 
 
@@ -171,6 +175,14 @@ def parse_args(argv=None):
         "--text_encoder_use_attention_mask",
         action="store_true",
         help="Hide the padding of a prompt from the text encoder, which Stable Diffusion does not do.",
+    )
+
+    group.add_argument(
+        "--clip_skip",
+        type=int,
+        default=0,
+        help="Last layers of the text encoder to skip, as diffusers counts them and as the bundle was built; 1 is the "
+        "web UIs' Clip skip 2 (default: %(default)s).",
     )
 
     group = parser.add_argument_group("null space")
@@ -410,6 +422,8 @@ def parse_args(argv=None):
         parser.error("--lora_dropout must be at least 0 and below 1.")
     if args.snr_gamma is not None and args.snr_gamma <= 0:
         parser.error("--snr_gamma must be above 0.")
+    if args.clip_skip < 0:
+        parser.error("--clip_skip must be at least 0.")
     if args.dataloader_num_workers < 0:
         parser.error("--dataloader_num_workers must be at least 0.")
     if args.learning_rate is None:
@@ -729,8 +743,8 @@ def restore_lora(folder, unet, text_encoder=None):
     layers = load_lora(folder)
     adapted = {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A")}
     if text_encoder is not None:
-        names = text_encoder_inputs(text_encoder)
-        adapted |= {name: find_module(name, unet, text_encoder) for name in names}
+        layers_of = {name: find_module(name, unet, text_encoder) for name in text_encoder_inputs(text_encoder)}
+        adapted |= {name: layer for name, layer in layers_of.items() if hasattr(layer, "lora_A")}
     elsewhere = sorted(layers.keys() ^ adapted.keys())
     if elsewhere:
         raise NullSpaceError(
@@ -831,7 +845,7 @@ def draw(pipeline, prompts, args, description):
         rows.append(
             [
                 pipeline(
-                    prompt, height=args.resolution, width=args.resolution, num_inference_steps=steps,
+                    **prompt_arguments(pipeline, prompt, args.clip_skip), height=args.resolution, width=args.resolution, num_inference_steps=steps,
                     guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
                 ).images[0]
                 for prompt in prompts
@@ -960,7 +974,7 @@ def make_report(found, bundle, args):
             for key in (
                 "instance_prompt", "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
                 "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed",
-                "mixed_precision",
+                "mixed_precision", "clip_skip",
             )
         },
         **found,
@@ -1024,6 +1038,7 @@ def write_card(bundle, report, prompts, pictures, args):
     few_steps = ""
     if args.model_type == "lcm":
         few_steps = f", num_inference_steps=4, guidance_scale={args.guidance_scale:g}"
+    with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
     text = f"""---
 {data.to_yaml()}
 ---
@@ -1048,7 +1063,7 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({python_string(base)}, torch_dtype=torch.float16).to("cuda")
 pipeline.load_lora_weights({python_string(args.hub_model_id or args.output_dir)})
-image = pipeline({python_string(args.instance_prompt[0])}{few_steps}).images[0]
+image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip}).images[0]
 ```
 
 ## Null space
@@ -1061,6 +1076,7 @@ image = pipeline({python_string(args.instance_prompt[0])}{few_steps}).images[0]
 | predicted drift, relative change of a layer's output on protected inputs | {shown["predicted_drift"]} |
 | layers trained, of them unprotected | {total}, {len(unprotected)} |
 | rank, steps, learning rate | {args.rank}, {args.max_train_steps}, {args.learning_rate:g} |
+| clip skip | {args.clip_skip} |
 
 `{REPORT_NAME}` has the figures of every layer. Trained with `train_dreambooth_nullspace.py`.
 """
@@ -1099,7 +1115,8 @@ def lora_targets(unet, text_encoder, bundle, args):
                 raise NullSpaceError(f"--lora_layers names '{ending.strip()}', which no layer of the UNet ends with.")
             targets |= dict.fromkeys(found)
     if args.train_text_encoder:
-        targets |= dict.fromkeys(text_encoder_inputs(text_encoder))
+        depth = text_encoder.config.num_hidden_layers
+        targets |= dict.fromkeys(without_skipped(text_encoder_inputs(text_encoder), args.clip_skip, depth))
     unprotected = [name for name in targets if name not in bundle.modules]
     if unprotected and not args.allow_unprotected:
         raise NullSpaceError(
@@ -1191,7 +1208,7 @@ class PromptEncoder:
         self.tokens = tokenizer(
             captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
         ).to(device)
-        self.use_mask = args.text_encoder_use_attention_mask
+        self.use_mask, self.clip_skip = args.text_encoder_use_attention_mask, args.clip_skip
         self.embeddings = None
         if not args.train_text_encoder:
             batches = torch.arange(len(captions)).split(16)
@@ -1201,7 +1218,7 @@ class PromptEncoder:
 
     def encode(self, text_encoder, numbers):
         mask = self.tokens.attention_mask[numbers] if self.use_mask else None
-        return text_encoder(self.tokens.input_ids[numbers], attention_mask=mask)[0]
+        return encode_tokens(text_encoder, self.tokens.input_ids[numbers], mask, self.clip_skip)
 
     def __call__(self, text_encoder, numbers):
         """Embeddings (batch, tokens, width) of the captions of these numbers (batch,)."""
@@ -1299,6 +1316,7 @@ def load_protection(args):
         token=args.hub_token,
         text_encoder=args.train_text_encoder,
     )
+    bundle.check_clip_skip(args.clip_skip)
     if args.train_text_encoder and TEXT_ENCODER not in bundle.spectra and not args.allow_unprotected:
         raise NullSpaceError(
             "--train_text_encoder moves every prompt, and this bundle does not protect the text encoder; build one "
@@ -1343,8 +1361,9 @@ def add_extra_prompts(bundle, components, accelerator, dtype, args):
             batch = prompts[start : start + args.train_batch_size]
             seeds = [config["seed"] + start + index for index in range(len(batch))]
             moments.draw(
-                pipeline, batch, seeds, config["num_inference_steps"], config["guidance_scale"], config["resolution"]
-            )
+                pipeline, batch, seeds, config["num_inference_steps"], config["guidance_scale"], config["resolution"],
+                clip_skip=args.clip_skip,
+            )  # fmt: skip
     # Every process drew the same; their sum is the same in all of them, to the last bit.
     moments.reduce(lambda tensor: reduce(tensor, "sum"))
     return bundle.emphasize(Bundle.from_moments(moments, groups, config))
@@ -1430,6 +1449,7 @@ def main(args):
         noise_scheduler = KINDS[args.model_type].noise_scheduler.from_pretrained(folder, subfolder="scheduler")
     scaling_factor = vae.config.scaling_factor
     adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
+    check_clip_skip(args.clip_skip, text_encoder.config.num_hidden_layers)
     bundle.check(**adapted)
     targets = lora_targets(unet, text_encoder, bundle, args)
     for model in (text_encoder, vae, unet):  # the last stays in reach by this name, and is needed to the end

@@ -56,12 +56,14 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from nullspace.cards import code_block, code_span, plain, table_cell, utf8
+from nullspace.system import follow_umask
 from nullspace_utils import (
     CARD_NAME,
     CONFIG_NAME,
     ENERGIES,
     JOINT,
     MODEL_TYPES,
+    PROCESS_TIMEOUT,
     TABLE_NAME,
     TEXT_ENCODER,
     TEXT_INPUT,
@@ -334,6 +336,7 @@ class Checkpoint:
         tensors = {f"{group} {source}": total for (group, source), total in moments.sums.items()}
         partial = self.path.with_name(f"partial-{self.path.name}")
         save_file(tensors, partial, metadata=metadata)
+        follow_umask(partial)
         os.replace(partial, self.path)
 
     def load(self, moments):
@@ -606,8 +609,8 @@ def write_card(license_name):
 # Null-space bundle of {plain(Path(model["id"]).name)}
 
 The directions that the attention layers of {named} use on {prompts["count"]:,} prompts
-({code_span(prompts["source"])}, the empty prompt included). A DreamBooth LoRA that is trained outside of them learns its subject
-and leaves these prompts as they were.
+({code_span(prompts["source"])}, the empty prompt included). A DreamBooth LoRA that is trained outside of them learns
+its subject and leaves these prompts as they were.
 
 ## Train with it
 
@@ -713,7 +716,8 @@ def push(repo_id, args):
 
 
 def main(args):
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator reads it from `launch`
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu, timeout=PROCESS_TIMEOUT)  # as Accelerator reads it from `launch`
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -26,6 +26,7 @@ import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,8 @@ from huggingface_hub.errors import (
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from nullspace.system import follow_umask, rename_folder
 
 
 FORMAT_VERSION = 1
@@ -77,6 +80,36 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action):
         return action.dest.rpartition("_")[2].upper()
+
+
+# ---- How it is launched ----------------------------------------------------------------------------------------------
+
+
+PROCESS_TIMEOUT = timedelta(days=7)  # how long processes wait for one that draws, decomposes or saves; 10 minutes else
+SHARDING = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
+def check_launcher(distributed_type=None):
+    """Raise `NullSpaceError` where a process does not see whole gradients, which the projector needs.
+
+    Args:
+        distributed_type (`str`, *optional*): accelerate's, once that is known; what `accelerate launch` puts into the
+            environment is looked at in any case.
+    """
+    found = [name for key, name in SHARDING.items() if os.environ.get(key, "").lower() in ("1", "true", "yes", "on")]
+    if distributed_type == "XLA":
+        found.append("a TPU (XLA)")
+    if found:
+        raise NullSpaceError(
+            f"accelerate is set up for {' and '.join(found)}, under which no process sees whole gradients, so that "
+            "nothing could be protected; run `accelerate config` for plain data parallelism, or launch with "
+            "--config_file and one such configuration."
+        )
 
 
 # ---- Which layers, and which of them share an input ------------------------------------------------------------------
@@ -814,6 +847,7 @@ class Bundle:
                 tensors[f"{source}.eigenvalues"] = spectrum.eigenvalues
                 tensors[f"{source}.eigenvectors"] = spectrum.eigenvectors
             save_file(tensors, partial / group_file(name), metadata={"format": "pt"})
+            follow_umask(partial / group_file(name))
         self._write_table(partial / TABLE_NAME)
         for write in extras:
             write(self, partial)
@@ -824,8 +858,8 @@ class Bundle:
         old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
+            rename_folder(folder, old)
+        rename_folder(partial, folder)
         shutil.rmtree(old, ignore_errors=True)
 
     def table(self):

@@ -41,7 +41,14 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast_object_list, reduce, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    reduce,
+    set_seed,
+)
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -68,12 +75,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from build_nullspace import make_scheduler
 from nullspace.cards import code_span, plain, python_string, table_cell, utf8
+from nullspace.system import follow_umask, rename_folder
 from nullspace_utils import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
     JOINT,
     LORA_NAME,
     MODEL_TYPES,
+    PROCESS_TIMEOUT,
     TEXT_ENCODER,
     Bundle,
     HelpFormatter,
@@ -83,6 +92,7 @@ from nullspace_utils import (
     audit,
     base_license,
     check_clip_skip,
+    check_launcher,
     check_softness,
     check_threshold,
     check_writable,
@@ -735,6 +745,7 @@ def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
     }  # fmt: skip
     partial = f"partial-{LORA_NAME}"
     StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial, **layers, **metadata)
+    follow_umask(folder / partial)
     os.replace(folder / partial, folder / LORA_NAME)
 
 
@@ -787,7 +798,7 @@ def save_checkpoint(accelerator, step, args):
     if accelerator.is_main_process:
         write_json(partial / "training.json", {"step": step, "seed": args.seed})
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        rename_folder(partial, final)
         if args.checkpoints_total_limit:
             # What an earlier run left beyond this step goes first, for this one does not continue it
             found = sorted(checkpoints(args.output_dir), key=lambda path: step_of(path) <= step)
@@ -845,7 +856,8 @@ def draw(pipeline, prompts, args, description):
         rows.append(
             [
                 pipeline(
-                    **prompt_arguments(pipeline, prompt, args.clip_skip), height=args.resolution, width=args.resolution, num_inference_steps=steps,
+                    **prompt_arguments(pipeline, prompt, args.clip_skip),
+                    height=args.resolution, width=args.resolution, num_inference_steps=steps,
                     guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
                 ).images[0]
                 for prompt in prompts
@@ -1256,16 +1268,25 @@ class ScalarLog:
 
 
 def make_accelerator(args):
+    """The `Accelerator`.
+
+    Raises:
+        NullSpaceError: if something that a flag asks for is not there, or the launcher shards gradients.
+    """
+    check_launcher()
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, args.output_dir / args.logging_dir),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         )
     except ValueError as error:  # a tracker that is not installed, a precision that the device does not have
         raise NullSpaceError(reason(error)) from error
+    check_launcher(accelerator.distributed_type)
+    return accelerator
 
 
 def check_packages(args):

@@ -33,6 +33,12 @@ from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 
+from nullspace.flags import parse_first
+
+
+if __name__ == "__main__":
+    parse_first(__file__)
+
 import accelerate
 import diffusers
 import peft
@@ -88,6 +94,7 @@ from nullspace_utils import (
     push_folder,
     read_config,
     reason,
+    require,
     sha256,
     text_encoder_inputs,
     timestep_groups,
@@ -276,6 +283,7 @@ def file_lines(args):
 
 
 def dataset_lines(args):
+    require("datasets", "--prompts_dataset_name")
     from datasets import load_dataset  # slow to import, and seldom needed
 
     column = args.prompt_column
@@ -725,6 +733,7 @@ def main(args):
     # Find out all that can go wrong before the work
     repo_id, retry, model = args.hub_dataset_id, "run this command again", args.pretrained_model_name_or_path
     if model is not None:
+        require("matplotlib", "The picture of the spectra")
         check_output_folder(args.output_dir)
         prompts = read_prompts(args)
         if len(prompts) < state.num_processes:

@@ -19,6 +19,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -29,6 +30,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+
+from nullspace.flags import parse_first
+
+
+if __name__ == "__main__":
+    parse_first(__file__)
 
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, is_offline_mode, snapshot_download
@@ -254,6 +261,12 @@ def loading(name_or_path):
             f"The base model {name_or_path} cannot be loaded ({reason(error)}): check its files, and --variant if "
             "there is one in their names."
         ) from error
+
+
+def require(package, flag):
+    """Raise `NullSpaceError` unless a package that only some need is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise NullSpaceError(f"{flag} needs {package}, which is not installed: pip install {package}")
 
 
 def base_layer(module):

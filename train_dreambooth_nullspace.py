@@ -19,7 +19,6 @@ build_nullspace.py protects.
 """
 
 import argparse
-import importlib.util
 import json
 import logging
 import math
@@ -34,6 +33,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from nullspace.flags import parse_first
+
+
+if __name__ == "__main__":
+    parse_first(__file__)
 
 import diffusers
 import torch
@@ -59,7 +64,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, compute_snr, free_memory
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCardData
@@ -107,6 +112,7 @@ from nullspace_utils import (
     prompt_arguments,
     push_folder,
     reason,
+    require,
     split_groups,
     text_encoder_inputs,
     without_skipped,
@@ -122,8 +128,8 @@ COMPARISON_NAME = "comparison.png"
 INTERPOLATION = {
     name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 } | {"nearest_exact": Image.Resampling.NEAREST}
-# All of diffusers' but the one that needs rules of its own.
-SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+# All of diffusers' `SchedulerType` but piecewise_constant, which needs rules of its own.
+SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 # What is gone, and what takes its place; none of them is in the help.
 BUILDER = "build_nullspace.py"
 REPLACED = {
@@ -462,12 +468,6 @@ def parse_args(argv=None):
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
-
-
-def require(package, flag):
-    """Raise `NullSpaceError` unless a package that only some need is installed."""
-    if importlib.util.find_spec(package) is None:
-        raise NullSpaceError(f"{flag} needs {package}, which is not installed: pip install {package}")
 
 
 def read_instances(args):

@@ -3,12 +3,15 @@
 import os
 import re
 import stat
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from diffusers.optimization import SchedulerType
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
@@ -133,3 +136,86 @@ def test_windows_is_given_time(failures, renamed, tmp_path, monkeypatch):
         with pytest.raises(PermissionError):
             system.rename_folder(tmp_path / "partial", tmp_path / "final")
     assert (tmp_path / "final").is_dir() == renamed
+
+
+# ---- Flags before libraries ------------------------------------------------------------------------------------------
+
+
+SCRIPTS = ("train_dreambooth_nullspace.py", "build_nullspace.py", "nullspace_utils.py")
+
+
+def run_at_once(tmp_path, *command):
+    """Run a script where no library can be imported."""
+    blocker = "raise ImportError('a library was imported')"
+    for package in ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "PIL", "numpy"):
+        (tmp_path / f"{package}.py").write_text(blocker)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_no_library(script, tmp_path):
+    done = run_at_once(tmp_path, script, "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout and not done.stderr
+    if script != "nullspace_utils.py":
+        assert "--mixed_precision" in done.stdout and "SchedulerType" not in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:2])
+def test_help_is_the_one_of_the_libraries_names(script, tmp_path, capsys):
+    module = trainer if script.startswith("train") else build_nullspace
+    with pytest.raises(SystemExit):
+        module.parse_args(["--help"])
+    expected = capsys.readouterr().out.replace("pytest", "")
+    shown = run_at_once(tmp_path, script, "--help").stdout
+    assert shown.split("options:")[1] == expected.split("options:")[1]
+
+
+def test_wrong_flags_are_refused_before_the_libraries_come(tmp_path):
+    done = run_at_once(tmp_path, *SCRIPTS[:1], *command_line("m", "b", "o", "--lr_scheduler", "cosine", "--rank", 0))
+    assert done.returncode == 2 and done.stderr.endswith("--rank must be at least 1.\n")
+
+
+def test_right_flags_go_on_with_the_libraries(tmp_path):
+    flags = ("--lr_scheduler", "cosine", "--image_interpolation_mode", "box")
+    done = run_at_once(tmp_path, SCRIPTS[0], *command_line("m", "b", "o", *flags))
+    assert "ImportError: a library was imported" in done.stderr
+
+
+def test_schedules_are_those_of_diffusers():
+    assert trainer.SCHEDULES == [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+
+
+def test_nothing_is_said_or_imported_that_the_run_does_not_need(tmp_path):
+    """The first sentence is the one on what is wrong, and bitsandbytes is there for the flag that needs it alone."""
+    line = command_line("nowhere", tmp_path, tmp_path / "lora")
+    done = subprocess.run([sys.executable, SCRIPTS[0], *line], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "error: " in done.stderr
+    for word in ("bitsandbytes", "gemm", "torchvision", "kernels"):
+        assert word not in done.stderr + done.stdout
+
+
+def test_what_is_hidden_is_there_for_its_flag(tmp_path):
+    code = (
+        "import sys; from nullspace.flags import parse_first; parse_first('train_dreambooth_nullspace.py'); "
+        "print('bitsandbytes' in sys.modules, 'torch' in sys.modules)"
+    )
+    for flags, hidden in (((), True), (("--use_8bit_adam",), False)):
+        line = command_line("m", "b", "o", *flags)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *line], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout == f"{hidden} False\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "flags"),
+    [("datasets", ("--prompts_dataset_name", "d")), ("matplotlib", ("--prompts_file", "p"))],
+)
+def test_the_builder_names_a_missing_package(package, flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    argv = ["--pretrained_model_name_or_path", "m", "--output_dir", str(tmp_path / "bundle"), *flags]
+    with pytest.raises(NullSpaceError, match=f"needs {package}, which is not installed: pip install {package}"):
+        build_nullspace.main(build_nullspace.parse_args(argv))

@@ -740,6 +740,7 @@ def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
     metadata = {
         f"{model}_lora_adapter_metadata": {
             "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules),
+            "rank_pattern": {}, "alpha_pattern": {},  # diffusers 0.36 looks for them
         }
         for model, config in ((model, adapted[model].peft_config["default"]) for model in adapted)
     }  # fmt: skip

@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test
+.PHONY: demo test test-oldest
 demo: .venv/installed
 	$(BIN)/python demo/run.py
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4 --dist worksteal
+
+# With the oldest versions that requirements.txt admits
+test-oldest:
+	PYTHON=$(PYTHON) tests/oldest.sh
 
 .venv/installed: requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.35,<1", "huggingface_hub>=1.3,<3", "matplotlib",
-#     "peft>=0.17,<1", "safetensors>=0.5,<1", "torch>=2.6,<2.14", "tqdm", "transformers>=5.0,<6",
+#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "matplotlib",
+#     "peft>=0.19,<1", "safetensors>=0.5,<1", "torch>=2.6,<2.14", "tqdm", "transformers>=5.6,<6",
 # ]
 # ///
 """Build the null-space bundle of a Stable Diffusion or LCM model, once for all who train on it.
@@ -33,6 +33,12 @@ from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 
+from nullspace.flags import parse_first
+
+
+if __name__ == "__main__":
+    parse_first(__file__)
+
 import accelerate
 import diffusers
 import peft
@@ -55,13 +61,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from nullspace.cards import code_block, code_span, plain, table_cell, utf8
 from nullspace.fingerprints import fingerprints
+from nullspace.system import follow_umask
 from nullspace_utils import (
     CARD_NAME,
     CONFIG_NAME,
     ENERGIES,
     JOINT,
     MODEL_TYPES,
+    PROCESS_TIMEOUT,
     TABLE_NAME,
     TEXT_ENCODER,
     TEXT_INPUT,
@@ -71,6 +80,7 @@ from nullspace_utils import (
     SecondMoments,
     attention_inputs,
     base_license,
+    check_clip_skip,
     check_files,
     check_output_folder,
     config_sha256,
@@ -84,6 +94,7 @@ from nullspace_utils import (
     push_folder,
     read_config,
     reason,
+    require,
     sha256,
     text_encoder_inputs,
     timestep_groups,
@@ -161,6 +172,13 @@ def parse_args(argv=None):
         help="Sampler steps; with several numbers the prompts are drawn with each (default: 25; LCM: 1 2 4 8).",
     )
     group.add_argument("--guidance_scale", type=float, help="Guidance scale (default: 7.5; LCM: 8.5).")
+    group.add_argument(
+        "--clip_skip",
+        type=int,
+        default=0,
+        help="Last layers of the text encoder to skip, as diffusers counts them; 1 is the web UIs' Clip skip 2 "
+        "(default: %(default)s).",
+    )
     group.add_argument("--resolution", type=int, help="Side of the pictures in pixels (default: the model's own).")
     group.add_argument("--batch_size", type=int, default=8, help="Prompts drawn at once (default: %(default)s).")
     group.add_argument(
@@ -199,6 +217,8 @@ def parse_args(argv=None):
         values = getattr(args, name)
         if values is not None and min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name} must be at least 1.")
+    if args.clip_skip < 0:
+        parser.error("--clip_skip must be at least 0.")
     return args
 
 
@@ -263,6 +283,7 @@ def file_lines(args):
 
 
 def dataset_lines(args):
+    require("datasets", "--prompts_dataset_name")
     from datasets import load_dataset  # slow to import, and seldom needed
 
     column = args.prompt_column
@@ -323,6 +344,7 @@ class Checkpoint:
         tensors = {f"{group} {source}": total for (group, source), total in moments.sums.items()}
         partial = self.path.with_name(f"partial-{self.path.name}")
         save_file(tensors, partial, metadata=metadata)
+        follow_umask(partial)
         os.replace(partial, self.path)
 
     def load(self, moments):
@@ -388,6 +410,7 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
                 args.guidance_scale,
                 args.resolution,
                 advance,
+                args.clip_skip,
             )
             if number % args.checkpointing_steps == 0:
                 checkpoint.save(moments, number)
@@ -427,6 +450,7 @@ def describe(pipeline, prompts, revision, args):
         "sampler": args.sampler,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
+        "clip_skip": args.clip_skip,
         "resolution": args.resolution,
         "attention": args.attention,
         **covered,
@@ -587,27 +611,27 @@ def write_card(license_name):
         steps = ", ".join(map(str, config["num_inference_steps"]))
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
         hidden = max(item.distance for spectra in bundle.spectra.values() for item in spectra.values())
-        named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else f"`{model['id']}`"
-        (folder / CARD_NAME).write_text(
-            f"""---
+        with_skip = f"  --clip_skip {bundle.clip_skip} \\\n" if bundle.clip_skip else ""
+        named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else code_span(model["id"])
+        card = f"""---
 {data.to_yaml()}
 ---
 
-# Null-space bundle of {Path(model["id"]).name}
+# Null-space bundle of {plain(Path(model["id"]).name)}
 
 The directions that the attention layers of {named} use on {prompts["count"]:,} prompts
-(`{prompts["source"]}`, the empty prompt included). A DreamBooth LoRA that is trained outside of them learns its subject
-and leaves these prompts as they were.
+({code_span(prompts["source"])}, the empty prompt included). A DreamBooth LoRA that is trained outside of them learns
+its subject and leaves these prompts as they were.
 
 ## Train with it
 
 ```bash
 accelerate launch train_dreambooth_nullspace.py \\
-  --pretrained_model_name_or_path {model["id"]} \\
+  --pretrained_model_name_or_path {shlex.quote(model["id"])} \\
   --nullspace_name_or_path <this repository> \\
   --instance_data_dir <folder with 3 to 5 pictures> \\
   --instance_prompt "a photo of a sks dog" \\
-  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
+{with_skip}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
   --output_dir lora
 ```
 
@@ -615,12 +639,13 @@ accelerate launch train_dreambooth_nullspace.py \\
 
 | | |
 |---|---|
-| base model | {named}{f", revision `{model['revision']}`" if is_hub_id else ""} |
+| base model | {table_cell(named)}{f", revision `{model['revision']}`" if is_hub_id else ""} |
 | its fingerprints | {fingerprints_shown} |
 | model type, prediction type | {config["model_type"]}, {config["prediction_type"]} |
 | attention layers | {config["attention"]}, {len(config["modules"])} projections |
 | text encoder | {within_text} |
 | sampling | {sampling}, {config["resolution"]} pixels |
+| clip skip | {bundle.clip_skip} |
 | prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |
 | what rounding may hide of a leakage | at most {hidden:.1e}, see `distances` in `{CONFIG_NAME}` |
 
@@ -642,12 +667,9 @@ at all timesteps. `{CONFIG_NAME}` describes everything and holds the sha256 of e
 
 ## How it was built
 
-```bash
-{break_lines(config["command"])}
-```
-""",
-            encoding="utf-8",
-        )
+{code_block("bash", break_lines(config["command"]))}
+"""
+        (folder / CARD_NAME).write_text(utf8(card), encoding="utf-8")
 
     return write
 
@@ -667,7 +689,7 @@ def name_repository(repo_id, folder):
     config, card = read_config(folder), folder / CARD_NAME
     if card.is_file():  # a bundle that was merged has none
         text = card.read_text(encoding="utf-8")
-        text = re.sub(r"(--nullspace_name_or_path ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text)
+        text = re.sub(r"(--nullspace_name_or_path ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text, count=1)
         replace_text(card, text)
         config["files"][CARD_NAME] = sha256(card)
         config["sha256"] = config_sha256(config)
@@ -706,7 +728,8 @@ def push(repo_id, args):
 
 
 def main(args):
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator reads it from `launch`
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu, timeout=PROCESS_TIMEOUT)  # as Accelerator reads it from `launch`
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -714,6 +737,7 @@ def main(args):
     # Find out all that can go wrong before the work
     repo_id, retry, model = args.hub_dataset_id, "run this command again", args.pretrained_model_name_or_path
     if model is not None:
+        require("matplotlib", "The picture of the spectra")
         check_output_folder(args.output_dir)
         prompts = read_prompts(args)
         if len(prompts) < state.num_processes:
@@ -746,6 +770,7 @@ def main(args):
     # Load the model with the sampler
     with loading(model):
         pipeline = PIPELINES[args.model_type].from_pretrained(folder, variant=args.variant, safety_checker=None)
+    check_clip_skip(args.clip_skip, pipeline.text_encoder.config.num_hidden_layers)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)

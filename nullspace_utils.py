@@ -19,6 +19,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -27,8 +28,15 @@ import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+
+from nullspace.flags import parse_first
+
+
+if __name__ == "__main__":
+    parse_first(__file__)
 
 import torch
 from huggingface_hub import is_offline_mode
@@ -48,6 +56,7 @@ from nullspace.hub import (  # noqa: F401  # some for who imports them from here
     reason,
     status,
 )
+from nullspace.system import follow_umask, rename_folder
 
 
 logger = logging.getLogger(__name__)
@@ -75,6 +84,36 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action):
         return action.dest.rpartition("_")[2].upper()
+
+
+# ---- How it is launched ----------------------------------------------------------------------------------------------
+
+
+PROCESS_TIMEOUT = timedelta(days=7)  # how long processes wait for one that draws, decomposes or saves; 10 minutes else
+SHARDING = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+
+
+def check_launcher(distributed_type=None):
+    """Raise `NullSpaceError` where a process does not see whole gradients, which the projector needs.
+
+    Args:
+        distributed_type (`str`, *optional*): accelerate's, once that is known; what `accelerate launch` puts into the
+            environment is looked at in any case.
+    """
+    found = [name for key, name in SHARDING.items() if os.environ.get(key, "").lower() in ("1", "true", "yes", "on")]
+    if distributed_type == "XLA":
+        found.append("a TPU (XLA)")
+    if found:
+        raise NullSpaceError(
+            f"accelerate is set up for {' and '.join(found)}, under which no process sees whole gradients, so that "
+            "nothing could be protected; run `accelerate config` for plain data parallelism, or launch with "
+            "--config_file and one such configuration."
+        )
 
 
 # ---- Which layers, and which of them share an input ------------------------------------------------------------------
@@ -218,9 +257,66 @@ def loading(name_or_path):
         ) from error
 
 
+def require(package, flag):
+    """Raise `NullSpaceError` unless a package that only some need is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise NullSpaceError(f"{flag} needs {package}, which is not installed: pip install {package}")
+
+
 def base_layer(module):
     """The linear layer itself, below the LoRA layer that peft may have wrapped around it."""
     return getattr(module, "base_layer", module)
+
+
+# ---- Clip skip -------------------------------------------------------------------------------------------------------
+
+
+def encode_tokens(text_encoder, input_ids, attention_mask=None, clip_skip=0):
+    """Embeddings (batch, tokens, width) of tokens (batch, tokens), without the last `clip_skip` layers.
+
+    As `StableDiffusionPipeline.encode_prompt` computes them: what the layer before those gives, through the final norm.
+    """
+    if not clip_skip:
+        return text_encoder(input_ids, attention_mask=attention_mask)[0]
+    output = text_encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+    norm = _text_layers(getattr(text_encoder, "module", text_encoder)).final_layer_norm  # below what DDP wraps
+    return norm(output.hidden_states[-(clip_skip + 1)].to(norm.weight.dtype))
+
+
+@torch.no_grad()
+def prompt_arguments(pipeline, prompt, clip_skip=0):
+    """How a pipeline is called with a prompt, or several, and a clip skip: keyword arguments.
+
+    A pipeline's own `clip_skip` looks for `text_encoder.text_model`, which not every version of transformers has. As
+    there, the negative prompt is encoded by all layers.
+    """
+    if not clip_skip:
+        return {"prompt": prompt}
+    tokens = pipeline.tokenizer(
+        prompt,
+        padding="max_length",
+        max_length=pipeline.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    tokens = tokens.to(pipeline.text_encoder.device)
+    uses_mask = getattr(pipeline.text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask if uses_mask else None
+    return {"prompt_embeds": encode_tokens(pipeline.text_encoder, tokens.input_ids, mask, clip_skip)}
+
+
+def check_clip_skip(clip_skip, layers):
+    """Raise `NullSpaceError` unless a text encoder of so many layers has one left when `clip_skip` are skipped."""
+    if not 0 <= clip_skip < layers:
+        raise NullSpaceError(
+            f"--clip_skip {clip_skip} leaves nothing of the text encoder, which has {layers} layers; skip fewer."
+        )
+
+
+def without_skipped(names, clip_skip, layers):
+    """The names of a text encoder's modules that lie in none of its last `clip_skip` layers, of so many."""
+    skipped = tuple(f"{TEXT_ENCODER}.encoder.layers.{index}." for index in range(layers - clip_skip, layers))
+    return [name for name in names if not name.startswith(skipped)]
 
 
 # ---- Second moments --------------------------------------------------------------------------------------------------
@@ -266,7 +362,9 @@ class SecondMoments:
         """Say that new prompts follow: what does not depend on the timestep is then counted once."""
         self._pending = set(TIMELESS)
 
-    def draw(self, pipeline, prompts, seeds, num_inference_steps, guidance_scale, resolution, on_step_end=None):
+    def draw(
+        self, pipeline, prompts, seeds, num_inference_steps, guidance_scale, resolution, on_step_end=None, clip_skip=0
+    ):
         """Draw prompts as users of the model do, and add what its layers read; only within `collect`.
 
         Args:
@@ -276,11 +374,12 @@ class SecondMoments:
                 neither batch, process nor device.
             num_inference_steps (`list[int]`): the prompts are drawn with each of these numbers of steps.
             guidance_scale (`float`), resolution (`int`, pixels), on_step_end (`Callable`): as the pipeline takes them.
+            clip_skip (`int`): how many of the text encoder's last layers are skipped.
         """
         self.start_batch()
         for steps in num_inference_steps:
             pipeline(
-                prompts,
+                **prompt_arguments(pipeline, prompts, clip_skip),
                 height=resolution,
                 width=resolution,
                 num_inference_steps=steps,
@@ -587,6 +686,11 @@ class Bundle:
         return {source: item for key in (name, *TIMELESS) for source, item in self.spectra.get(key, {}).items()}
 
     @property
+    def clip_skip(self):
+        """How many of the text encoder's last layers were skipped."""
+        return self.config.get("clip_skip", 0)  # which earlier bundles do not name
+
+    @property
     def modules(self):
         """What is covered in the UNet and the text encoder: `dict[str, dict]` with input name and sizes, by module."""
         return {**self.config["modules"], **self.config.get(TEXT_ENCODER, {}).get("modules", {})}
@@ -623,6 +727,15 @@ class Bundle:
         return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
 
     # Checking
+
+    def check_clip_skip(self, clip_skip):
+        """Raise `NullSpaceError` unless the bundle was built with this clip skip, which makes other inputs."""
+        if clip_skip != self.clip_skip:
+            raise NullSpaceError(
+                f"--clip_skip {clip_skip} is not the {self.clip_skip} that the bundle was built with: prompts then "
+                f"give other inputs than those it protects; pass --clip_skip {self.clip_skip}, or build a bundle with "
+                f"build_nullspace.py --clip_skip {clip_skip}."
+            )
 
     def check_model_type(self, kind):
         """Raise `NullSpaceError` unless this bundle was built for this kind of model, "sd" or "lcm".
@@ -725,8 +838,8 @@ class Bundle:
         Raises:
             NullSpaceError: if they do not.
         """
-        for key in ("base_model", "model_type", "modules", "groups", TEXT_ENCODER):
-            mine, theirs = self.config.get(key), other.config.get(key)
+        for key in ("base_model", "model_type", "modules", "groups", TEXT_ENCODER, "clip_skip"):
+            mine, theirs = (config.get(key) or None for config in (self.config, other.config))
             if key == "base_model":
                 mine, theirs = mine["fingerprint"], theirs["fingerprint"]
                 if isinstance(mine, str) != isinstance(theirs, str):
@@ -804,6 +917,7 @@ class Bundle:
                 tensors[f"{source}.eigenvalues"] = spectrum.eigenvalues
                 tensors[f"{source}.eigenvectors"] = spectrum.eigenvectors
             save_file(tensors, partial / group_file(name), metadata={"format": "pt"})
+            follow_umask(partial / group_file(name))
         self._write_table(partial / TABLE_NAME)
         for write in extras:
             write(self, partial)
@@ -814,8 +928,8 @@ class Bundle:
         old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
+            rename_folder(folder, old)
+        rename_folder(partial, folder)
         shutil.rmtree(old, ignore_errors=True)
 
     def table(self):

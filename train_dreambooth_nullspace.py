@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.35,<1", "huggingface_hub>=1.3,<3", "peft>=0.17,<1",
-#     "pillow", "safetensors>=0.5,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm", "transformers>=5.0,<6",
+#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "peft>=0.19,<1",
+#     "pillow", "safetensors>=0.5,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm", "transformers>=5.6,<6",
 # ]
 # ///
 """Teach Stable Diffusion or an LCM a subject from a few pictures, with a LoRA that leaves the rest be.
@@ -19,7 +19,6 @@ build_nullspace.py protects.
 """
 
 import argparse
-import importlib.util
 import json
 import logging
 import math
@@ -35,13 +34,26 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from nullspace.flags import parse_first
+
+
+if __name__ == "__main__":
+    parse_first(__file__)
+
 import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast_object_list, reduce, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    reduce,
+    set_seed,
+)
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -52,7 +64,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, compute_snr, free_memory
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCardData
@@ -68,6 +80,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from build_nullspace import make_scheduler
 from nullspace.captions import trained_prompts
+from nullspace.cards import code_span, plain, python_string, table_cell, utf8
 from nullspace.checkpoint import (
     check_same_run,
     describe_models,
@@ -86,12 +99,14 @@ from nullspace.divergence import (
     sound_vae,
 )
 from nullspace.pictures import INTERPOLATION, colour, comparison_grid, fit, read_instances, save_picture
+from nullspace.system import follow_umask
 from nullspace_utils import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
     JOINT,
     LORA_NAME,
     MODEL_TYPES,
+    PROCESS_TIMEOUT,
     TEXT_ENCODER,
     Bundle,
     HelpFormatter,
@@ -100,20 +115,26 @@ from nullspace_utils import (
     SecondMoments,
     audit,
     base_license,
+    check_clip_skip,
+    check_launcher,
     check_softness,
     check_threshold,
     check_writable,
     create_repository,
     download_model,
+    encode_tokens,
     find_module,
     hub_repository,
     load_lora,
     loading,
     model_type,
+    prompt_arguments,
     push_folder,
     reason,
+    require,
     split_groups,
     text_encoder_inputs,
+    without_skipped,
 )
 
 
@@ -123,8 +144,8 @@ HUBER = 1e-3  # an LCM's losses are quadratic below this error of a latent, line
 PICTURES_PER_EXTRA_PROMPT = 8
 REPORT_NAME = "nullspace_report.json"
 COMPARISON_NAME = "comparison.png"
-# All of diffusers' but the one that needs rules of its own.
-SCHEDULES = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+# All of diffusers' `SchedulerType` but piecewise_constant, which needs rules of its own.
+SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 # What is gone, and what takes its place; none of them is in the help.
 BUILDER = "build_nullspace.py"
 REPLACED = {
@@ -190,6 +211,14 @@ def parse_args(argv=None):
         "--text_encoder_use_attention_mask",
         action="store_true",
         help="Hide the padding of a prompt from the text encoder, which Stable Diffusion does not do.",
+    )
+
+    group.add_argument(
+        "--clip_skip",
+        type=int,
+        default=0,
+        help="Last layers of the text encoder to skip, as diffusers counts them and as the bundle was built; 1 is the "
+        "web UIs' Clip skip 2 (default: %(default)s).",
     )
 
     group = parser.add_argument_group("null space")
@@ -441,6 +470,8 @@ def parse_args(argv=None):
         parser.error("--lora_dropout must be at least 0 and below 1.")
     if args.snr_gamma is not None and args.snr_gamma <= 0:
         parser.error("--snr_gamma must be above 0.")
+    if args.clip_skip < 0:
+        parser.error("--clip_skip must be at least 0.")
     if args.dataloader_num_workers < 0:
         parser.error("--dataloader_num_workers must be at least 0.")
     if args.learning_rate is None:
@@ -469,12 +500,6 @@ def parse_args(argv=None):
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
-
-
-def require(package, flag):
-    """Raise `NullSpaceError` unless a package that only some need is installed."""
-    if importlib.util.find_spec(package) is None:
-        raise NullSpaceError(f"{flag} needs {package}, which is not installed: pip install {package}")
 
 
 def seeded(*parts):
@@ -700,11 +725,13 @@ def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
     metadata = {
         f"{model}_lora_adapter_metadata": {
             "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules),
+            "rank_pattern": {}, "alpha_pattern": {},  # diffusers 0.36 looks for them
         }
         for model, config in ((model, adapted[model].peft_config["default"]) for model in adapted)
     }  # fmt: skip
     partial = f"partial-{LORA_NAME}"
     StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial, **layers, **metadata)
+    follow_umask(folder / partial)
     os.replace(folder / partial, folder / LORA_NAME)
 
 
@@ -713,8 +740,8 @@ def restore_lora(folder, unet, text_encoder=None):
     layers = load_lora(folder)
     adapted = {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A")}
     if text_encoder is not None:
-        names = text_encoder_inputs(text_encoder)
-        adapted |= {name: find_module(name, unet, text_encoder) for name in names}
+        layers_of = {name: find_module(name, unet, text_encoder) for name in text_encoder_inputs(text_encoder)}
+        adapted |= {name: layer for name, layer in layers_of.items() if hasattr(layer, "lora_A")}
     elsewhere = sorted(layers.keys() ^ adapted.keys())
     if elsewhere:
         raise NullSpaceError(
@@ -771,7 +798,8 @@ def draw(pipeline, prompts, args, description):
         rows.append(
             [
                 pipeline(
-                    prompt, height=args.resolution, width=args.resolution, num_inference_steps=steps,
+                    **prompt_arguments(pipeline, prompt, args.clip_skip),
+                    height=args.resolution, width=args.resolution, num_inference_steps=steps,
                     guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
                     callback_on_step_end=latents,
                 ).images[0]
@@ -924,7 +952,7 @@ def make_report(found, bundle, dtype, args):
             for key in (
                 "instance_prompt", "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
                 "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed",
-                "mixed_precision",
+                "mixed_precision", "clip_skip",
             )
         },
         **found,
@@ -982,17 +1010,18 @@ def write_card(bundle, report, prompts, pictures, args):
             f"not, and may change any picture: {kinds_of(unprotected)}."
         )
     drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
-    base_shown = f"[{base}](https://huggingface.co/{base})" if data.base_model else f"`{base}`"
-    source_shown = f"[{source}](https://huggingface.co/datasets/{source})" if data.datasets else f"`{source}`"
-    triggers = " or ".join(f"`{prompt}`" for prompt in args.instance_prompt)
+    base_shown = f"[{base}](https://huggingface.co/{base})" if data.base_model else code_span(base)
+    source_shown = f"[{source}](https://huggingface.co/datasets/{source})" if data.datasets else code_span(source)
+    triggers = " or ".join(map(code_span, args.instance_prompt))
     few_steps = ""
     if args.model_type == "lcm":
         few_steps = f", num_inference_steps=4, guidance_scale={args.guidance_scale:g}"
+    with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
     text = f"""---
 {data.to_yaml()}
 ---
 
-# {args.output_dir.resolve().name}
+# {plain(args.output_dir.resolve().name)}
 
 {report["guarantee"]}
 
@@ -1012,26 +1041,27 @@ Use {triggers} to trigger the subject.
 import torch
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float16).to("cuda")
-pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}")
-image = pipeline("{args.instance_prompt[0]}"{few_steps}).images[0]
+pipeline = DiffusionPipeline.from_pretrained({python_string(base)}, torch_dtype=torch.float16).to("cuda")
+pipeline.load_lora_weights({python_string(args.hub_model_id or args.output_dir)})
+image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip}).images[0]
 ```
 
 ## Null space
 
 | | |
 |---|---|
-| bundle | {source_shown} |
+| bundle | {table_cell(source_shown)} |
 | protected | {setting}, timesteps {covered[0]} to {covered[1]} |
 | leakage, share of a layer's change that protected inputs see | {shown["leakage"]} |
 | predicted drift, relative change of a layer's output on protected inputs | {shown["predicted_drift"]} |
 | layers trained, of them unprotected | {total}, {len(unprotected)} |
 | rank, steps, learning rate | {args.rank}, {args.max_train_steps}, {args.learning_rate:g} |
+| clip skip | {args.clip_skip} |
 
 `{REPORT_NAME}` has the figures of every layer. Trained with `train_dreambooth_nullspace.py`.
 """
     partial = args.output_dir / "partial-README.md"
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(utf8(text), encoding="utf-8")
     os.replace(partial, args.output_dir / "README.md")
 
 
@@ -1065,7 +1095,8 @@ def lora_targets(unet, text_encoder, bundle, args):
                 raise NullSpaceError(f"--lora_layers names '{ending.strip()}', which no layer of the UNet ends with.")
             targets |= dict.fromkeys(found)
     if args.train_text_encoder:
-        targets |= dict.fromkeys(text_encoder_inputs(text_encoder))
+        depth = text_encoder.config.num_hidden_layers
+        targets |= dict.fromkeys(without_skipped(text_encoder_inputs(text_encoder), args.clip_skip, depth))
     unprotected = [name for name in targets if name not in bundle.modules]
     if unprotected and not args.allow_unprotected:
         raise NullSpaceError(
@@ -1157,7 +1188,7 @@ class PromptEncoder:
         self.tokens = tokenizer(
             captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
         ).to(device)
-        self.use_mask = args.text_encoder_use_attention_mask
+        self.use_mask, self.clip_skip = args.text_encoder_use_attention_mask, args.clip_skip
         self.embeddings = None
         if not args.train_text_encoder:
             batches = torch.arange(len(captions)).split(16)
@@ -1167,7 +1198,7 @@ class PromptEncoder:
 
     def encode(self, text_encoder, numbers):
         mask = self.tokens.attention_mask[numbers] if self.use_mask else None
-        return text_encoder(self.tokens.input_ids[numbers], attention_mask=mask)[0]
+        return encode_tokens(text_encoder, self.tokens.input_ids[numbers], mask, self.clip_skip)
 
     def __call__(self, text_encoder, numbers):
         """Embeddings (batch, tokens, width) of the captions of these numbers (batch,)."""
@@ -1209,16 +1240,25 @@ class ScalarLog:
 
 
 def make_accelerator(args):
+    """The `Accelerator`.
+
+    Raises:
+        NullSpaceError: if something that a flag asks for is not there, or the launcher shards gradients.
+    """
+    check_launcher()
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, args.output_dir / args.logging_dir),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         )
     except ValueError as error:  # a tracker that is not installed, a precision that the device does not have
         raise NullSpaceError(reason(error)) from error
+    check_launcher(accelerator.distributed_type)
+    return accelerator
 
 
 def check_packages(args):
@@ -1269,6 +1309,7 @@ def load_protection(args):
         token=args.hub_token,
         text_encoder=args.train_text_encoder,
     )
+    bundle.check_clip_skip(args.clip_skip)
     if args.train_text_encoder and TEXT_ENCODER not in bundle.spectra and not args.allow_unprotected:
         raise NullSpaceError(
             "--train_text_encoder moves every prompt, and this bundle does not protect the text encoder; build one "
@@ -1313,8 +1354,9 @@ def add_extra_prompts(bundle, components, accelerator, dtype, args):
             batch = prompts[start : start + args.train_batch_size]
             seeds = [config["seed"] + start + index for index in range(len(batch))]
             moments.draw(
-                pipeline, batch, seeds, config["num_inference_steps"], config["guidance_scale"], config["resolution"]
-            )
+                pipeline, batch, seeds, config["num_inference_steps"], config["guidance_scale"], config["resolution"],
+                clip_skip=args.clip_skip,
+            )  # fmt: skip
     # Every process drew the same; their sum is the same in all of them, to the last bit.
     moments.reduce(lambda tensor: reduce(tensor, "sum"))
     return bundle.emphasize(Bundle.from_moments(moments, groups, config))
@@ -1416,6 +1458,8 @@ def main(args):
         encoded = prompts + (args.nullspace_extra_prompts or [])
         run |= describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, encoded)
     check_same_run(checkpoint, run)
+    check_clip_skip(args.clip_skip, text_encoder.config.num_hidden_layers)
+    bundle.check(**adapted)
     targets = lora_targets(unet, text_encoder, bundle, args)
     for model in (text_encoder, vae, unet):  # the last stays in reach by this name, and is needed to the end
         model.requires_grad_(False).to(device, weight_dtype)

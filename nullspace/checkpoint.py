@@ -15,7 +15,10 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 
-from nullspace_utils import CARD_NAME, NullSpaceError, config_sha256, sha256
+from nullspace.errors import NullSpaceError
+from nullspace.hub import CARD_NAME
+from nullspace.system import rename_folder
+from nullspace_utils import config_sha256, sha256
 
 
 logger = get_logger(__name__)
@@ -24,7 +27,7 @@ RECORD_NAME = "training.json"
 
 # Every flag of the trainer belongs to one of these three. The result of a training depends on the value of these:
 COMPARED = (
-    "model_type", "variant", "tokenizer_max_length", "text_encoder_use_attention_mask",
+    "model_type", "variant", "tokenizer_max_length", "text_encoder_use_attention_mask", "clip_skip",
     "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
     "nullspace_timesteps", "nullspace_timestep_range",
     "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
@@ -277,7 +280,7 @@ def save_checkpoint(accelerator, step, args, run):
     if accelerator.is_main_process:
         seal(partial, step, args.seed, run)
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        rename_folder(partial, final)
         if args.checkpoints_total_limit:
             # What an earlier run left beyond this step goes first, for this one does not continue it
             found = sorted(checkpoints(args.output_dir), key=lambda path: step_of(path) <= step)

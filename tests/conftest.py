@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -133,7 +134,10 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subpro
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
         if processes > 1:
             # `--cpu` would start one process; told to use GPUs, and then not to, it starts as many as are asked for.
-            command += ["--multi_gpu", "--num_processes", processes, "--main_process_port", 0]
+            with socket.socket() as probe:  # accelerate 1.4 does not take 0 for a free one
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            command += ["--multi_gpu", "--num_processes", processes, "--main_process_port", port]
             if not torch.cuda.is_available():
                 env = (os.environ if env is None else env) | {"ACCELERATE_USE_CPU": "true"}
         command += [script, *args]

@@ -190,11 +190,11 @@ def test_each_process_goes_on_with_its_own_share(tiny_sd1, tmp_path):
     groups = [{"name": JOINT, "timesteps": pipeline.scheduler.timesteps.tolist()}]
 
     def collect(folder, rank, drawn, stop_after=3):
-        def draw(prompts, **settings):
+        def draw(prompt, **settings):
             if len(drawn) == stop_after:
                 raise Killed
-            drawn.extend(prompts)
-            pipeline(prompts, **settings)
+            drawn.extend(prompt)
+            pipeline(prompt, **settings)
 
         models = SimpleNamespace(unet=pipeline.unet, text_encoder=pipeline.text_encoder)
         drawing = type("Drawing", (SimpleNamespace,), {"__call__": lambda self, *a, **k: draw(*a, **k)})
@@ -459,7 +459,7 @@ def test_bad_input_is_one_sentence(flags, message, tmp_path, prompts_file):
 def test_more_processes_than_prompts_are_refused(tmp_path, prompts_file, monkeypatch):
     """One without a prompt would have no sums to add to those of the others, who would wait for it for ever."""
     state = SimpleNamespace(num_processes=7, is_main_process=True)
-    monkeypatch.setattr(build_nullspace, "PartialState", lambda cpu: state)
+    monkeypatch.setattr(build_nullspace, "PartialState", lambda **settings: state)
     argv = ["--pretrained_model_name_or_path", NOWHERE, "--prompts_file", prompts_file, "--output_dir", tmp_path / "b"]
     args = build_nullspace.parse_args([str(word) for word in argv])
     with pytest.raises(NullSpaceError, match="There are 6 prompts, .* for 7 processes"):

@@ -1,0 +1,48 @@
+"""What the scripts ask of the operating system, and the one place that looks at which it is."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+
+WINDOWS = os.name == "nt"
+PATIENCE = (0.1, 0.3, 1.0, 3.0)  # seconds between attempts, while a virus scanner holds a file open
+
+
+def rename_folder(source, target):
+    """Rename a folder to a name that is free, so that a power cut leaves it whole under one of both names.
+
+    Raises:
+        OSError: if it cannot be renamed; on Windows, where open files stand in the way, only after some attempts.
+    """
+    source, target = Path(source), Path(target)
+    for pause in PATIENCE if WINDOWS else ():
+        try:
+            source.rename(target)
+            break
+        except PermissionError:
+            time.sleep(pause)
+    else:
+        source.rename(target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder):
+    """Put on the disk which names a folder holds. Windows opens no folders, and its file system journals the names."""
+    if WINDOWS:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def follow_umask(path):
+    """Give a file the permissions that a new one has: safetensors makes its files readable by their owner alone."""
+    path = Path(path)
+    probe = path.with_name(f"{path.name}.probe-{os.getpid()}")
+    probe.touch()
+    shutil.copymode(probe, path)
+    probe.unlink()

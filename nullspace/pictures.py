@@ -63,10 +63,9 @@ MIN_TILE, MAX_TILE = 256, 512  # pixels of a picture on a sheet
 
 def colour(text):
     """An (r, g, b) of 0 to 255 from a colour's name or #rrggbb, for argparse."""
-    value = ImageColor.getrgb(text)
-    if len(value) != 3:
+    if ImageColor.getcolor(text, "RGBA")[3] in range(255):
         raise ValueError(f"{text} is transparent itself.")
-    return value
+    return ImageColor.getcolor(text, "RGB")
 
 
 def eight_bit(picture):

@@ -73,7 +73,13 @@ def card_of(bundle, folder, prompt, monkeypatch):
     args = trainer.parse_args([*argv, "--output_dir", str(folder), "--max_train_steps", "3"])
     args.model_type, args.guidance_scale, args.compare_with_base = "sd", 7.5, True
     values = {"max": 1e-7, "mean": 1e-8}
-    found = {"leakage": values, "predicted_drift": values, "layers": [{}], "unprotected": []}
+    found = {
+        "guarantee": "Guaranteed.",
+        "leakage": values,
+        "predicted_drift": values,
+        "layers": [{}],
+        "unprotected": [],
+    }
     monkeypatch.setattr(trainer, "save_picture", lambda *_: None)
     trainer.write_card(bundle, found, [prompt], [None], args)
     return (folder / "README.md").read_text(encoding="utf-8")

@@ -69,7 +69,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from build_nullspace import make_scheduler
 from nullspace.checkpoint import (
     check_same_run,
-    checkpoints,
     describe_models,
     describe_run,
     find_checkpoint,

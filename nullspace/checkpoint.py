@@ -13,7 +13,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from accelerate.logging import get_logger
 
 from nullspace_utils import CARD_NAME, NullSpaceError, config_sha256, sha256

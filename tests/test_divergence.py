@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import train_dreambooth_nullspace as trainer
+from nullspace.checkpoint import checkpoints
 from nullspace.divergence import (
     MOST_SKIPPED,
     DivergedError,
@@ -95,7 +96,7 @@ def test_a_run_that_diverges_leaves_the_lora_and_the_checkpoint_and_the_run_can_
             train(tiny_sd1, bundle1, output, *flags)
     assert len(steps) == 8
     assert good == {name: sha256(output / name) for name in good}
-    assert [path.name for path in trainer.checkpoints(output)] == ["checkpoint-4"]
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-4"]
     resumed = train(tiny_sd1, bundle1, output, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
     assert same(resumed, train(tiny_sd1, bundle1, tmp_path / "whole", "--max_train_steps", 6))
 
@@ -122,7 +123,7 @@ def test_weights_that_a_step_spoiled_are_not_saved(flags, tiny_sd1, bundle1, tmp
     monkeypatch.setattr(trainer, "make_optimizer", make_optimizer)
     with pytest.raises(DivergedError, match="weights of 1 of the LoRA's .* are not finite in float32 at step 1"):
         train(tiny_sd1, bundle1, tmp_path / "lora", "--max_train_steps", 1, "--validation_steps", 9, *flags)
-    assert not trainer.checkpoints(tmp_path / "lora") and not (tmp_path / "lora" / LORA_NAME).exists()
+    assert not checkpoints(tmp_path / "lora") and not (tmp_path / "lora" / LORA_NAME).exists()
 
 
 @pytest.mark.parametrize("earlier", [True, False])

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
+from nullspace.checkpoint import checkpoints
 from nullspace_utils import (
     CONFIG_NAME,
     JOINT,
@@ -1177,17 +1178,17 @@ def test_resuming_without_a_seed_goes_on_with_the_first_runs(tiny_sd1, bundle1, 
 def test_checkpoints_total_limit(tiny_sd1, bundle1, tmp_path):
     flags = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
     train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 4)
-    assert [path.name for path in trainer.checkpoints(tmp_path / "lora")] == ["checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in checkpoints(tmp_path / "lora")] == ["checkpoint-3", "checkpoint-4"]
     assert same(load_file(tmp_path / "lora" / "checkpoint-4" / LORA_NAME), load_file(tmp_path / "lora" / LORA_NAME))
 
 
 def test_resuming_keeps_the_limit(tiny_sd1, bundle1, tmp_path):
     flags = ("--checkpointing_steps", 2, "--learning_rate", 1e-3)
     train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 6)
-    assert [path.name for path in trainer.checkpoints(tmp_path / "lora")] == [f"checkpoint-{n}" for n in (2, 4, 6)]
+    assert [path.name for path in checkpoints(tmp_path / "lora")] == [f"checkpoint-{n}" for n in (2, 4, 6)]
     flags += ("--resume_from_checkpoint", "checkpoint-4", "--checkpoints_total_limit", 2)
     train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 8)
-    assert [path.name for path in trainer.checkpoints(tmp_path / "lora")] == ["checkpoint-6", "checkpoint-8"]
+    assert [path.name for path in checkpoints(tmp_path / "lora")] == ["checkpoint-6", "checkpoint-8"]
 
 
 def test_the_limit_drops_first_what_this_run_does_not_continue(tiny_sd1, bundle1, tmp_path):
@@ -1195,7 +1196,7 @@ def test_the_limit_drops_first_what_this_run_does_not_continue(tiny_sd1, bundle1
     train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 6)
     flags += ("--resume_from_checkpoint", "checkpoint-2", "--checkpoints_total_limit", 1)
     again = train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--max_train_steps", 4)
-    assert [path.name for path in trainer.checkpoints(tmp_path / "lora")] == ["checkpoint-4"]
+    assert [path.name for path in checkpoints(tmp_path / "lora")] == ["checkpoint-4"]
     assert same(load_file(tmp_path / "lora" / "checkpoint-4" / LORA_NAME), again)
 
 

@@ -1,8 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "peft>=0.19,<1",
-#     "pillow", "safetensors>=0.5,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm", "transformers>=5.6,<6",
+#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "numpy",
+#     "peft>=0.19,<1", "pillow>=10.1", "safetensors>=0.5,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm",
+#     "transformers>=5.6,<6",
 # ]
 # ///
 """Teach Stable Diffusion or an LCM a subject from a few pictures, with a LoRA that leaves the rest be.
@@ -731,8 +732,20 @@ def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
     }  # fmt: skip
     partial = f"partial-{LORA_NAME}"
     StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial, **layers, **metadata)
+    sort_header(folder / partial)
     follow_umask(folder / partial)
     os.replace(folder / partial, folder / LORA_NAME)
+
+
+def sort_header(path):
+    """Write the metadata of a safetensors file in the order of their names: the library shuffles them at each start."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")  # the header's length comes first, in 8 bytes
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded = encoded.ljust(-(-len(encoded) // 8) * 8)  # tensors begin at a multiple of 8 bytes
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[end:])
 
 
 def restore_lora(folder, unet, text_encoder=None):

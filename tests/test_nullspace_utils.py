@@ -1039,7 +1039,7 @@ def audited(tiny_sd1, tmp_path):
     layers = {}
     for name, modules in targets.items():
         model = getattr(pipeline, name)
-        model.add_adapter(LoraConfig(r=2, target_modules=modules, init_lora_weights=False))
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=modules, init_lora_weights=False), model)
         layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", **layers)
     return ["audit", "--lora", str(tmp_path / "lora"), "--nullspace", str(folder)]

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_leaves
@@ -578,14 +580,27 @@ def test_the_header_for_uv_names_what_the_script_imports(script):
     """PEP 723; of what is imported only where a flag asks for it, `require` tells."""
     (header,) = re.findall(r"^# /// script\n(.*?)^# ///$", (README.parent / script).read_text(), re.S | re.M)
     declared = set(re.findall(r'"([a-z_]+)[^"]*"', header))
-    imported = set()
-    for path in (script, "nullspace_utils.py"):
-        for node in ast.walk(ast.parse((README.parent / path).read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            imported |= {name.partition(".")[0].replace("PIL", "pillow") for name in names}
-    local = {"nullspace", "nullspace_utils", "build_nullspace"}
-    imported -= {*sys.stdlib_module_names, *local, "bitsandbytes", "prodigyopt", "wandb"}
+    imported, waiting, own = set(), {Path(script).stem}, {"nullspace", "nullspace_utils", "build_nullspace"}
+    while waiting:
+        module = waiting.pop()
+        imported.add(module)
+        path = README.parent / f"{module.replace('.', '/')}.py"
+        if path.is_file() and (module.partition(".")[0] in own or module == Path(script).stem):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+                waiting |= set(names) - imported
+    imported = {name.partition(".")[0].replace("PIL", "pillow") for name in imported}
+    imported -= {
+        *sys.stdlib_module_names,
+        *own,
+        Path(script).stem,
+        "bitsandbytes",
+        "prodigyopt",
+        "wandb",
+        "pillow_heif",
+    }
     assert declared - {"tensorboard"} == imported  # tensorboard is what accelerate logs to by default
 
 
@@ -1311,3 +1326,41 @@ def test_an_error_ends_the_script_with_its_sentence_and_no_traceback(run_script,
     done = run_script("train_dreambooth_nullspace.py", *line, check=False)
     assert done.returncode != 0
     assert "error: --instance_data_dir" in done.stderr and "NullSpaceError" not in done.stderr
+
+
+SAVE = """
+import torch
+from pathlib import Path
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
+from train_dreambooth_nullspace import save_lora
+
+unet = UNet2DConditionModel.from_pretrained({model!r}, subfolder="unet")
+targets = [name for name, _ in unet.named_modules() if name.endswith(("attn2.to_q", "attn2.to_k"))]
+torch.manual_seed(0)
+inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False), unet)
+save_lora(Path({folder!r}), unet)
+"""
+
+
+def test_the_same_lora_is_the_same_file_and_says_little(tiny_sd1, tmp_path):
+    """Whatever Python and Rust shuffle at their start; peft's whole configuration is for nobody else to read."""
+    files = []
+    for seed in "123":
+        folder = tmp_path / seed
+        folder.mkdir()
+        code = SAVE.format(model=str(tiny_sd1), folder=str(folder))
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=README.parent, check=True, env=os.environ | {"PYTHONHASHSEED": seed}
+        )
+        files.append((folder / LORA_NAME).read_bytes())
+    assert files[0] == files[1] == files[2]
+    with safe_open(tmp_path / "1" / LORA_NAME, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    names = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
+    assert metadata.keys() == {f"unet.{name}" for name in names}
+    assert metadata["unet.target_modules"] == sorted(metadata["unet.target_modules"])
+    assert {layer.scale for layer in load_lora(tmp_path / "1").values()} == {1.5}  # alpha over rank
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path / "1")
+    assert {layer.scaling["default_0"] for layer in pipeline.unet.modules() if hasattr(layer, "lora_A")} == {1.5}

@@ -601,7 +601,8 @@ def test_the_header_for_uv_names_what_the_script_imports(script):
         "wandb",
         "pillow_heif",
     }
-    assert declared - {"tensorboard"} == imported  # tensorboard is what accelerate logs to by default
+    # tensorboard is what accelerate logs to by default, and matplotlib draws for the builder alone
+    assert declared - {"tensorboard", "matplotlib"} == imported - {"matplotlib"}
 
 
 @pytest.mark.parametrize("flag", trainer.REPLACED)

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=3.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "matplotlib",
+#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "matplotlib",
 #     "peft>=0.19,<1", "safetensors>=0.5,<1", "torch>=2.6,<2.14", "tqdm", "transformers>=5.6,<6",
 # ]
 # ///

@@ -1,0 +1,1 @@
+"""What the scripts of null-space DreamBooth are made of."""

@@ -18,7 +18,6 @@ or later:
     python build_nullspace.py --output_dir nullspace-sd15 --push_to_hub
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -47,6 +46,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, reduce
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
@@ -62,7 +62,9 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from nullspace.cards import code_block, code_span, plain, table_cell, utf8
+from nullspace.checks import Parser, resolution_fault
 from nullspace.fingerprints import fingerprints
+from nullspace.prompts import counted, read_lines, tokenizer_fault, too_long
 from nullspace.system import follow_umask
 from nullspace_utils import (
     CARD_NAME,
@@ -127,9 +129,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="accelerate launch %(prog)s [flags]", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser(usage="accelerate launch %(prog)s [flags]", description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path",
@@ -213,12 +213,6 @@ def parse_args(argv=None):
         parser.error("--pretrained_model_name_or_path is needed to build a bundle.")
     if args.pretrained_model_name_or_path and (args.prompts_file is None) == (args.prompts_dataset_name is None):
         parser.error("give the prompts as either --prompts_file or --prompts_dataset_name.")
-    for name in ("max_prompts", "resolution", "batch_size", "num_inference_steps", "checkpointing_steps"):
-        values = getattr(args, name)
-        if values is not None and min(values if isinstance(values, list) else [values]) < 1:
-            parser.error(f"--{name} must be at least 1.")
-    if args.clip_skip < 0:
-        parser.error("--clip_skip must be at least 0.")
     return args
 
 
@@ -276,9 +270,8 @@ def read_prompts(args):
 
 def file_lines(args):
     try:
-        with open(args.prompts_file, encoding="utf-8") as file:
-            yield from file
-    except (OSError, UnicodeDecodeError) as error:
+        yield from counted(read_lines(args.prompts_file), f"--prompts_file {args.prompts_file}")
+    except (OSError, ValueError) as error:
         raise NullSpaceError(f"--prompts_file {args.prompts_file} cannot be read: {error}.") from error
 
 
@@ -293,7 +286,8 @@ def dataset_lines(args):
         )
         columns = list(next(iter(rows), {column: None}))
         if column in columns:
-            yield from (row[column] or "" for row in rows)
+            where = f"--prompts_dataset_name {args.prompts_dataset_name}"
+            yield from counted((row[column] or "" for row in rows), where)
             return
     except (OSError, ValueError) as error:
         raise NullSpaceError(
@@ -767,10 +761,20 @@ def main(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
 
+    with loading(model):
+        vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
+    if args.resolution and (fault := resolution_fault(args.resolution, vae_config["block_out_channels"])):
+        raise NullSpaceError(fault)
+
     # Load the model with the sampler
     with loading(model):
         pipeline = PIPELINES[args.model_type].from_pretrained(folder, variant=args.variant, safety_checker=None)
     check_clip_skip(args.clip_skip, pipeline.text_encoder.config.num_hidden_layers)
+    if fault := tokenizer_fault(pipeline.tokenizer, model):
+        raise NullSpaceError(fault)
+    if state.is_main_process and (count := too_long(pipeline.tokenizer, prompts)):
+        window = pipeline.tokenizer.model_max_length
+        print(f"{count} prompts are longer than {window} tokens: their ends are not read.", file=sys.stderr)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)

@@ -1031,6 +1031,8 @@ def check_output_folder(folder):
         raise NullSpaceError(f"{folder} is a file; choose a folder for --output_dir.")
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_NAME).exists():
         raise NullSpaceError(f"{folder} holds something that is not a bundle; choose an empty folder for --output_dir.")
+    if os.path.ismount(folder):
+        raise NullSpaceError(f"--output_dir {folder} is a mount point, which is never renamed; choose a folder in it.")
     check_writable(folder)
 
 

@@ -91,6 +91,7 @@ from nullspace.checkpoint import (
     resume_help,
     save_checkpoint,
 )
+from nullspace.checks import Parser, output_folder_fault, resolution_fault, unquoted_prompt
 from nullspace.divergence import (
     DrawnLatents,
     SkippedSteps,
@@ -100,6 +101,7 @@ from nullspace.divergence import (
     sound_vae,
 )
 from nullspace.pictures import INTERPOLATION, colour, comparison_grid, fit, read_instances, save_picture
+from nullspace.prompts import tokenizer_fault, too_long, word_warnings
 from nullspace.system import follow_umask
 from nullspace_utils import (
     DEFAULT_SOFTNESS,
@@ -151,7 +153,7 @@ SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 BUILDER = "build_nullspace.py"
 REPLACED = {
     "--with_prior_preservation": "--nullspace_name_or_path, which protects what a bundle holds without drawing it",
-    "--prior_loss_weight": "--nullspace_softness",
+    "--prior_loss_weight": "--nullspace_softness at its default (the weight does not carry over)",
     "--num_class_images": f"--max_prompts of {BUILDER}",
     "--class_data_dir": "--nullspace_name_or_path",
     "--class_prompt": "--nullspace_extra_prompts",
@@ -191,9 +193,7 @@ class Replaced(argparse.Action):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        usage="accelerate launch %(prog)s [flags]", description=__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser(usage="accelerate launch %(prog)s [flags]", description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model (required)."
@@ -467,14 +467,13 @@ def parse_args(argv=None):
         parser.error("--pre_compute_text_embeddings frees the text encoder, which --train_text_encoder trains.")
     if args.use_8bit_adam and args.optimizer != "adamw":
         parser.error("--use_8bit_adam is for --optimizer adamw.")
-    if not 0 <= args.lora_dropout < 1:
-        parser.error("--lora_dropout must be at least 0 and below 1.")
-    if args.snr_gamma is not None and args.snr_gamma <= 0:
-        parser.error("--snr_gamma must be above 0.")
-    if args.clip_skip < 0:
-        parser.error("--clip_skip must be at least 0.")
-    if args.dataloader_num_workers < 0:
-        parser.error("--dataloader_num_workers must be at least 0.")
+    if 0.01 <= args.nullspace_softness < math.inf:
+        parser.error(
+            f"--nullspace_softness {args.nullspace_softness:g} is too high: from 0.01 up hardly any direction is held "
+            "back; leave the default, or say inf to free them all."
+        )
+    if fault := unquoted_prompt(args.instance_prompt or []):
+        parser.error(fault)
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 5e-4
     if args.lora_alpha is None:
@@ -486,12 +485,6 @@ def parse_args(argv=None):
         )
     if args.nullspace_threshold is None:
         args.nullspace_threshold = DEFAULT_THRESHOLDS[args.nullspace_criterion]
-    positive = ("resolution", "rank", "train_batch_size", "num_train_epochs", "max_train_steps")
-    positive += ("gradient_accumulation_steps", "num_validation_images", "validation_epochs", "checkpointing_steps")
-    positive += ("checkpoints_total_limit", "validation_steps", "repeats", "lora_alpha", "tokenizer_max_length")
-    for name in positive:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1.")
     try:
         check_threshold(args.nullspace_criterion, args.nullspace_threshold)
         check_softness(args.nullspace_softness)
@@ -1425,7 +1418,10 @@ def main(args):
             need_captions=True,
         )
     args.instance_prompt = trained_prompts(captions, args.instance_prompt)
-    check_writable(args.output_dir)
+    if fault := output_folder_fault(args.output_dir, args.instance_data_dir):
+        raise NullSpaceError(fault)
+    if not args.output_dir.is_dir():
+        check_writable(args.output_dir)
     checkpoint = find_checkpoint(args)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, args.hub_token)
@@ -1454,10 +1450,20 @@ def main(args):
     set_seed(args.seed)
 
     # Load the models
+    with loading(args.pretrained_model_name_or_path):
+        vae_config = AutoencoderKL.load_config(args.model_folder, subfolder="vae")
+    if fault := resolution_fault(args.resolution, vae_config["block_out_channels"]):
+        raise NullSpaceError(fault)
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     folder = args.model_folder
     tokenizer = load_tokenizer(args)
+    if fault := tokenizer_fault(tokenizer, args.tokenizer_name or args.pretrained_model_name_or_path):
+        raise NullSpaceError(fault)
+    for sentence in word_warnings(tokenizer, args.instance_prompt or []):
+        logger.warning(sentence)
+    if too_long(tokenizer, args.instance_prompt or []):
+        logger.warning(f"--instance_prompt is longer than {tokenizer.model_max_length} tokens: its end is not read.")
     with loading(args.pretrained_model_name_or_path):
         text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", variant=args.variant)
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=args.variant)

@@ -365,7 +365,7 @@ def test_timestep_sampler_is_uniform_and_names_the_group():
         ["--instance_prompt", "a ohwx star"],
         ["--instance_prompt", "a photo of a sks star", "a sks star", "a picture of a sks star"],
         ["--nullspace_threshold", 0.99],
-        ["--nullspace_softness", 1e-2],
+        ["--nullspace_softness", 9e-3],
         ["--nullspace_softness", "inf"],
         ["--nullspace_extra_prompts", "a photo of a star"],
         ["--nullspace_criterion", "percentile"],
@@ -609,7 +609,7 @@ def test_the_header_for_uv_names_what_the_script_imports(script):
 def test_flags_of_prior_preservation_name_their_replacement(flag, capsys):
     with pytest.raises(SystemExit) as caught:
         trainer.parse_args(command_line("m", "b", "o", flag, "1"))
-    assert caught.value.code == 2
+    assert caught.value.code == 1
     assert f"{flag} belongs to prior preservation" in capsys.readouterr().err
     assert trainer.REPLACED[flag].startswith("--")
 
@@ -1318,7 +1318,7 @@ def test_a_bundle_of_another_model_is_refused(tiny_sd1, tiny_sd2, bundle1, bundl
 def test_bad_flags(flags, message, capsys):
     with pytest.raises(SystemExit) as caught:
         trainer.parse_args(command_line("m", "b", "o", *flags))
-    assert caught.value.code == 2
+    assert caught.value.code == 1
     assert message in capsys.readouterr().err
 
 

@@ -1,0 +1,119 @@
+"""Values and folders that the scripts refuse, and why: standard library only, so that it imports in milliseconds."""
+
+import argparse
+import math
+import os
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Range(NamedTuple):
+    """Finite numbers from `low` to `high`; `open_low` and `open_high` leave the ends out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value):
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self):
+        words = []
+        if self.low > -math.inf:
+            words.append(f"{'above' if self.open_low else 'at least'} {self.low:g}")
+        if self.high < math.inf:
+            words.append(f"{'below' if self.open_high else 'at most'} {self.high:g}")
+        return " and ".join(words) or "a finite number"
+
+
+COUNT, NATURAL = Range(1), Range(0)
+POSITIVE, SHARE = Range(0, open_low=True), Range(0, 1, open_high=True)
+# Every numeric flag of trainer and builder; None: `check_threshold` and `check_softness` decide.
+RANGES = {
+    **dict.fromkeys(
+        "adam_epsilon learning_rate lr_power max_grad_norm snr_gamma".split(),
+        POSITIVE,
+    ),
+    **dict.fromkeys(
+        "batch_size checkpointing_steps checkpoints_total_limit gradient_accumulation_steps lora_alpha lr_num_cycles "
+        "max_prompts max_train_steps num_inference_steps num_train_epochs num_validation_images rank repeats resolution "
+        "tokenizer_max_length train_batch_size validation_epochs validation_steps".split(),
+        COUNT,
+    ),
+    **dict.fromkeys(
+        "adam_weight_decay clip_skip dataloader_num_workers guidance_scale lr_warmup_steps".split(), NATURAL
+    ),
+    **dict.fromkeys("adam_beta1 adam_beta2 lora_dropout".split(), SHARE),
+    "local_rank": Range(-1),
+    "noise_offset": Range(),
+    "nullspace_timestep_range": Range(0, 999),
+    "seed": Range(0, 2**32, open_high=True),  # what numpy's generator takes
+    "nullspace_threshold": None,
+    "nullspace_softness": None,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one sentence, expands `~` in paths and knows the range of every number."""
+
+    def error(self, message):
+        self.exit(1, f"error: {message}\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~")):
+                setattr(found, action.dest, type(value)(os.path.expanduser(value)))
+            if value is None or action.type not in (int, float) or RANGES[action.dest] is None:
+                continue
+            wrong = [one for one in (value if isinstance(value, list) else [value]) if one not in RANGES[action.dest]]
+            if wrong:
+                self.error(f"--{action.dest} must be {RANGES[action.dest]}, not {wrong[0]}.")
+        first, last = getattr(found, "nullspace_timestep_range", None) or (0, 0)
+        if first > last:
+            self.error(f"--nullspace_timestep_range {first} {last} is empty; give the smaller number first.")
+        return found, rest
+
+
+def unquoted_prompt(prompts):
+    """What is wrong with several prompts of one word each, or None: most likely one prompt without its quotes."""
+    if len(prompts) > 1 and not any(len(prompt.split()) > 1 for prompt in prompts):
+        return (
+            f"--instance_prompt was given {len(prompts)} prompts of one word each; put one prompt in quotes: "
+            f"--instance_prompt {shlex.quote(' '.join(prompts))}"
+        )
+    return None
+
+
+def output_folder_fault(output_dir, instance_dir=None):
+    """What keeps the trainer from writing into a folder, or None; tried inside it where it is there already."""
+    folder = Path(output_dir).resolve()
+    if folder.exists() and not folder.is_dir():
+        return f"--output_dir {folder} is a file; choose a folder."
+    if instance_dir is not None and Path(instance_dir).resolve().is_relative_to(folder):
+        return f"--output_dir {folder} is or holds --instance_data_dir {instance_dir}; choose a folder of its own."
+    if folder.is_dir():
+        probe = folder / f".probe-{os.getpid()}"
+        try:
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            return f"--output_dir {folder} cannot be written ({error.strerror}); choose another."
+    return None
+
+
+def resolution_fault(resolution, block_out_channels):
+    """What is wrong with a resolution for a VAE of as many levels as `block_out_channels`, or None.
+
+    The VAE halves a picture between its levels.
+    """
+    step = math.lcm(8, 2 ** (len(block_out_channels) - 1))
+    if resolution % step:
+        near = max(step, round(resolution / step) * step)
+        return f"--resolution {resolution} is no multiple of {step}, as this model's VAE needs; try {near}."
+    return None

@@ -1478,7 +1478,6 @@ def main(args):
         run |= describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, encoded)
     check_same_run(checkpoint, run)
     check_clip_skip(args.clip_skip, text_encoder.config.num_hidden_layers)
-    bundle.check(**adapted)
     targets = lora_targets(unet, text_encoder, bundle, args)
     for model in (text_encoder, vae, unet):  # the last stays in reach by this name, and is needed to the end
         model.requires_grad_(False).to(device, weight_dtype)

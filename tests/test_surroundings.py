@@ -175,7 +175,7 @@ def test_help_is_the_one_of_the_libraries_names(script, tmp_path, capsys):
 
 def test_wrong_flags_are_refused_before_the_libraries_come(tmp_path):
     done = run_at_once(tmp_path, *SCRIPTS[:1], *command_line("m", "b", "o", "--lr_scheduler", "cosine", "--rank", 0))
-    assert done.returncode == 2 and done.stderr.endswith("--rank must be at least 1.\n")
+    assert (done.returncode, done.stderr) == (1, "error: --rank must be at least 1, not 0.\n")
 
 
 def test_right_flags_go_on_with_the_libraries(tmp_path):

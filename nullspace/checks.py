@@ -40,8 +40,8 @@ RANGES = {
     ),
     **dict.fromkeys(
         "batch_size checkpointing_steps checkpoints_total_limit gradient_accumulation_steps lora_alpha "
-        "lr_num_cycles max_prompts max_train_steps num_inference_steps num_train_epochs num_validation_images rank repeats "
-        "resolution tokenizer_max_length train_batch_size validation_epochs validation_steps".split(),
+        "lr_num_cycles max_prompts max_train_steps num_inference_steps num_train_epochs num_validation_images rank "
+        "repeats resolution tokenizer_max_length train_batch_size validation_epochs validation_steps".split(),
         COUNT,
     ),
     **dict.fromkeys(

@@ -56,6 +56,7 @@ from nullspace.hub import (  # noqa: F401  # some for who imports them from here
     reason,
     status,
 )
+from nullspace.kohya import read_report, save_kohya
 from nullspace.system import follow_umask, rename_folder
 
 
@@ -1427,7 +1428,19 @@ def parse_args(argv=None):
         default=DEFAULT_THRESHOLDS["energy"],
         help="Leakage is that into the directions that hold this share of the energy (default: %(default)s).",
     )
+    command = commands.add_parser(
+        "export",
+        help="Write a LoRA as one file that AUTOMATIC1111, Forge and ComfyUI load.",
+        formatter_class=HelpFormatter,
+    )
+    command.add_argument("--lora", required=True, help="Folder, file or Hub id of the LoRA.")
+    command.add_argument("--format", choices=["kohya"], default="kohya", help="Of the file (default: %(default)s).")
+    command.add_argument("--output", required=True, help="The file, *.safetensors, which it replaces if there is one.")
     args = parser.parse_args(argv)
+    if args.command == "export":
+        if Path(args.output).suffix != ".safetensors":
+            parser.error(f"--output {args.output} must end in .safetensors, by which the programs find it.")
+        return args
     try:
         check_threshold("energy", args.nullspace_threshold)
     except NullSpaceError as error:
@@ -1481,7 +1494,21 @@ def verdict(found):
     return f"{text}."
 
 
+def export(args):
+    """Write a LoRA for the web UIs."""
+    output, lora = Path(args.output).expanduser(), Path(args.lora)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise NullSpaceError(f"--output {output} is no file in a folder that there is; name one.")
+    if output.exists() and any(source.exists() and output.samefile(source) for source in (lora, lora / LORA_NAME)):
+        raise NullSpaceError(f"--output {output} is the LoRA itself; name another file.")
+    layers = load_lora(args.lora)
+    save_kohya(output, layers, read_report(args.lora))
+    print(f"Wrote {len(layers)} layers to {output}")
+
+
 def main(args):
+    if args.command == "export":
+        return export(args)
     layers = load_lora(args.lora)
     with_text_encoder = any(name.startswith(f"{TEXT_ENCODER}.") for name in layers)
     bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)

@@ -1318,6 +1318,11 @@ def _first(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+KOHYA_NEEDED = {"lora_down.weight", "lora_up.weight"}
+KOHYA_OPTIONAL = {"alpha", "dora_scale"}
+
+
 def _split_kohya(state_dict):
     """A file's tensors that diffusers reads, DoRA magnitudes by kohya's layer, and the other keys.
 
@@ -1339,11 +1344,6 @@ def _split_kohya(state_dict):
         if "dora_scale" in kinds:
             magnitudes[layer.replace("lora_te1_", "lora_te_")] = state_dict[f"{layer}.dora_scale"]
     return known, magnitudes, sorted(unknown)
-
-
-KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
-KOHYA_NEEDED = {"lora_down.weight", "lora_up.weight"}
-KOHYA_OPTIONAL = {"alpha", "dora_scale"}
 
 
 def read_lora(name_or_path):
@@ -1601,7 +1601,7 @@ def export(args):
         raise NullSpaceError(f"--output {output} is the LoRA itself; name another file.")
     layers = load_lora(args.lora)
     if any(layer.magnitude is not None for layer in layers.values()):
-        raise NullSpaceError(f"{args.lora} is a DoRA, which is not exported: the programs read its magnitudes otherwise.")
+        raise NullSpaceError(f"{args.lora} is a DoRA, which is not exported; give the programs the file itself.")
     save_kohya(output, layers, read_report(args.lora))
     print(f"Wrote {len(layers)} layers to {output}")
 

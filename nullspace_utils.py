@@ -56,6 +56,7 @@ from nullspace.hub import (  # noqa: F401  # some for who imports them from here
     reason,
     status,
 )
+from nullspace.kohya import kohya_name, read_report, save_kohya
 from nullspace.system import follow_umask, rename_folder
 
 
@@ -1270,33 +1271,112 @@ class NullSpaceProjector:
 
 
 class LoraLayer(NamedTuple):
-    """One layer of a LoRA file: dW = scale * up @ down, with down (r, in) and up (out, r)."""
+    """One layer of a LoRA file: dW = scale * up @ down, with down (r, in) and up (out, r).
+
+    Where there is a magnitude (out,), of DoRA, dW depends on the base weight as well, see `with_magnitude`.
+    """
 
     down: torch.Tensor
     up: torch.Tensor
     scale: float
+    magnitude: torch.Tensor | None = None
+
+
+def with_magnitude(layer, weight):
+    """The same change without a magnitude, for a base weight W (out, in); DoRA, arXiv 2402.09353, eq. 5.
+
+    dW = m / ||V|| V - W with V = W + scale * up @ down and the norm over each row, as peft has it.
+    """
+    if layer.magnitude is None:
+        return layer
+    weight = weight.detach().to("cpu", torch.float64)
+    turned = weight + layer.scale * layer.up.double() @ layer.down.double()
+    magnitude = layer.magnitude.double().reshape(-1, 1)
+    change = magnitude / turned.norm(dim=1, keepdim=True).clamp_min(1e-300) * turned - weight
+    return LoraLayer(change, torch.eye(len(change), dtype=torch.float64), 1.0)
 
 
 def load_lora(name_or_path):
-    """Read the layers of a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name.
-
-    Names are those of `attention_inputs` and `text_encoder_inputs`.
+    """The layers of a LoRA that holds nothing but such layers, see `read_lora`.
 
     Raises:
-        NullSpaceError: if the file holds no LoRA layer of a UNet or a text encoder.
+        NullSpaceError: if the file holds no LoRA layer of a UNet or a text encoder, or anything else.
+    """
+    layers, unknown = read_lora(name_or_path)
+    if not layers:
+        raise NullSpaceError(f"{name_or_path} holds no LoRA layer of a UNet or a text encoder.")
+    if unknown:
+        raise NullSpaceError(
+            f"{name_or_path} holds what is not understood ({_first(unknown)}); only LoRA and DoRA layers of a UNet and "
+            "of the first text encoder are."
+        )
+    return layers
+
+
+def _first(names):
+    """The first three of some names, and how many there are besides."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+KOHYA_NEEDED = {"lora_down.weight", "lora_up.weight"}
+KOHYA_OPTIONAL = {"alpha", "dora_scale"}
+
+
+def _split_kohya(state_dict):
+    """A file's tensors that diffusers reads, DoRA magnitudes by kohya's layer, and the other keys.
+
+    diffusers drops `dora_scale` of kohya's files, and refuses a file for one layer that is no LoRA.
+    """
+    if not any(key.startswith(KOHYA_PREFIXES) for key in state_dict):
+        unknown = sorted(key for key in state_dict if "dora_scale" in key)
+        return {key: value for key, value in state_dict.items() if key not in unknown}, {}, unknown
+    of_layer = {}
+    for key in state_dict:
+        of_layer.setdefault(key.partition(".")[0], []).append(key)
+    known, magnitudes, unknown = {}, {}, []
+    for layer, keys in of_layer.items():
+        kinds = {key.partition(".")[2] for key in keys}
+        if not layer.startswith(KOHYA_PREFIXES) or not KOHYA_NEEDED <= kinds <= KOHYA_NEEDED | KOHYA_OPTIONAL:
+            unknown += keys
+            continue
+        known |= {key: state_dict[key] for key in keys if not key.endswith(".dora_scale")}
+        if "dora_scale" in kinds:
+            magnitudes[layer.replace("lora_te1_", "lora_te_")] = state_dict[f"{layer}.dora_scale"]
+    return known, magnitudes, sorted(unknown)
+
+
+def read_lora(name_or_path):
+    """Read a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name, and what else it holds.
+
+    Names are those of `attention_inputs` and `text_encoder_inputs`. The second is the list of the file's keys (as
+    diffusers converts them) that are no part of these layers: LoHa, LoKr, biases, a second text encoder, anything.
+
+    Raises:
+        NullSpaceError: if it cannot be read.
     """
     from diffusers import StableDiffusionPipeline  # takes seconds to import, and only this needs it
+    from diffusers.loaders.lora_base import _fetch_state_dict
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     try:
         # Beside it there may be one that failed its audit, which diffusers would as soon take
-        name = LORA_NAME if (Path(name_or_path) / LORA_NAME).is_file() else None
-        read = StableDiffusionPipeline.lora_state_dict(
-            str(name_or_path), return_lora_metadata=True, **({"weight_name": name} if name else {})
-        )
-    except (OSError, ValueError, SafetensorError) as error:  # a ValueError where no such folder could be on the Hub
-        raise NullSpaceError(f"{name_or_path} cannot be read as a LoRA: {error}") from error
-    layers = {}
+        weight_name = LORA_NAME if (Path(name_or_path) / LORA_NAME).is_file() else None
+        options = ("local_files_only", "cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
+        tensors, config_of_file = _fetch_state_dict(
+            str(name_or_path),
+            weight_name=weight_name,
+            use_safetensors=True,
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=True,
+            **dict.fromkeys(options),
+        )[:2]
+        tensors, magnitudes, unknown = _split_kohya(tensors)
+        state_dict, alphas = StableDiffusionPipeline.lora_state_dict(tensors) if tensors else ({}, {})
+    except Exception as error:  # whatever diffusers and the HTTP library raise for a wrong path or a strange file
+        raise NullSpaceError(f"{name_or_path} cannot be read as a LoRA: {reason(error)}") from error
+    read, layers = (state_dict, alphas, config_of_file), {}
+    unknown += sorted(key for key in state_dict if not key.startswith(("unet.", f"{TEXT_ENCODER}.")))
     for model in ("unet", TEXT_ENCODER):
         prefix = f"{model}."
         state_dict, alphas, config = (
@@ -1305,19 +1385,32 @@ def load_lora(name_or_path):
         )
         convert = _text_encoder_keys_to_peft if model == TEXT_ENCODER else convert_unet_state_dict_to_peft
         state_dict, alphas = convert(state_dict), convert(alphas)
+        used = set()
         for key, down in state_dict.items():
-            if key.endswith(".lora_A.weight"):
-                name, rank = key.removesuffix(".lora_A.weight"), len(down)
+            name = key.removesuffix(".lora_A.weight")
+            if name != key and f"{name}.lora_B.weight" in state_dict:
+                rank = len(down)
                 alpha = alphas.get(f"{name}.alpha", alphas.get(f"{key}.alpha", rank))
                 if config:  # of peft, which takes the place of the alphas
                     pattern = config.get("alpha_pattern") or {}
                     alpha = pattern.get(get_pattern_key(pattern, name), config["lora_alpha"])
                 scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
                 full_name = f"{TEXT_ENCODER}.{name}" if model == TEXT_ENCODER else name
-                layers[full_name] = LoraLayer(down, state_dict[f"{name}.lora_B.weight"], scale)
-    if not layers:
-        raise NullSpaceError(f"{name_or_path} holds no LoRA layer of a UNet or a text encoder.")
-    return layers
+                up = state_dict[f"{name}.lora_B.weight"]
+                vectors = {key: state_dict.get(key) for key in _magnitude_keys(name)}
+                found = [*vectors.values(), magnitudes.pop(kohya_name(full_name), None)]
+                magnitude = next((each for each in found if each is not None), None)
+                if magnitude is not None and magnitude.shape not in ((len(up),), (len(up), 1)):
+                    unknown.append(f"magnitude of {full_name}, not of its {len(up)} outputs")
+                    magnitude = None
+                layers[full_name] = LoraLayer(down, up, scale, magnitude)
+                used |= {key, f"{name}.lora_B.weight", *vectors}
+        unknown += sorted(prefix + key for key in state_dict.keys() - used)
+    return layers, unknown + sorted(f"{layer}.dora_scale" for layer in magnitudes)
+
+
+def _magnitude_keys(name):
+    return [f"{name}.lora_magnitude_vector", f"{name}.lora_magnitude_vector.weight"]
 
 
 def _text_encoder_keys_to_peft(state_dict):
@@ -1388,6 +1481,7 @@ def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS
                 )
             spectrum = spectra[bundle.modules[name]["input"]]
             weight = base_layer(find_module(name, unet, text_encoder)).weight
+            layer = with_magnitude(layer, weight)
             row["protected_rank"] = protected[name].rank
             row["leakage"] = leakage(layer, protected[name]) if protected[name].rank else None
             row["predicted_drift"] = predicted_drift(layer, weight, spectrum)
@@ -1427,7 +1521,19 @@ def parse_args(argv=None):
         default=DEFAULT_THRESHOLDS["energy"],
         help="Leakage is that into the directions that hold this share of the energy (default: %(default)s).",
     )
+    command = commands.add_parser(
+        "export",
+        help="Write a LoRA as one file that AUTOMATIC1111, Forge and ComfyUI load.",
+        formatter_class=HelpFormatter,
+    )
+    command.add_argument("--lora", required=True, help="Folder, file or Hub id of the LoRA.")
+    command.add_argument("--format", choices=["kohya"], default="kohya", help="Of the file (default: %(default)s).")
+    command.add_argument("--output", required=True, help="The file, *.safetensors, which it replaces if there is one.")
     args = parser.parse_args(argv)
+    if args.command == "export":
+        if Path(args.output).suffix != ".safetensors":
+            parser.error(f"--output {args.output} must end in .safetensors, by which the programs find it.")
+        return args
     try:
         check_threshold("energy", args.nullspace_threshold)
     except NullSpaceError as error:
@@ -1469,8 +1575,13 @@ def load_audited_models(bundle, name_or_path, with_text_encoder):
 LITTLE, MUCH = 0.3, 0.6
 
 
-def verdict(found):
-    """One sentence on what `audit` found."""
+def verdict(found, unknown=()):
+    """One sentence on what `audit` found; `unknown` is what `read_lora` did not understand."""
+    if unknown:
+        return (
+            f"Verdict: not known: the file also holds {_first(unknown)}, which the audit does not understand, and what "
+            "that changes comes on top of what is listed."
+        )
     drift, uncovered = found["predicted_drift"]["rms"], sum(row["predicted_drift"] is None for row in found["layers"])
     if drift is None:
         return "Verdict: the bundle covers no layer of this LoRA, so nothing can be said."
@@ -1481,8 +1592,27 @@ def verdict(found):
     return f"{text}."
 
 
-def main(args):
+def export(args):
+    """Write a LoRA for the web UIs."""
+    output, lora = Path(args.output).expanduser(), Path(args.lora)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise NullSpaceError(f"--output {output} is no file in a folder that there is; name one.")
+    if output.exists() and any(source.exists() and output.samefile(source) for source in (lora, lora / LORA_NAME)):
+        raise NullSpaceError(f"--output {output} is the LoRA itself; name another file.")
     layers = load_lora(args.lora)
+    if any(layer.magnitude is not None for layer in layers.values()):
+        raise NullSpaceError(f"{args.lora} is a DoRA, which is not exported; give the programs the file itself.")
+    save_kohya(output, layers, read_report(args.lora))
+    print(f"Wrote {len(layers)} layers to {output}")
+
+
+def main(args):
+    if args.command == "export":
+        return export(args)
+    layers, unknown = read_lora(args.lora)
+    if not layers:
+        print(verdict({}, unknown or ["nothing that is a LoRA layer"]))
+        return
     with_text_encoder = any(name.startswith(f"{TEXT_ENCODER}.") for name in layers)
     bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
     models = load_audited_models(bundle, args.pretrained_model_name_or_path, with_text_encoder)
@@ -1493,7 +1623,7 @@ def main(args):
     for row in found["layers"]:
         values = ["-" if row[key] is None else f"{row[key]:.2e}" for key in ("leakage", "predicted_drift")]
         print(f"{row['module']:{width}}{row['in_features']:8}{row['protected_rank']:8}{values[0]:>10}{values[1]:>10}")
-    print(verdict(found))
+    print(verdict(found, unknown))
 
 
 if __name__ == "__main__":

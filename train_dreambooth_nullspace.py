@@ -100,9 +100,10 @@ from nullspace.divergence import (
     run_in_float32,
     sound_vae,
 )
+from nullspace.kohya import is_ours, save_kohya
 from nullspace.pictures import INTERPOLATION, colour, comparison_grid, fit, read_instances, save_picture
 from nullspace.prompts import tokenizer_fault, too_long, word_warnings
-from nullspace.system import follow_umask
+from nullspace.system import follow_umask, sort_header
 from nullspace_utils import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
@@ -292,6 +293,11 @@ def parse_args(argv=None):
         help=f"Train a LoRA on the text encoder's attention too; build the bundle with {BUILDER} --with_text_encoder.",
     )
     group.add_argument(
+        "--output_kohya_format",
+        action="store_true",
+        help="Also write <name of --output_dir>.safetensors, which AUTOMATIC1111, Forge and ComfyUI load.",
+    )
+    group.add_argument(
         "--upcast_before_saving",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -463,6 +469,8 @@ def parse_args(argv=None):
 
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give the pictures as either --instance_data_dir or --dataset_name.")
+    if args.output_kohya_format and kohya_path(args.output_dir).name.endswith(LORA_NAME):
+        parser.error(f"--output_kohya_format writes a file named after --output_dir, beside {LORA_NAME}: rename it.")
     if args.pre_compute_text_embeddings and args.train_text_encoder:
         parser.error("--pre_compute_text_embeddings frees the text encoder, which --train_text_encoder trains.")
     if args.use_8bit_adam and args.optimizer != "adamw":
@@ -730,17 +738,6 @@ def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
     os.replace(folder / partial, folder / LORA_NAME)
 
 
-def sort_header(path):
-    """Write the metadata of a safetensors file in the order of their names: the library shuffles them at each start."""
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")  # the header's length comes first, in 8 bytes
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded = encoded.ljust(-(-len(encoded) // 8) * 8)  # tensors begin at a multiple of 8 bytes
-    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[end:])
-
-
 def restore_lora(folder, unet, text_encoder=None):
     """Put the LoRA of a checkpoint back into models that have adapters on the same layers."""
     layers = load_lora(folder)
@@ -925,6 +922,30 @@ def describe_guarantee(found, bundle, dtype, args):
     return text
 
 
+def kohya_path(output_dir):
+    """The file for the web UIs: named after the folder, as they show the name of the file."""
+    return output_dir / f"{output_dir.resolve().name}.safetensors"
+
+
+def published_files(args):
+    """Patterns of the files in --output_dir that are pushed to the Hub."""
+    kohya = [kohya_path(args.output_dir).name] if args.output_kohya_format else []
+    return [*PUBLISHED, *kohya, f"{args.logging_dir}/**"]
+
+
+def write_kohya(report, args):
+    """Write the saved LoRA for the web UIs as well, if asked for; the file of an earlier LoRA does not stay beside it.
+
+    Raises:
+        NullSpaceError: if it cannot be written.
+    """
+    path = kohya_path(args.output_dir)
+    if args.output_kohya_format:
+        save_kohya(path, load_lora(args.output_dir), report)
+    elif is_ours(path):
+        path.unlink()
+
+
 def log_audit(accelerator, found, step):
     """Send leakage and predicted drift to the trackers."""
     values = {
@@ -942,6 +963,7 @@ def make_report(found, bundle, dtype, args):
         "guarantee": describe_guarantee(found, bundle, dtype, args),
         "base_model": bundle.config["base_model"],
         "model_type": args.model_type,
+        "prediction_type": bundle.config.get("prediction_type"),
         "nullspace": {
             "bundle": str(args.nullspace_name_or_path),
             "revision": bundle.revision,
@@ -1693,6 +1715,7 @@ def main(args):
         (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, whose place this one takes
         report = make_report(found, bundle, lora_dtype, args)
         write_json(args.output_dir / REPORT_NAME, report)
+        write_kohya(report, args)
         picture = comparison_grid(rows, prompts, args.seed, step)
         save_picture(picture, args.output_dir / COMPARISON_NAME)
         log_picture(accelerator, "comparison", picture, step)
@@ -1700,7 +1723,7 @@ def main(args):
         logger.info(f"Wrote {LORA_NAME}, {REPORT_NAME} and {COMPARISON_NAME} to {args.output_dir}")
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
-        published = PUBLISHED + [f"{args.logging_dir}/**"]
+        published = published_files(args)
         included = [word for pattern in published for word in ("--include", pattern)]
         base = args.pretrained_model_name_or_path
         base = Path(base).name if Path(base).is_dir() else base

@@ -66,7 +66,8 @@ FREE = {
         "gradient_checkpointing", "pre_compute_text_embeddings", "dataloader_num_workers", "local_rank",
     ),
     "saving and publishing": (
-        "upcast_before_saving", "allow_unprotected", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token",
+        "upcast_before_saving", "output_kohya_format", "allow_unprotected", "push_to_hub", "hub_model_id",
+        "hub_private_repo", "hub_token",
     ),
 }  # fmt: skip
 # The schedules that read a flag; the others give the same with any value of it.

@@ -1,5 +1,6 @@
 """What the scripts ask of the operating system, and the one place that looks at which it is."""
 
+import json
 import os
 import shutil
 import time
@@ -46,3 +47,14 @@ def follow_umask(path):
     probe.touch()
     shutil.copymode(probe, path)
     probe.unlink()
+
+
+def sort_header(path):
+    """Write the metadata of a safetensors file in the order of their names: the library shuffles them at each start."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")  # the header's length comes first, in 8 bytes
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded = encoded.ljust(-(-len(encoded) // 8) * 8)  # tensors begin at a multiple of 8 bytes
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[end:])

@@ -925,24 +925,6 @@ def test_train_text_encoder_leaves_protected_prompts(with_text_encoder, tiny_sd1
     assert (kept[1] - base[1]).norm() > 0  # the subject's prompt does move
 
 
-def test_the_conversion_in_the_readme(tiny_sd1, bundle1, tmp_path, monkeypatch):
-    """The file for ComfyUI and AUTOMATIC1111: the names that they look for, and every dW as it was."""
-    (snippet,) = [code for code in re.findall(r"```py\n(.*?)```", README.read_text(), re.S) if "kohya" in code]
-    train(tiny_sd1, bundle1, tmp_path / "sks-dog", "--train_text_encoder", "--lora_alpha", 3)
-    monkeypatch.chdir(tmp_path)
-    exec(snippet, {})
-    converted, layers = load_file(tmp_path / "sks-dog.safetensors"), load_lora(tmp_path / "sks-dog")
-    assert len(converted) == 3 * len(layers)
-    for name, layer in layers.items():
-        prefix = "lora_te_text_model_" if name.startswith("text_encoder.") else "lora_unet_"
-        key = prefix + name.removeprefix("text_encoder.").replace(".", "_")
-        up, down = converted[f"{key}.lora_up.weight"], converted[f"{key}.lora_down.weight"]
-        change = converted[f"{key}.alpha"] / len(down) * up @ down
-        assert change.any() and torch.allclose(change, layer.scale * layer.up @ layer.down, rtol=1e-6)
-    again = load_lora(tmp_path / "sks-dog.safetensors")  # as diffusers reads kohya's names
-    assert {name: layer.scale for name, layer in again.items()} == dict.fromkeys(layers, 1.5)
-
-
 def test_train_text_encoder_with_gradient_checkpointing(with_text_encoder, tiny_sd1, bundle1, tmp_path, monkeypatch):
     turned_on = []
     enable = trainer.CLIPTextModel.gradient_checkpointing_enable

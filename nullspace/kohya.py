@@ -1,0 +1,155 @@
+"""A LoRA as kohya's trainer writes it, which is what AUTOMATIC1111, Forge and ComfyUI look for."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nullspace.errors import NullSpaceError
+from nullspace.system import follow_umask, sort_header
+
+
+TEXT_ENCODER = "text_encoder."  # begins the names of a text encoder's layers
+REPORT_NAME = "nullspace_report.json"
+SD2_WIDTH = 1024  # of Stable Diffusion 2's text embeddings; those of 1 have 768
+
+
+def kohya_name(name):
+    """What kohya's trainer calls a layer of `attention_inputs` or `text_encoder_inputs`."""
+    if name.startswith(TEXT_ENCODER):
+        name = f"te_text_model_{name.removeprefix(TEXT_ENCODER)}"
+    else:
+        name = f"unet_{name}"
+    return f"lora_{name.replace('.', '_')}"
+
+
+def kohya_alpha(layer):
+    """The alpha () that a reader divides by the rank to get the layer's scale, to the last bit.
+
+    float32 as kohya's are, and float64 where that would round it.
+    """
+    rank = len(layer.down)
+    alpha = torch.tensor(layer.scale * rank, dtype=torch.float64)
+    return alpha.float() if alpha.float().item() / rank == layer.scale else alpha
+
+
+def kohya_tensors(layers):
+    """The tensors of kohya's file for `dict[str, LoraLayer]`: down (r, in) and up (out, r) as they are, and alpha."""
+    tensors = {}
+    for name, layer in layers.items():
+        key = kohya_name(name)
+        tensors[f"{key}.lora_down.weight"] = layer.down.contiguous()
+        tensors[f"{key}.lora_up.weight"] = layer.up.contiguous()
+        tensors[f"{key}.alpha"] = kohya_alpha(layer)
+    return tensors
+
+
+def _common(values):
+    """The value that all share, as kohya's metadata have it, or its word for those that differ."""
+    values = set(values)
+    return f"{values.pop():g}" if len(values) == 1 else "Dynamic"
+
+
+def _base_model_version(layers, report):
+    """kohya's name of the kind of base model, by the width of the text that its layers read."""
+    widths = {layer.down.shape[1] for name, layer in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
+    widths |= {layer.down.shape[1] for name, layer in layers.items() if name.endswith("self_attn.q_proj")}
+    if SD2_WIDTH not in widths:
+        return "sd_v1"
+    return "sd_v2_v" if report.get("prediction_type") == "v_prediction" else "sd_v2"
+
+
+def kohya_metadata(layers, report=None, name=None):
+    """The `ss_*` metadata of kohya's file, `dict[str, str]`, and what is known of the null space.
+
+    Args:
+        layers (`dict[str, LoraLayer]`): of the LoRA.
+        report (`dict`, *optional*): its `nullspace_report.json`.
+        name (`str`, *optional*): of the file, without its ending.
+    """
+    report = report or {}
+    version = _base_model_version(layers, report)
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": _common(len(layer.down) for layer in layers.values()),
+        "ss_network_alpha": _common(kohya_alpha(layer).item() for layer in layers.values()),
+        "ss_base_model_version": version,
+        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_output_name": name,
+        "modelspec.title": name,
+    }
+    if report:
+        nullspace, leakage = report["nullspace"], report["leakage"]["max"]
+        metadata |= {
+            "ss_sd_model_name": Path(str(report["base_model"]["id"])).name,
+            "ss_clip_skip": _clip_skip(report["training"].get("clip_skip")),
+            "ss_nullspace_leakage": None if leakage is None else f"{leakage:.3e}",
+            "ss_nullspace_bundle": _bundle_id(nullspace),
+            "ss_nullspace_guarantee": report.get("guarantee"),
+        }
+    return {key: value for key, value in metadata.items() if value is not None}
+
+
+def _clip_skip(skipped):
+    """diffusers' clip skip counts the layers left out, kohya's and the web UIs' the layer that is read from the end."""
+    return None if skipped is None else str(skipped + 1)
+
+
+def _bundle_id(nullspace):
+    """A bundle by its name, its revision if it is of the Hub, and the hash of its prompts."""
+    bundle = str(nullspace["bundle"])
+    name = Path(bundle).name if nullspace.get("revision") is None else f"{bundle}@{nullspace['revision']}"
+    return f"{name} (prompts sha256 {nullspace['prompts']['sha256']})"
+
+
+def read_report(lora):
+    """The report that lies beside a LoRA, given as its folder or file; None where there is none.
+
+    Raises:
+        NullSpaceError: if there is one that cannot be read.
+    """
+    folder = Path(lora) if Path(lora).is_dir() else Path(lora).parent
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        kohya_metadata({}, report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NullSpaceError(f"{path} is no report of the trainer; mend it or move it away.") from error
+    return report
+
+
+def is_ours(path):
+    """Whether a file is one that the trainer wrote with `save_kohya`."""
+    if not Path(path).is_file():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return "ss_nullspace_bundle" in (file.metadata() or {})
+    except SafetensorError:  # nothing of this kind
+        return False
+
+
+def save_kohya(path, layers, report=None):
+    """Write a LoRA, `dict[str, LoraLayer]`, as kohya's file, whole or not at all.
+
+    Raises:
+        NullSpaceError: if it cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f"partial-{path.name}")
+    try:
+        save_file(kohya_tensors(layers), partial, kohya_metadata(layers, report, path.stem))
+        sort_header(partial)
+        follow_umask(partial)
+        os.replace(partial, path)
+    except (OSError, ValueError) as error:
+        partial.unlink(missing_ok=True)
+        raise NullSpaceError(f"{path} cannot be written ({error}); name another --output.") from error
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

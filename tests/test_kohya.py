@@ -1,0 +1,129 @@
+"""The file for AUTOMATIC1111, Forge and ComfyUI: kohya's names, the LoRA to the last bit, and what its metadata say."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import nullspace_utils
+from nullspace.kohya import kohya_metadata, kohya_name, save_kohya
+from nullspace_utils import LORA_NAME, LoraLayer, NullSpaceError, load_lora
+from test_train import bundle1, drawing_in_two_steps, report, train  # noqa: F401
+from train_dreambooth_nullspace import parse_args, published_files, write_kohya
+
+
+def metadata(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def export(*flags):
+    nullspace_utils.main(nullspace_utils.parse_args(["export", *map(str, flags)]))
+
+
+def assert_same_lora(found, expected):
+    """Every tensor and scale, bit for bit, and so every dW."""
+    assert found.keys() == expected.keys()
+    for name, layer in expected.items():
+        assert torch.equal(found[name].down, layer.down) and torch.equal(found[name].up, layer.up)
+        assert found[name].down.dtype == layer.down.dtype and found[name].scale == layer.scale
+        change = [each.scale * each.up.double() @ each.down.double() for each in (found[name], layer)]
+        assert torch.equal(*change)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_sd1, bundle1, tmp_path_factory):  # noqa: F811
+    """A run with the flag, the text encoder trained and alpha other than the rank: its folder."""
+    folder = tmp_path_factory.mktemp("kohya") / "sks-dog"
+    train(tiny_sd1, bundle1, folder, "--train_text_encoder", "--lora_alpha", 3, "--output_kohya_format")
+    return folder
+
+
+def test_the_trainer_writes_it_as_well(trained, tiny_sd1, bundle1):  # noqa: F811
+    path = trained / "sks-dog.safetensors"
+    layers, tensors = load_lora(trained), load_file(path)
+    assert len(tensors) == 3 * len(layers)
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0.lora_down.weight" in tensors
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in tensors
+    assert {tensors[f"{kohya_name(name)}.alpha"].item() for name in layers} == {3}
+    assert any(layer.up.any() for layer in layers.values())
+    assert_same_lora(load_lora(path), layers)
+    found, written = metadata(path), report(trained)
+    assert found["ss_network_module"] == "networks.lora" and found["ss_network_dim"] == "2"
+    assert found["ss_network_alpha"] == "3" and found["ss_base_model_version"] == "sd_v1"
+    assert found["ss_sd_model_name"] == tiny_sd1.name and found["ss_clip_skip"] == "1"
+    assert float(found["ss_nullspace_leakage"]) == pytest.approx(written["leakage"]["max"], rel=1e-3)
+    assert written["nullspace"]["prompts"]["sha256"] in found["ss_nullspace_bundle"]
+    assert found["ss_nullspace_bundle"].startswith(f"{bundle1.name} ")
+
+
+def test_export_is_the_same_file_and_reproducible(trained, tmp_path):
+    for name in ("a/sks-dog.safetensors", "b/sks-dog.safetensors"):
+        (tmp_path / name).parent.mkdir()
+        export("--lora", trained, "--format", "kohya", "--output", tmp_path / name)
+        assert (tmp_path / name).read_bytes() == (trained / "sks-dog.safetensors").read_bytes()
+        assert [path.name for path in (tmp_path / name).parent.iterdir()] == ["sks-dog.safetensors"]
+
+
+def test_a_later_run_without_it_leaves_no_file_of_an_earlier_lora(trained, tmp_path):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    args = Namespace(output_dir=folder, output_kohya_format=False)
+    ours, other = (trained / "sks-dog.safetensors").read_bytes(), (trained / LORA_NAME).read_bytes()
+    (folder / "lora.safetensors").write_bytes(other)
+    write_kohya(None, args)
+    assert (folder / "lora.safetensors").is_file()  # somebody else's
+    (folder / "lora.safetensors").write_bytes(ours)
+    write_kohya(None, args)
+    assert not (folder / "lora.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.1 / 3, 2 / 3**0.5, 1.0, 1e-3])
+def test_scales_that_float32_would_round(tmp_path, scale, dtype):
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    layers = {name: LoraLayer(torch.randn(3, 8, dtype=dtype), torch.randn(6, 3, dtype=dtype), scale)}
+    save_kohya(tmp_path / "lora.safetensors", layers)
+    assert_same_lora(load_lora(tmp_path / "lora.safetensors"), layers)
+
+
+def test_the_kind_of_base_model():
+    name, report = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", {"prediction_type": "v_prediction"}
+    report |= {"base_model": {"id": "a/b"}, "training": {"clip_skip": 1}, "leakage": {"max": None}}
+    report["nullspace"] = {"bundle": "a/c", "revision": "f00", "prompts": {"sha256": "1"}}
+    for width, given, version in ((768, {}, "sd_v1"), (1024, {}, "sd_v2"), (1024, report, "sd_v2_v")):
+        layers = {name: LoraLayer(torch.ones(2, width), torch.ones(3, 2), 1.0)}
+        assert kohya_metadata(layers, given, "x")["ss_base_model_version"] == version
+    found = kohya_metadata(layers, report, "x")
+    assert found["ss_clip_skip"] == "2" and "ss_nullspace_leakage" not in found
+    assert found["ss_nullspace_bundle"].startswith("a/c@f00")
+
+
+def test_it_is_published_and_cannot_be_taken_for_the_lora(tmp_path, capsys):
+    words = "--pretrained_model_name_or_path m --nullspace_name_or_path n --instance_data_dir d --instance_prompt p"
+    folders = tmp_path / "sks-dog", tmp_path / "pytorch_lora_weights"
+    first, second = ([*words.split(), "--output_kohya_format", "--output_dir", str(folder)] for folder in folders)
+    assert "sks-dog.safetensors" in published_files(parse_args(first))
+    assert "sks-dog.safetensors" not in published_files(parse_args([*first[:8], *first[9:]]))
+    with pytest.raises(SystemExit):
+        parse_args(second)
+    assert "--output_kohya_format writes a file named after --output_dir" in capsys.readouterr().err
+
+
+def test_export_refusals(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export("--lora", trained, "--output", tmp_path / "lora.bin")
+    assert "must end in .safetensors" in capsys.readouterr().err
+    with pytest.raises(NullSpaceError, match="no file in a folder"):
+        export("--lora", trained, "--output", tmp_path / "missing" / "lora.safetensors")
+    with pytest.raises(NullSpaceError, match="is the LoRA itself"):
+        export("--lora", trained, "--output", trained / LORA_NAME)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / LORA_NAME).write_bytes((trained / LORA_NAME).read_bytes())
+    (tmp_path / "lora" / "nullspace_report.json").write_text(json.dumps({"training": 3}))
+    with pytest.raises(NullSpaceError, match="is no report of the trainer"):
+        export("--lora", tmp_path / "lora", "--output", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

@@ -54,17 +54,19 @@ from diffusers import (
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from huggingface_hub import DatasetCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from nullspace.cards import code_block, code_span, plain, table_cell, utf8
 from nullspace.checks import Parser, resolution_fault
 from nullspace.fingerprints import fingerprints
-from nullspace.prompts import counted, read_lines, tokenizer_fault, too_long
+from nullspace.prompts import Counted, length_warnings, read_lines, tokenizer_fault
 from nullspace.system import follow_umask
 from nullspace_utils import (
     CARD_NAME,
@@ -91,6 +93,7 @@ from nullspace_utils import (
     find_module,
     group_file,
     hub_repository,
+    load_whole,
     loading,
     model_type,
     push_folder,
@@ -256,21 +259,24 @@ class Prompts:
         return map(json.loads, self._file)
 
 
-def read_prompts(args):
-    """The `Prompts` to protect.
+def read_prompts(args, tell=lambda sentence: None):
+    """The `Prompts` to protect; `tell` is called with a sentence on lines that were empty or repeated.
 
     Raises:
         NullSpaceError: if there are none.
     """
-    prompts = Prompts(file_lines(args) if args.prompts_file else dataset_lines(args), args.max_prompts)
+    lines = Counted(file_lines(args) if args.prompts_file else dataset_lines(args))
+    prompts = Prompts(lines, args.max_prompts)
     if len(prompts) == 1:
         raise NullSpaceError(f"{args.prompts_file or args.prompts_dataset_name} holds no prompt.")
+    if counts := str(lines):
+        tell(f"{args.prompts_file or args.prompts_dataset_name}: {counts}.")
     return prompts
 
 
 def file_lines(args):
     try:
-        yield from counted(read_lines(args.prompts_file), f"--prompts_file {args.prompts_file}")
+        yield from read_lines(args.prompts_file)
     except (OSError, ValueError) as error:
         raise NullSpaceError(f"--prompts_file {args.prompts_file} cannot be read: {error}.") from error
 
@@ -286,8 +292,7 @@ def dataset_lines(args):
         )
         columns = list(next(iter(rows), {column: None}))
         if column in columns:
-            where = f"--prompts_dataset_name {args.prompts_dataset_name}"
-            yield from counted((row[column] or "" for row in rows), where)
+            yield from (row[column] or "" for row in rows)
             return
     except (OSError, ValueError) as error:
         raise NullSpaceError(
@@ -296,6 +301,21 @@ def dataset_lines(args):
     raise NullSpaceError(
         f"--prompts_dataset_name {args.prompts_dataset_name} has no column '{column}'; choose a --prompt_column of "
         f"{', '.join(columns)}."
+    )
+
+
+def load_model(folder, tokenizer, args):
+    """The pipeline of a base model in a folder, with its files of --variant where there are such.
+
+    Raises:
+        OSError, ValueError: if a file is missing or lacks weights.
+    """
+    parts = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    for name, kind in parts.items():
+        has_variant = args.variant and any((folder / name).glob(f"*.{args.variant}*"))
+        parts[name] = load_whole(kind, folder, name, variant=args.variant if has_variant else None)
+    return PIPELINES[args.model_type].from_pretrained(
+        folder, variant=args.variant, safety_checker=None, tokenizer=tokenizer, **parts
     )
 
 
@@ -728,12 +748,16 @@ def main(args):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
+    def tell(sentence):
+        if state.is_main_process:
+            print(sentence, file=sys.stderr)
+
     # Find out all that can go wrong before the work
     repo_id, retry, model = args.hub_dataset_id, "run this command again", args.pretrained_model_name_or_path
     if model is not None:
         require("matplotlib", "The picture of the spectra")
         check_output_folder(args.output_dir)
-        prompts = read_prompts(args)
+        prompts = read_prompts(args, tell)
         if len(prompts) < state.num_processes:
             raise NullSpaceError(
                 f"There are {len(prompts)} prompts, the empty one included, for {state.num_processes} processes; start "
@@ -765,16 +789,17 @@ def main(args):
         vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
     if args.resolution and (fault := resolution_fault(args.resolution, vae_config["block_out_channels"])):
         raise NullSpaceError(fault)
+    with loading(model):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    if fault := tokenizer_fault(tokenizer, model):
+        raise NullSpaceError(fault)
+    for sentence in length_warnings(tokenizer, prompts, "the prompts"):
+        tell(sentence)
 
     # Load the model with the sampler
     with loading(model):
-        pipeline = PIPELINES[args.model_type].from_pretrained(folder, variant=args.variant, safety_checker=None)
+        pipeline = load_model(folder, tokenizer, args)
     check_clip_skip(args.clip_skip, pipeline.text_encoder.config.num_hidden_layers)
-    if fault := tokenizer_fault(pipeline.tokenizer, model):
-        raise NullSpaceError(fault)
-    if state.is_main_process and (count := too_long(pipeline.tokenizer, prompts)):
-        window = pipeline.tokenizer.model_max_length
-        print(f"{count} prompts are longer than {window} tokens: their ends are not read.", file=sys.stderr)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)

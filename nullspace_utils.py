@@ -258,6 +258,21 @@ def loading(name_or_path):
         ) from error
 
 
+def load_whole(kind, name_or_path, part, **where):
+    """A model of class `kind` from the folder `part` of a base model.
+
+    transformers and diffusers draw weights that its file lacks at random, and say so in a log only.
+
+    Raises:
+        ValueError: if its file lacks weights, with their names.
+    """
+    model, info = kind.from_pretrained(name_or_path, subfolder=part, output_loading_info=True, **where)
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"the file of its {part} lacks the weights {', '.join(missing[:3])}{more}")
+    return model
+
+
 def require(package, flag):
     """Raise `NullSpaceError` unless a package that only some need is installed."""
     if importlib.util.find_spec(package) is None:
@@ -1557,10 +1572,7 @@ def load_audited_models(bundle, name_or_path, with_text_encoder):
     where = {key: base[key] for key in ("revision", "variant")} if name_or_path is None else {}
     kinds = {"unet": UNet2DConditionModel} | ({TEXT_ENCODER: CLIPTextModel} if with_text_encoder else {})
     try:
-        models = {
-            kind: model.from_pretrained(name_or_path or base["id"], subfolder=kind, **where)
-            for kind, model in kinds.items()
-        }
+        models = {kind: load_whole(model, name_or_path or base["id"], kind, **where) for kind, model in kinds.items()}
     except (OSError, ValueError) as error:
         raise NullSpaceError(
             f"The base model {name_or_path or base['id']} cannot be had ({reason(error)}); name it with "

@@ -102,7 +102,7 @@ from nullspace.divergence import (
 )
 from nullspace.kohya import is_ours, save_kohya
 from nullspace.pictures import INTERPOLATION, colour, comparison_grid, fit, read_instances, save_picture
-from nullspace.prompts import tokenizer_fault, too_long, word_warnings
+from nullspace.prompts import length_warnings, tokenizer_fault, word_warnings
 from nullspace.system import follow_umask, sort_header
 from nullspace_utils import (
     DEFAULT_SOFTNESS,
@@ -130,6 +130,7 @@ from nullspace_utils import (
     find_module,
     hub_repository,
     load_lora,
+    load_whole,
     loading,
     model_type,
     prompt_arguments,
@@ -1107,6 +1108,25 @@ def load_tokenizer(args):
         raise NullSpaceError(f"--tokenizer_name {args.tokenizer_name} cannot be had ({reason(error)}).") from error
 
 
+def warn_of_prompts(tokenizer, captions, instance_prompts, args):
+    """Log the words of --instance_prompt that are no single token, and the prompts that the window cuts off.
+
+    Args:
+        captions (`list[list[str]]`): of each picture; those without a caption of their own have --instance_prompt.
+        instance_prompts (`list[str]` or `None`): as given.
+    """
+    given, length = instance_prompts or [], args.tokenizer_max_length or tokenizer.model_max_length
+    written = dict.fromkeys(caption for several in captions for caption in several if caption not in given)
+    for sentence in (
+        *word_warnings(tokenizer, given),
+        *length_warnings(tokenizer, given, "--instance_prompt", length),
+        *length_warnings(tokenizer, written, "the captions", length),
+        # Drawn as the pipeline does, which knows no --tokenizer_max_length
+        *length_warnings(tokenizer, args.nullspace_extra_prompts or [], "--nullspace_extra_prompts"),
+    ):
+        logger.warning(sentence)
+
+
 def lora_targets(unet, text_encoder, bundle, args):
     """Names of the layers to train: those of the UNet that the bundle covers, or --lora_layers, and the text encoder's.
 
@@ -1439,7 +1459,7 @@ def main(args):
             tell=logger.info,
             need_captions=True,
         )
-    args.instance_prompt = trained_prompts(captions, args.instance_prompt)
+    given_prompts, args.instance_prompt = args.instance_prompt, trained_prompts(captions, args.instance_prompt)
     if fault := output_folder_fault(args.output_dir, args.instance_data_dir):
         raise NullSpaceError(fault)
     if not args.output_dir.is_dir():
@@ -1482,14 +1502,11 @@ def main(args):
     tokenizer = load_tokenizer(args)
     if fault := tokenizer_fault(tokenizer, args.tokenizer_name or args.pretrained_model_name_or_path):
         raise NullSpaceError(fault)
-    for sentence in word_warnings(tokenizer, args.instance_prompt or []):
-        logger.warning(sentence)
-    if too_long(tokenizer, args.instance_prompt or []):
-        logger.warning(f"--instance_prompt is longer than {tokenizer.model_max_length} tokens: its end is not read.")
+    warn_of_prompts(tokenizer, captions, given_prompts, args)
     with loading(args.pretrained_model_name_or_path):
-        text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", variant=args.variant)
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", variant=args.variant)
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=args.variant)
+        text_encoder = load_whole(CLIPTextModel, folder, "text_encoder", variant=args.variant)
+        unet = load_whole(UNet2DConditionModel, folder, "unet", variant=args.variant)
+        vae = load_whole(AutoencoderKL, folder, "vae", variant=args.variant)
         noise_scheduler = KINDS[args.model_type].noise_scheduler.from_pretrained(folder, subfolder="scheduler")
     scaling_factor = vae.config.scaling_factor
     adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})

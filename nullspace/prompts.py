@@ -3,7 +3,7 @@
 import codecs
 import csv
 import json
-import sys
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -66,16 +66,22 @@ def refuse_table(path, line):
     )
 
 
-def counted(lines, where):
-    """Pass lines on, and say at the end how many were empty or repeated."""
-    seen = Counter()
-    for line in lines:
-        seen[hash(line.strip()) if line.strip() else None] += 1
-        yield line
-    empty = seen.pop(None, 0)
-    repeated = sum(seen.values()) - len(seen)
-    if empty or repeated:
-        print(f"{where}: {empty} empty lines passed over, {repeated} repeated prompts kept.", file=sys.stderr)
+class Counted:
+    """Passes lines on; as a string it says how many of those that were read are empty or repeated, "" if none."""
+
+    def __init__(self, lines):
+        self._lines, self._seen = lines, Counter()
+
+    def __iter__(self):
+        for line in self._lines:
+            self._seen[hash(line.strip()) if line.strip() else None] += 1
+            yield line
+
+    def __str__(self):
+        empty, different = self._seen[None], len(self._seen.keys() - {None})
+        repeated = self._seen.total() - empty - different
+        counts = {"empty lines passed over": empty, "repeated prompts kept": repeated}
+        return ", ".join(f"{what}: {count}" for what, count in counts.items() if count)
 
 
 def tokenizer_fault(tokenizer, where):
@@ -92,17 +98,35 @@ def tokenizer_fault(tokenizer, where):
 
 
 def word_warnings(tokenizer, prompts):
-    """A sentence for each word of the prompts that the tokenizer does not know or splits: identifiers should be one."""
+    """A sentence for each different word of --instance_prompt that the tokenizer does not know or splits.
+
+    Words in plain use are one token each, as identifiers should be. Punctuation, which parts words, and numbers, of
+    which each digit is a token, are not looked at.
+    """
+
+    def is_known(tokens):
+        return bool(tokens) and tokenizer.unk_token_id not in tokenizer.convert_tokens_to_ids(tokens)
+
+    def is_whole(word):
+        return is_known(tokens := tokenizer.tokenize(word)) and len(tokens) == 1
+
+    words = {}
+    for word in " ".join(prompts).split():
+        if not is_whole(word):  # a token that was added may hold punctuation: "<star>"
+            for part in re.findall(r"\w+", word):
+                words.setdefault(part.lower(), part)
     sentences = []
-    for word in dict.fromkeys(word for prompt in prompts for word in prompt.split()):
+    for word in words.values():
         tokens = tokenizer.tokenize(word)
-        if tokenizer.unk_token_id in tokenizer.convert_tokens_to_ids(tokens) or not tokens:
+        if not is_known(tokens):
             sentences.append(f"'{word}' of --instance_prompt is unknown to the tokenizer: {tokens}.")
-        elif len(tokens) > 1:
+        elif len(tokens) > 1 and not word.isdigit():
             sentences.append(f"'{word}' of --instance_prompt is {len(tokens)} tokens: {tokens}.")
     return sentences
 
 
-def too_long(tokenizer, prompts):
-    """How many prompts the tokenizer's window cuts off."""
-    return sum(len(tokenizer(prompt, truncation=False)["input_ids"]) > tokenizer.model_max_length for prompt in prompts)
+def length_warnings(tokenizer, prompts, where, length=None):
+    """A sentence if prompts have more than `length` tokens, the tokenizer's window by default; otherwise none."""
+    length = length or tokenizer.model_max_length
+    cut = sum(len(tokenizer(prompt, truncation=False)["input_ids"]) > length for prompt in prompts)
+    return [f"The ends of {cut} of {where} are not read, for they are longer than {length} tokens."] if cut else []

@@ -1,11 +1,24 @@
 """What the scripts refuse at once: values, folders, prompts and tokenizers."""
 
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file, save_file
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
 from nullspace.checks import RANGES, Parser, output_folder_fault, resolution_fault, unquoted_prompt
-from nullspace.prompts import counted, read_lines, tokenizer_fault, word_warnings
+from nullspace.prompts import Counted, length_warnings, read_lines, tokenizer_fault, word_warnings
+from nullspace_utils import CONFIG_NAME, Bundle, NullSpaceError, load_audited_models
+from test_train import INSTANCES, bundle1, command_line  # noqa: F401
 
 
 LINES = {
@@ -72,9 +85,17 @@ def test_tables_are_no_prompt_files(text, tmp_path):
         list(read_lines(tmp_path / "prompts.txt"))
 
 
-def test_empty_and_repeated_lines_are_counted(capsys):
-    assert len(list(counted(["a", "", "a", "b"], "here"))) == 4
-    assert "1 empty lines passed over, 1 repeated prompts" in capsys.readouterr().err
+def test_empty_and_repeated_lines_are_counted():
+    lines = Counted(["a", "", "a\n", "b", "b"])
+    assert len(list(lines)) == 5 and str(lines) == "empty lines passed over: 1, repeated prompts kept: 2"
+    assert str(Counted(["a"])) == ""
+
+
+def test_lines_are_counted_where_reading_is_cut_short(tmp_path):
+    (tmp_path / "p").write_text("a\n\na\nb\n\n\n")
+    argv, told = f"{LINES[build_nullspace][:-1]}{tmp_path / 'p'} --max_prompts 3".split(), []
+    assert len(build_nullspace.read_prompts(build_nullspace.parse_args(argv), told.append)) == 1 + 3
+    assert told == [f"{tmp_path / 'p'}: empty lines passed over: 1, repeated prompts kept: 1."]
 
 
 def test_tokenizer_without_vocabulary():
@@ -92,15 +113,189 @@ def test_tokenizer_without_vocabulary():
     assert tokenizer_fault(whole, "m") is None and (whole.model_max_length, whole.pad_token) == (77, "</s>")
 
 
-def test_words_of_several_tokens_are_named():
-    class Tokenizer:
-        unk_token_id = 0
+class Letters:
+    """A tokenizer that knows words of up to three letters, splits others there, and knows no `?`."""
 
-        def tokenize(self, word):
-            return [word] if len(word) < 4 else [word[:3], word[3:]]
+    unk_token_id, model_max_length = 0, 5
 
-        def convert_tokens_to_ids(self, tokens):
-            return [0 if token == "???" else 1 for token in tokens]
+    def __call__(self, text, truncation):
+        return {"input_ids": ["<", *self.tokenize(text), ">"]}
 
-    several, unknown = word_warnings(Tokenizer(), ["a starry ???"])
-    assert "['sta', 'rry']" in several and "unknown" in unknown
+    def tokenize(self, text):
+        return [token for word in text.split() for token in re.findall(r"<s1>|\w{1,3}|[^\w\s]", word)]
+
+    def convert_tokens_to_ids(self, tokens):
+        return [0 if token in ("?", "ß") else 1 for token in tokens]
+
+
+def test_words_that_are_no_token_are_named_once():
+    several, unknown = word_warnings(Letters(), ["a starry, <s1> dog. ß", "Starry in 2024 (the sky)"])
+    assert several == "'starry' of --instance_prompt is 2 tokens: ['sta', 'rry']."
+    assert unknown == "'ß' of --instance_prompt is unknown to the tokenizer: ['ß']."
+
+
+def test_prompts_beyond_the_window_are_counted():
+    prompts = ["a b c", "a b c d", "a b c d e"]
+    assert length_warnings(Letters(), prompts[:1], "x") == []
+    assert "ends of 2 of x" in length_warnings(Letters(), prompts, "x")[0]
+    assert "ends of 1 of x are not read, for they are longer than 6" in length_warnings(Letters(), prompts, "x", 6)[0]
+
+
+def test_captions_and_extra_prompts_are_held_to_the_window(caplog, monkeypatch):
+    args = SimpleNamespace(tokenizer_max_length=4, nullspace_extra_prompts=["a b c", "a b c d"])
+    monkeypatch.setattr(trainer, "logger", logging.getLogger("plain"))
+    trainer.warn_of_prompts(Letters(), [["a b c"], ["a b"], ["d e f"]], ["a b"], args)
+    assert [record.message for record in caplog.records] == [
+        "The ends of 2 of the captions are not read, for they are longer than 4 tokens.",
+        "The ends of 1 of --nullspace_extra_prompts are not read, for they are longer than 5 tokens.",
+    ]
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def refusal(script, *argv):
+    """Run main() of trainer or builder, which must refuse: its sentence."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    with pytest.raises(NullSpaceError) as caught:
+        script.main(script.parse_args([str(word) for word in argv]))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def train(model, bundle, output_dir, *flags):
+    return [trainer, *command_line(model, bundle, output_dir, *flags)]
+
+
+def build(model, output_dir, prompts, *flags):
+    argv = ["--pretrained_model_name_or_path", model, "--output_dir", output_dir, "--prompts_file", prompts]
+    return [build_nullspace, *argv, "--num_inference_steps", 1, *flags]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    return tmp_path / "prompts.txt"
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """Loading weights fails, so that what is refused is refused before."""
+    for script in (trainer, build_nullspace):
+        monkeypatch.setattr(script, "load_whole", lambda *a, **k: pytest.fail("weights were loaded"))
+
+
+@pytest.mark.parametrize("script", ["trainer", "builder"])
+def test_a_resolution_is_refused_before_loading(script, tiny_sd1, bundle1, prompts, tmp_path, nothing_loads):
+    flags = ("--resolution", 36)
+    argv = (
+        train(tiny_sd1, bundle1, tmp_path / "o", *flags)
+        if script == "trainer"
+        else build(tiny_sd1, tmp_path / "o", prompts, *flags)
+    )
+    assert refusal(*argv) == "--resolution 36 is no multiple of 8, as this model's VAE needs; try 32."
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("script", ["trainer", "builder"])
+def test_a_tokenizer_without_vocabulary_is_refused_before_loading(
+    script, tiny_sd1, bundle1, prompts, tmp_path, nothing_loads
+):
+    model = shutil.copytree(tiny_sd1, tmp_path / "model")
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    argv = train(model, bundle1, tmp_path / "o") if script == "trainer" else build(model, tmp_path / "o", prompts)
+    sentence = refusal(*argv)
+    assert sentence.startswith(f"The tokenizer of {model} knows only 2 tokens") and not (tmp_path / "o").exists()
+
+
+def test_an_output_folder_that_is_a_file(tiny_sd1, bundle1, prompts, tmp_path):
+    (tmp_path / "o").write_text("kept")
+    wanted = f"--output_dir {tmp_path / 'o'} is a file; choose a folder."
+    assert refusal(*train(tiny_sd1, bundle1, tmp_path / "o")) == wanted
+    assert "is a file; choose a folder" in refusal(*build(tiny_sd1, tmp_path / "o", prompts))
+    assert (tmp_path / "o").read_text() == "kept"
+
+
+def test_an_output_folder_that_is_the_instance_folder(tiny_sd1, bundle1, prompts, tmp_path):
+    pictures = shutil.copytree(INSTANCES, tmp_path / "pictures")
+    before = sorted(tmp_path.rglob("*"))
+    for folder in (pictures, tmp_path):
+        argv = train(tiny_sd1, bundle1, folder, "--instance_data_dir", pictures)
+        assert refusal(*argv).startswith(f"--output_dir {folder} is or holds --instance_data_dir {pictures}")
+    assert "holds something that is not a bundle" in refusal(*build(tiny_sd1, pictures, prompts))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_folder_that_cannot_be_written(exists, tiny_sd1, bundle1, prompts, tmp_path, monkeypatch):
+    """As on a read-only file system, for permissions do not hold root back."""
+    mkdir = Path.mkdir
+
+    def refuse(self, *args, **kwargs):
+        if self.is_relative_to(tmp_path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        mkdir(self, *args, **kwargs)
+
+    if exists:
+        (tmp_path / "o").mkdir()
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    for argv in (train(tiny_sd1, bundle1, tmp_path / "o"), build(tiny_sd1, tmp_path / "o", prompts)):
+        sentence = refusal(*argv)
+        assert f"{tmp_path / 'o'} cannot be written (Read-only file system); choose another" in sentence
+
+
+def test_an_output_folder_below_a_file(tiny_sd1, bundle1, prompts, tmp_path):
+    for argv in (train(tiny_sd1, bundle1, prompts / "o"), build(tiny_sd1, prompts / "o", prompts)):
+        assert "prompts.txt/o cannot be written (Not a directory); choose another" in refusal(*argv)
+
+
+def test_a_bundle_is_not_built_on_a_mount_point(tiny_sd1, prompts, tmp_path, monkeypatch):
+    (tmp_path / "o").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "o")
+    assert refusal(*build(tiny_sd1, tmp_path / "o", prompts)) == (
+        f"--output_dir {tmp_path / 'o'} is a mount point, which is never renamed; choose a folder in it."
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_prompts_file_of_other_encodings_is_built_from(encoding, tiny_sd1, prompts, tmp_path):
+    prompts.write_bytes("a red star\r\na blue ring\r\n".encode(encoding))
+    script, *argv = build(tiny_sd1, tmp_path / "o", prompts)
+    script.main(script.parse_args([str(word) for word in argv]))
+    config = json.loads((tmp_path / "o" / CONFIG_NAME).read_text())
+    assert config["prompts"]["examples"] == ["a red star", "a blue ring"]
+
+
+@pytest.mark.parametrize(
+    "name, text, kind",
+    [
+        ("p.csv", "caption\na dog\n", "CSV (its columns: caption)"),
+        ("p.jsonl", '{"text": "a dog"}\n', "JSON (its columns: text)"),
+    ],
+)
+def test_a_table_is_refused_as_prompts_file(name, text, kind, tiny_sd1, tmp_path, nothing_loads):
+    (tmp_path / name).write_text(text)
+    sentence = refusal(*build(tiny_sd1, tmp_path / "o", tmp_path / name))
+    assert sentence.startswith(f"--prompts_file {tmp_path / name} cannot be read: it is {kind}, not a prompt on each")
+    assert "--prompt_column" in sentence
+
+
+PARTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_files_that_lack_weights_are_refused(part, tiny_sd1, bundle1, prompts, tmp_path):
+    model = shutil.copytree(tiny_sd1, tmp_path / "model")
+    path = model / part / f"{PARTS[part]}.safetensors"
+    tensors = load_file(path)
+    lost = sorted(tensors)[-1]
+    del tensors[lost]
+    save_file(tensors, path, metadata={"format": "pt"})
+    wanted = f"The base model {model} cannot be loaded (the file of its {part} lacks the weights {lost}): check its"
+    for argv in (train(model, bundle1, tmp_path / "o"), build(model, tmp_path / "o", prompts)):
+        assert refusal(*argv).startswith(wanted)
+    assert not (tmp_path / "o").exists()
+    if part != "vae":  # which the audit does not load
+        with pytest.raises(NullSpaceError, match=re.escape(f"its {part} lacks the weights {lost}")):
+            load_audited_models(Bundle.load(bundle1), model, with_text_encoder=True)

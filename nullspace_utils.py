@@ -732,7 +732,7 @@ class Bundle:
         Raises:
             NullSpaceError: if they do not.
         """
-        for key in ("base_model", "model_type", "modules", "groups", TEXT_ENCODER):
+        for key in ("model_type", "base_model", "modules", "groups", TEXT_ENCODER):
             mine, theirs = self.config.get(key), other.config.get(key)
             if key == "base_model":
                 mine, theirs = mine["fingerprint"], theirs["fingerprint"]

@@ -854,7 +854,7 @@ class Bundle:
         Raises:
             NullSpaceError: if they do not.
         """
-        for key in ("base_model", "model_type", "modules", "groups", TEXT_ENCODER, "clip_skip"):
+        for key in ("model_type", "base_model", "modules", "groups", TEXT_ENCODER, "clip_skip"):
             mine, theirs = (config.get(key) or None for config in (self.config, other.config))
             if key == "base_model":
                 mine, theirs = mine["fingerprint"], theirs["fingerprint"]

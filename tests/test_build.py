@@ -351,7 +351,8 @@ def test_samplers_differ(tiny_sd1, prompts_file, tmp_path):
     names = list(found)
     for i, first in enumerate(names):
         for second in names[:i]:
-            assert relative(found[first], found[second]) > 1e-6, (first, second)
+            if {first, second} != {"ddim", "euler"}:  # on one grid both are Euler's method (arXiv 2010.02502, sec. 4.3)
+                assert relative(found[first], found[second]) > 1e-6, (first, second)
 
 
 @pytest.mark.parametrize("attention", ["cross", "self", "all"])

@@ -41,7 +41,7 @@ REFUSALS = {
     "model": f"{MODEL} is a model on the Hub, not a dataset",
     "revision": "has no revision v2",
     "no-bundle": f"has no {CONFIG_NAME}: it is not a bundle",
-    "newer": "has format 99, newer than the 1 known here",
+    "newer": "has format 99, newer than the 2 known here",
     "damaged": "joint.safetensors is truncated or altered",
     "offline": "not in the local cache and cannot be downloaded now .*offline mode is enabled",
     "unwritable": "cannot be stored in the cache .*Not a directory.*set HF_HOME",
@@ -316,7 +316,7 @@ def test_a_build_is_pushed_in_one_commit(runs, hub, home):
     repo = hub.repos["dataset", BUNDLE]  # named after the folder
     assert [commit.message for commit in repo.commits] == [
         "initial commit",
-        f"Null-space bundle of {MODEL}: 4 prompts, ddim, format 1",
+        f"Null-space bundle of {MODEL}: 4 prompts, ddim, format 2",
     ]
     assert not repo.private
     local = contents(home / "tiny-bundle")
@@ -333,7 +333,7 @@ def test_two_processes_push_once(runs, hub, home):
     assert repo.private
     assert [commit.message for commit in repo.commits] == [
         "initial commit",
-        "Null-space bundle of tiny-sd1: 4 prompts, ddim, format 1",  # not where it lies on this machine
+        "Null-space bundle of tiny-sd1: 4 prompts, ddim, format 2",  # not where it lies on this machine
     ]
     assert done.stdout.count("Pushed to") == 1
     assert "Num processes: 2" in runs["train in two"].result().stderr

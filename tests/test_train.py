@@ -478,7 +478,7 @@ def test_validation_does_not_disturb_training(precision, tiny_sd1, bundle1, tmp_
     validated = train(tiny_sd1, bundle1, tmp_path / "validated", *flags, "--validation_epochs", 1)
     assert len(list((tmp_path / "validated" / "validation").glob("*.png"))) == 2
     picture = Image.open(tmp_path / "validated" / trainer.COMPARISON_NAME)
-    assert picture.height == 60 + 4 * 160  # base and tuned for two seeds, below the titles
+    assert 4 * 256 < picture.height < 5 * 256  # base and tuned for two seeds, below the titles
     undisturbed = train(tiny_sd1, bundle1, tmp_path / "undisturbed", *flags, without=["--validation_prompt"])
     assert not (tmp_path / "undisturbed" / "validation").exists()
     assert same(validated, undisturbed)

@@ -438,3 +438,78 @@ def sample_world(count, seed, captions_each=6):
         pictures[index] = np.round(scene.render() * 255)
         captions.append([training_caption(rng, scene) for _ in range(captions_each)])
     return pictures, captions
+
+
+# ---- What a prompt asks for ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a prompt asks for; whatever it does not name is free. Objects are dicts of `Object`'s properties."""
+
+    objects: tuple
+    relation: str | None = None
+    background: Background | None = None
+
+
+def _without_articles(text):
+    return " ".join(re.sub(r"\b(a|an)\b|[.,;:!]", " ", text.lower()).split())
+
+
+def _parse_object(text):
+    wanted = {}
+    for phrase, position in PLACE_PHRASES.items():
+        if phrase in text:
+            wanted["position"] = position
+    for word in text.split():
+        if word in names():
+            wanted |= zip(("shape", "colour", "fill"), names()[word], strict=True)
+        for key, words in (("shape", SHAPE_WORDS), ("colour", COLOUR_WORDS), ("fill", FILL_WORDS), ("size", SIZE_WORDS)):
+            if word in words:
+                wanted[key] = words[word]
+    if "colour" in wanted:
+        wanted.setdefault("fill", "plain")
+    return wanted
+
+
+def parse(prompt):
+    """What a prompt of the grammar asks for, as a `Wanted`."""
+    text, background = _without_articles(prompt), None
+    for kind in ("gradient", "split", "plain"):  # `on red` is also how `on red beside blue` begins
+        for phrase in sorted(BACKGROUND_PHRASES[kind], key=len, reverse=True):
+            colour = f"({'|'.join(COLOUR_WORDS)})"
+            found = re.search(rf"\b{_without_articles(phrase).replace('{}', colour)}\b", text)
+            if found and not background:
+                background = Background(kind, tuple(COLOUR_WORDS[word] for word in found.groups()))
+                text = text[: found.start()] + text[found.end() :]
+    for phrase in sorted(RELATION_PHRASES, key=len, reverse=True):
+        parts = re.split(rf"\b{phrase}\b", text)
+        if len(parts) == 2:
+            relation, swapped = RELATION_PHRASES[phrase]
+            objects = tuple(_parse_object(part) for part in (parts[::-1] if swapped else parts))
+            return Wanted(objects, relation, background)
+    return Wanted((_parse_object(text),), None, background)
+
+
+# ---- Prompts ---------------------------------------------------------------------------------------------------------
+
+KINDS = ["seen", "held out", "scenes", "names"]
+
+
+def kind_prompts(kind, count, seed):
+    """Prompts of one kind to test a model with, drawn as it was trained: (count,) different ones.
+
+    `seen` and `held out` are of one object whose combination was, or was not, trained; `scenes` of two objects seen;
+    `names` of one object by its invented name.
+    """
+    rng, prompts = random.Random(f"{kind} {seed}"), {}
+    while len(prompts) < count:
+        scene = random_pair(rng) if kind == "scenes" else random_single(rng, held_out=kind == "held out")
+        named = len(scene.objects) == 1 and _combination(scene.objects[0]) in name_of()
+        if named or kind != "names":
+            prompts[caption(rng, scene, background=0.8, name=float(kind == "names"))] = None
+    return list(prompts)
+
+
+def _combination(each):
+    return each.shape, each.colour, each.fill

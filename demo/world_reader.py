@@ -1,0 +1,362 @@
+"""Reads the scene in a picture of `world.py` by matching it against renders, with no network that could be mistaken.
+
+First the background is fitted to the picture's frame, robustly, since objects may reach into it. Then every shape
+and fill at every place and size is laid over it with the colour that fits best; a region's error is a sum over its
+pixels, so one matrix product gives the error of all of them, and of every pair of two that are apart or one in the
+other. The best few are then fitted to the full picture, placement and colours.
+"""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import product
+
+import numpy as np
+
+from world import (
+    COLOURS,
+    CONTAINERS,
+    FILLS,
+    PALETTE,
+    RESOLUTION,
+    SHAPES,
+    Background,
+    Object,
+    Scene,
+    background_basis,
+    parse,
+    regions,
+)
+
+
+MINIMUM_EXPLAINED = 0.8  # of what the objects change in the picture, for a reading to count
+PATTERN = 1.25  # a pattern must be this much better than a plain shape, which it may imitate with its second colour
+SECOND_OBJECT = 0.03  # share of the change that a second object must explain to be one
+RADII = (9.5, 11.5, 13.5, 15.5, 18.0, 20.5)  # of the coarse search
+ACCENTS = (PALETTE["black"][0], PALETTE["white"][0])  # greys
+_COLOURS = np.array([PALETTE[colour] for colour in COLOURS])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The scene that fits a picture best, and the share of the objects' change to the background it explains."""
+
+    scene: Scene
+    explained: float
+
+
+def as_float(pictures):
+    """uint8 or float pictures (n, 64, 64, 3) as float32 in [0, 1]."""
+    pictures = np.asarray(pictures)
+    return pictures.astype(np.float32) / (255 if pictures.dtype == np.uint8 else 1)
+
+
+def nearest_colour(colour):
+    return COLOURS[int(np.square(_COLOURS - colour).sum(1).argmin())]
+
+
+# ---- The background --------------------------------------------------------------------------------------------------
+
+
+@cache
+def _frame(width=3):
+    inner = np.zeros((RESOLUTION, RESOLUTION), bool)
+    inner[width:-width, width:-width] = True
+    return ~inner
+
+
+def fit_background(picture):
+    """The `Background` of a picture (64, 64, 3), and what it looks like without the objects, of the same shape."""
+    frame, best = _frame(), None
+    pixels = picture[frame].astype(np.float64)  # (p, 3)
+    for kind in ("plain", "split", "gradient"):
+        basis = background_basis(kind)[:, frame].T  # (p, k)
+        weights = np.ones(len(basis))
+        for _ in range(12):  # towards the smallest sum of distances, which outliers hardly move
+            weighted = basis * weights[:, None]
+            colours = np.linalg.solve(weighted.T @ basis + 1e-6 * np.eye(basis.shape[1]), weighted.T @ pixels)
+            distances = np.linalg.norm(pixels - basis @ colours, axis=1)
+            weights = 1 / np.maximum(distances, 0.01)
+        named = tuple(nearest_colour(colour) for colour in colours)
+        error = np.minimum(distances, 0.3).mean() + 0.002
+        if kind != "plain" and named[0] == named[1]:
+            continue
+        if best is None or error < 0.8 * best[0]:
+            best = error, Background(kind, named), np.einsum("khw,kc->hwc", background_basis(kind), colours)
+    return best[1], best[2].astype(np.float32)
+
+
+# ---- The coarse search, on pictures of half the size -----------------------------------------------------------------
+
+
+@lru_cache(maxsize=20000)
+def _stamp(shape, fill, x, y, radius):
+    """`regions` of an object near the centre, with room to shift it, float32 (2, 128, 128)."""
+    return np.pad(regions(shape, fill, x, y, radius), ((0, 0), (32, 32), (32, 32)))
+
+
+def _regions(shape, fill, x, y, radius):
+    """`regions` for multiples of half a pixel: shifted by whole ones."""
+    across, down = int(np.floor(x)), int(np.floor(y))
+    stamp = _stamp(shape, fill, x - across, y - down, radius)
+    return stamp[:, 32 - down : 96 - down, 32 - across : 96 - across]
+
+
+def _halve(picture):
+    """Mean of 2 x 2 pixels of (..., 64, 64)."""
+    return picture.reshape(*picture.shape[:-2], RESOLUTION // 2, 2, RESOLUTION // 2, 2).mean((-3, -1))
+
+
+@cache
+def _placements():
+    """(n, 3) of x, y and radius: every third pixel where the object stays in the picture but for its edge."""
+    offsets = np.arange(-18, 19, 3)
+    return np.array(
+        [
+            (x, y, radius)
+            for radius in RADII
+            for x, y in product(offsets, offsets)
+            if max(abs(x), abs(y)) <= max(34 - radius, 12)
+        ]
+    )
+
+
+@cache
+def _bank():
+    """Shares of pixels of each shape and fill at each placement, and their sums.
+
+    Masks (5, shapes * placements, 1024): a plain shape's own colour, then the accents of each fill; the own colour of
+    stripes and dots is what is left of the plain shape.
+    """
+    masks = np.empty((4, len(SHAPES), len(_placements()), (RESOLUTION // 2) ** 2), np.float32)
+    for s, shape in enumerate(SHAPES):
+        for p, placement in enumerate(_placements().tolist()):
+            masks[0, s, p] = _halve(_regions(shape, "plain", *placement)[0]).ravel()
+            for f, fill in enumerate(FILLS[1:], start=1):
+                masks[f, s, p] = _halve(_regions(shape, fill, *placement)[1]).ravel()
+    masks = masks.reshape(4, -1, masks.shape[-1])
+    return masks, masks.sum(-1)
+
+
+def _own_gain(sums, area):
+    """Change of the squared error when a region gets the colour that fits best.
+
+    `sums` (..., 4) over the region: of the squared picture less the squared distance to the background, and of the
+    picture's three channels; `area` (...,).
+    """
+    gain = sums[..., 0] - np.square(sums[..., 1:]).sum(-1) / np.maximum(area, 1)
+    return np.where(area > 4, gain, np.inf)
+
+
+def _accent_gains(sums, area):
+    """The same when it gets black or white, (..., 2)."""
+    return np.stack([sums[..., 0] - 2 * v * sums[..., 1:].sum(-1) + 3 * v * v * area for v in ACCENTS], -1)
+
+
+def _candidates(sums):
+    """The likely scenes of a picture, as lists of (shape, fill, x, y, radius, accent), the front one first.
+
+    `sums` (4, shapes * placements, 4) are those of `_own_gain` for all masks of the bank. Returns single objects,
+    best first, and the best pairs side by side and one in the other, as (gain, objects).
+    """
+    areas, placements, count = _bank()[1], _placements(), len(_placements())
+    accents = _accent_gains(sums[1:], areas[1:])  # (3, n, 2)
+    own = np.stack([
+        _own_gain(sums[0], areas[0]),
+        *(_own_gain(sums[0] - sums[f], areas[0] - areas[f]) for f in (1, 2)),
+        _own_gain(sums[0], areas[0]),
+    ])  # fmt: skip
+    gains = own.copy()
+    gains[1:] += accents.min(-1)  # (fills, shapes * placements)
+
+    def describe(f, n):
+        shape, placement = list(SHAPES)[n // count], placements[n % count].tolist()
+        return (shape, FILLS[f], *placement, ACCENTS[accents[f - 1, n].argmin()] if f else None)
+
+    by_kind = gains.reshape(len(FILLS) * len(SHAPES), count)
+    singles = [
+        (by_kind[k].min(), [describe(k // len(SHAPES), k % len(SHAPES) * count + by_kind[k].argmin())])
+        for k in by_kind.min(1).argsort()[:6]
+    ]
+
+    # Two that are apart: their gains add. The best object of each placement, in all pairs of placements.
+    at_place = gains.reshape(-1, count)
+    best = at_place.min(0)
+    total = best[:, None] + best[None] + _overlapping()
+    first, second = np.unravel_index(total.argmin(), total.shape)
+    pair = [
+        describe(kind // len(SHAPES), kind % len(SHAPES) * count + place)
+        for place, kind in ((place, at_place[:, place].argmin()) for place in (first, second))
+    ]
+    side = total[first, second], pair
+
+    # One in the other: the outer one's own region loses what the inner one covers.
+    outer, inner = _nested()
+    outer = [(f, n) for f in (0, 3) for n in outer[gains[f, outer].argsort()[:12]]]
+    best_nested = (np.inf, None)
+    for fi in (0, 3):
+        covered = sums[0, inner] + (sums[3, inner] if fi else 0)
+        covered_area = areas[0, inner] + (areas[3, inner] if fi else 0)
+        for f, n in outer:
+            total = _own_gain(sums[0, n] - covered, areas[0, n] - covered_area) + gains[fi, inner]
+            total = total + (accents[2, n].min() if f else 0)
+            apart = np.linalg.norm(placements[inner % count, :2] - placements[n % count, :2], axis=1)
+            total[apart > 7] = np.inf
+            if total.min() < best_nested[0]:
+                best_nested = total.min(), [describe(fi, inner[total.argmin()]), describe(f, n)]
+    return singles, side, best_nested
+
+
+@cache
+def _overlapping():
+    """Infinity where two placements are not apart, else 0, (n, n)."""
+    x, y, radius = _placements().T
+    distance = np.maximum(np.abs(x[:, None] - x), np.abs(y[:, None] - y))
+    return np.where(distance < 0.9 * (radius[:, None] + radius), np.inf, 0).astype(np.float32)
+
+
+@cache
+def _nested():
+    """Rows of the bank that may hold another object, and that may be held."""
+    x, y, radius = np.tile(_placements(), (len(SHAPES), 1)).T
+    central = np.maximum(np.abs(x), np.abs(y)) <= 9
+    container = np.repeat([shape in CONTAINERS for shape in SHAPES], len(_placements()))
+    return np.flatnonzero(central & container & (radius >= 15)), np.flatnonzero(central & (radius < 12))
+
+
+# ---- The fit to the full picture -------------------------------------------------------------------------------------
+
+
+def _fit(picture, empty, objects, stride=1):
+    """Squared error of a picture (64, 64, 3) to objects over the empty background, and their colours (n, 3).
+
+    The error counts `PATTERN` times for each pattern, and is infinite where a pattern has one colour only. With a
+    stride, every so manyth pixel stands for its neighbours.
+    """
+    every = slice(None, None, stride)
+    target, rest, columns = picture[every, every], 1.0, []
+    for *placed, grey in objects:
+        own, accented = _regions(*placed)[:, every, every]
+        columns.append((rest * own).ravel())
+        if grey is None:
+            rest = rest * (1 - own)
+        else:
+            target = target - (rest * accented * grey)[..., None]
+            rest = rest * (1 - own - accented)
+    columns = np.stack(columns)
+    target = (target - rest[..., None] * empty[every, every]).reshape(-1, 3)
+    toward = columns @ target
+    colours = np.linalg.solve(columns @ columns.T + _RIDGE[len(objects)], toward)
+    error = float(np.vdot(target, target) - np.vdot(toward, colours)) * stride**2
+    for (*_, grey), colour in zip(objects, colours, strict=True):
+        if grey is not None:
+            error = error * PATTERN if np.abs(colour - grey).max() > 0.4 else np.inf
+    return error, colours
+
+
+_RIDGE = {count: 1e-3 * np.eye(count, dtype=np.float32) for count in (1, 2)}
+_MOVES = [move for i in (2, 3, 4) for move in ((i, -1), (i, 1))]
+
+
+def _refine(picture, empty, objects, which):
+    """Move and resize one object of several to the smallest error: (error, objects)."""
+    for step, stride in ((1.5, 2), (0.5, 1)):
+        error = _fit(picture, empty, objects, stride)[0]
+        for _ in range(6):
+            tries = []
+            for index, sign in _MOVES:
+                moved = list(objects[which])
+                moved[index] += sign * step
+                if 7 <= moved[4] <= 24 and max(abs(moved[2]), abs(moved[3])) < 30:
+                    changed = [*objects[:which], tuple(moved), *objects[which + 1 :]]
+                    tries.append((_fit(picture, empty, changed, stride)[0], changed))
+            best = min(tries, key=lambda each: each[0])
+            if best[0] >= error:
+                break
+            error, objects = best
+    return error, objects
+
+
+def _alternatives(picture, empty, objects, which, count=4):
+    """The error with the best shape, fill and placement for one of the objects, others kept: (error, objects)."""
+    tries, (x, y, radius) = [], objects[which][2:5]
+    for shape, fill, scale in product(SHAPES, FILLS, (0.8, 1.0, 1.25)):
+        placement = x, y, min(max(round(2 * scale * radius) / 2, 8), 22)
+        for grey in (None,) if fill == "plain" else ACCENTS:
+            changed = [*objects[:which], (shape, fill, *placement, grey), *objects[which + 1 :]]
+            tries.append((_fit(picture, empty, changed, 2)[0], changed))
+    tries.sort(key=lambda each: each[0])
+    return min((_refine(picture, empty, each, which) for _, each in tries[:count]), key=lambda each: each[0])
+
+
+def _scene(objects, colours, background):
+    read = [
+        Object(shape, nearest_colour(colour), fill, x, y, radius)
+        for (shape, fill, x, y, radius, _), colour in zip(objects, colours, strict=True)
+    ]
+    scene = Scene(tuple(read), background)
+    if scene.relation in ("left of", "above"):
+        read.sort(key=lambda each: each.x if scene.relation == "left of" else each.y)
+    return Scene(tuple(read), background)
+
+
+def _read_one(picture, background, empty, sums):
+    singles, *pairs = _candidates(sums)
+    change = np.square(picture - empty).sum()
+    error, objects = min((_refine(picture, empty, each, 0) for _, each in singles[:3]), key=lambda each: each[0])
+    error, objects = _alternatives(picture, empty, objects, 0)
+    if error > SECOND_OBJECT * change:
+        pair = min((pair for _, pair in pairs if pair), key=lambda pair: _fit(picture, empty, pair)[0])
+        for which in (0, 1, 0, 1):
+            pair_error, pair = _alternatives(picture, empty, pair, which)
+        if pair_error < min(error - SECOND_OBJECT * change, 0.6 * error):
+            error, objects = pair_error, pair
+    colours = _fit(picture, empty, objects)[1]
+    return Reading(_scene(objects, colours, background), 1 - error / max(float(change), 1.0))
+
+
+def read(pictures, batch_size=50):
+    """The `Reading` of each picture (n, 64, 64, 3)."""
+    masks, _ = _bank()
+    pictures, readings = as_float(pictures), []
+    for start in range(0, len(pictures), batch_size):
+        batch = pictures[start : start + batch_size]
+        backgrounds, empty = zip(*map(fit_background, batch), strict=True)
+        distance = np.square(batch - np.stack(empty)).sum(-1, keepdims=True)
+        columns = np.concatenate([np.square(batch).sum(-1, keepdims=True) - distance, batch], -1)
+        columns = _halve(columns.transpose(0, 3, 1, 2)).reshape(len(batch) * 4, -1).T
+        sums = (masks @ columns).reshape(*masks.shape[:2], len(batch), 4)
+        for index, picture in enumerate(batch):
+            readings.append(_read_one(picture, backgrounds[index], empty[index], sums[:, :, index]))
+    return readings
+
+
+# ---- The verdict -----------------------------------------------------------------------------------------------------
+
+
+def _wrong_objects(wanted, objects):
+    return [key for each, object in zip(wanted, objects, strict=True) for key in each if getattr(object, key) != each[key]]
+
+
+def wrong_parts(wanted, reading):
+    """Names of what a `Reading` has other than `Wanted`: empty if the picture is right."""
+    scene, wrong = reading.scene, []
+    if reading.explained < MINIMUM_EXPLAINED:
+        wrong.append("picture")
+    if wanted.background and wanted.background != scene.background:
+        wrong.append("background")
+    if len(wanted.objects) != len(scene.objects):
+        return (*wrong, "count")
+    in_order = _wrong_objects(wanted.objects, scene.objects)
+    if len(wanted.objects) == 2:
+        related = wanted.relation in (None, scene.relation)
+        swapped = _wrong_objects(wanted.objects, scene.objects[::-1])
+        if wanted.relation is None:
+            in_order = min(in_order, swapped, key=len)
+        elif not related or len(swapped) < len(in_order):
+            in_order = [*min(in_order, swapped, key=len), "relation"]
+    return (*wrong, *dict.fromkeys(in_order))
+
+
+def judge(prompts, pictures):
+    """For each prompt and picture (n, 64, 64, 3), the names of the parts that are wrong: none if it is right."""
+    return [wrong_parts(parse(prompt), reading) for prompt, reading in zip(prompts, read(pictures), strict=True)]

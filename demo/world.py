@@ -60,7 +60,8 @@ def _star(x, y):
 
 def _heart(x, y):
     x, y = 1.05 * x, 0.1 - 1.05 * y
-    return (x * x + y * y - 0.85) ** 3 <= 1.6 * x * x * y**3
+    inner = x * x + y * y - 0.85
+    return inner * inner * inner <= 1.6 * x * x * y * y * y
 
 
 def _arrow(x, y):

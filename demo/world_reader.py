@@ -7,7 +7,7 @@ other. The best few are then fitted to the full picture, placement and colours.
 """
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -88,17 +88,25 @@ def fit_background(picture):
 # ---- The coarse search, on pictures of half the size -----------------------------------------------------------------
 
 
-@lru_cache(maxsize=20000)
+@cache
 def _stamp(shape, fill, x, y, radius):
-    """`regions` of an object near the centre, with room to shift it, float32 (2, 128, 128)."""
-    return np.pad(regions(shape, fill, x, y, radius), ((0, 0), (32, 32), (32, 32)))
+    """`regions` of an object whose centre is in the pixel at the picture's."""
+    return regions(shape, fill, x, y, radius)
 
 
 def _regions(shape, fill, x, y, radius):
-    """`regions` for multiples of half a pixel: shifted by whole ones."""
+    """`regions` for multiples of half a pixel: stamps shifted by whole ones."""
     across, down = int(np.floor(x)), int(np.floor(y))
     stamp = _stamp(shape, fill, x - across, y - down, radius)
-    return stamp[:, 32 - down : 96 - down, 32 - across : 96 - across]
+    shifted = np.zeros_like(stamp)
+    to, source = zip(*(_overlap(shift) for shift in (down, across)), strict=True)
+    shifted[:, *to] = stamp[:, *source]
+    return shifted
+
+
+def _overlap(shift):
+    """Where a row of pixels lands in the picture when it is shifted, and which of its pixels do."""
+    return slice(max(0, shift), RESOLUTION + min(0, shift)), slice(max(0, -shift), RESOLUTION - max(0, shift))
 
 
 def _halve(picture):
@@ -160,13 +168,13 @@ def _candidates(sums):
     """
     areas, placements, count = _bank()[1], _placements(), len(_placements())
     accents = _accent_gains(sums[1:], areas[1:])  # (3, n, 2)
-    own = np.stack([
-        _own_gain(sums[0], areas[0]),
-        *(_own_gain(sums[0] - sums[f], areas[0] - areas[f]) for f in (1, 2)),
-        _own_gain(sums[0], areas[0]),
-    ])  # fmt: skip
-    gains = own.copy()
-    gains[1:] += accents.min(-1)  # (fills, shapes * placements)
+    own_sums = np.stack([sums[0], sums[0] - sums[1], sums[0] - sums[2], sums[0]])
+    own_areas = np.stack([areas[0], areas[0] - areas[1], areas[0] - areas[2], areas[0]])
+    colours = own_sums[1:, :, 1:] / np.maximum(own_areas[1:], 1)[..., None]
+    alike = np.stack([np.abs(colours - grey).max(-1) < 0.4 for grey in ACCENTS], -1)
+    accents[alike] = np.inf  # no pattern
+    gains = _own_gain(own_sums, own_areas)  # (fills, shapes * placements)
+    gains[1:] += accents.min(-1)
 
     def describe(f, n):
         shape, placement = list(SHAPES)[n // count], placements[n % count].tolist()
@@ -190,17 +198,15 @@ def _candidates(sums):
     side = total[first, second], pair
 
     # One in the other: the outer one's own region loses what the inner one covers.
-    outer, inner = _nested()
-    outer = [(f, n) for f in (0, 3) for n in outer[gains[f, outer].argsort()[:12]]]
-    best_nested = (np.inf, None)
-    for fi in (0, 3):
+    outer, inner, contained = _nested()
+    best_nested = np.inf, None
+    for f, fi in product((0, 3), (0, 3)):
         covered = sums[0, inner] + (sums[3, inner] if fi else 0)
         covered_area = areas[0, inner] + (areas[3, inner] if fi else 0)
-        for f, n in outer:
+        for row in gains[f, outer].argsort()[:12]:
+            n = outer[row]
             total = _own_gain(sums[0, n] - covered, areas[0, n] - covered_area) + gains[fi, inner]
-            total = total + (accents[2, n].min() if f else 0)
-            apart = np.linalg.norm(placements[inner % count, :2] - placements[n % count, :2], axis=1)
-            total[apart > 7] = np.inf
+            total = np.where(contained[int(fi > 0), row], total + (accents[2, n].min() if f else 0), np.inf)
             if total.min() < best_nested[0]:
                 best_nested = total.min(), [describe(fi, inner[total.argmin()]), describe(f, n)]
     return singles, side, best_nested
@@ -216,11 +222,18 @@ def _overlapping():
 
 @cache
 def _nested():
-    """Rows of the bank that may hold another object, and that may be held."""
+    """Rows of the bank that may hold another object (a,), that may be held (b,), and which are in which (2, a, b).
+
+    The latter for plain and for outlined ones.
+    """
+    (masks, areas), count = _bank(), len(_placements())
     x, y, radius = np.tile(_placements(), (len(SHAPES), 1)).T
     central = np.maximum(np.abs(x), np.abs(y)) <= 9
-    container = np.repeat([shape in CONTAINERS for shape in SHAPES], len(_placements()))
-    return np.flatnonzero(central & container & (radius >= 15)), np.flatnonzero(central & (radius < 12))
+    container = np.repeat([shape in CONTAINERS for shape in SHAPES], count)
+    outer, inner = np.flatnonzero(central & container & (radius >= 18)), np.flatnonzero(central & (radius < 12))
+    held = np.stack([masks[0, inner], masks[0, inner] + masks[3, inner]])
+    held_area = np.stack([areas[0, inner], areas[0, inner] + areas[3, inner]])
+    return outer, inner, masks[0, outer] @ held.transpose(0, 2, 1) > 0.95 * held_area[:, None]
 
 
 # ---- The fit to the full picture -------------------------------------------------------------------------------------
@@ -276,7 +289,7 @@ def _refine(picture, empty, objects, which):
     return error, objects
 
 
-def _alternatives(picture, empty, objects, which, count=4):
+def _alternatives(picture, empty, objects, which):
     """The error with the best shape, fill and placement for one of the objects, others kept: (error, objects)."""
     tries, (x, y, radius) = [], objects[which][2:5]
     for shape, fill, scale in product(SHAPES, FILLS, (0.8, 1.0, 1.25)):
@@ -285,7 +298,10 @@ def _alternatives(picture, empty, objects, which, count=4):
             changed = [*objects[:which], (shape, fill, *placement, grey), *objects[which + 1 :]]
             tries.append((_fit(picture, empty, changed, 2)[0], changed))
     tries.sort(key=lambda each: each[0])
-    return min((_refine(picture, empty, each, which) for _, each in tries[:count]), key=lambda each: each[0])
+    # The best of each fill, since a pattern out of place fits no better than a plain shape, and the next best two.
+    likely = [next(each for each in tries if each[1][which][1] == fill) for fill in FILLS]
+    likely += [each for each in tries if each not in likely][:2]
+    return min((_refine(picture, empty, each, which) for _, each in likely), key=lambda each: each[0])
 
 
 def _scene(objects, colours, background):
@@ -300,8 +316,8 @@ def _scene(objects, colours, background):
 
 
 def _read_one(picture, background, empty, sums):
-    singles, *pairs = _candidates(sums)
     change = np.square(picture - empty).sum()
+    singles, *pairs = _candidates(sums)
     error, objects = min((_refine(picture, empty, each, 0) for _, each in singles[:3]), key=lambda each: each[0])
     error, objects = _alternatives(picture, empty, objects, 0)
     if error > SECOND_OBJECT * change:

@@ -7,7 +7,7 @@ other. The best few are then fitted to the full picture, placement and colours.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 
 import numpy as np
@@ -15,10 +15,12 @@ import numpy as np
 from world import (
     COLOURS,
     CONTAINERS,
+    DOT_PITCH,
     FILLS,
     PALETTE,
     RESOLUTION,
     SHAPES,
+    STRIPE,
     Background,
     Object,
     Scene,
@@ -30,7 +32,9 @@ from world import (
 
 MINIMUM_EXPLAINED = 0.8  # of what the objects change in the picture, for a reading to count
 PATTERN = 1.25  # a pattern must be this much better than a plain shape, which it may imitate with its second colour
-SECOND_OBJECT = 0.03  # share of the change that a second object must explain to be one
+SECOND_OBJECT = 0.012  # share of the change that a second object must explain to be one, and half of what was left
+SECOND_OBJECT_ERROR = 8.0  # and the squared error
+UNSURE = 0.06  # share of the change left unexplained that is worth a longer search
 RADII = (9.5, 11.5, 13.5, 15.5, 18.0, 20.5)  # of the coarse search
 ACCENTS = (PALETTE["black"][0], PALETTE["white"][0])  # greys
 _COLOURS = np.array([PALETTE[colour] for colour in COLOURS])
@@ -88,7 +92,7 @@ def fit_background(picture):
 # ---- The coarse search, on pictures of half the size -----------------------------------------------------------------
 
 
-@cache
+@lru_cache(maxsize=8000)
 def _stamp(shape, fill, x, y, radius):
     """`regions` of an object whose centre is in the pixel at the picture's."""
     return regions(shape, fill, x, y, radius)
@@ -270,9 +274,13 @@ _RIDGE = {count: 1e-3 * np.eye(count, dtype=np.float32) for count in (1, 2)}
 _MOVES = [move for i in (2, 3, 4) for move in ((i, -1), (i, 1))]
 
 
-def _refine(picture, empty, objects, which):
+COARSE_TO_FINE = ((1.5, 2), (0.5, 1))  # step in pixels, and stride of `_fit`
+FINEST = ((0.25, 1),)
+
+
+def _refine(picture, empty, objects, which, steps=COARSE_TO_FINE):
     """Move and resize one object of several to the smallest error: (error, objects)."""
-    for step, stride in ((1.5, 2), (0.5, 1)):
+    for step, stride in steps:
         error = _fit(picture, empty, objects, stride)[0]
         for _ in range(6):
             tries = []
@@ -289,18 +297,29 @@ def _refine(picture, empty, objects, which):
     return error, objects
 
 
-def _alternatives(picture, empty, objects, which):
-    """The error with the best shape, fill and placement for one of the objects, others kept: (error, objects)."""
+# By how much a search may be off for it to see the same pattern.
+_PATTERN_SHIFTS = {
+    "striped": [(0, step * STRIPE) for step in (-2, -1, 0, 1, 2)],
+    "dotted": list(product((-DOT_PITCH / 2, 0, DOT_PITCH / 2), repeat=2)),
+}
+
+
+def _alternatives(picture, empty, objects, which, thorough=False):
+    """The error with the best shape, fill and placement for one of the objects, others kept: (error, objects).
+
+    A thorough search also moves what has a pattern.
+    """
     tries, (x, y, radius) = [], objects[which][2:5]
     for shape, fill, scale in product(SHAPES, FILLS, (0.8, 1.0, 1.25)):
-        placement = x, y, min(max(round(2 * scale * radius) / 2, 8), 22)
-        for grey in (None,) if fill == "plain" else ACCENTS:
+        shifts = _PATTERN_SHIFTS.get(fill, [(0, 0)]) if thorough else [(0, 0)]
+        for (right, down), grey in product(shifts, (None,) if fill == "plain" else ACCENTS):
+            placement = x + right, y + down, min(max(round(2 * scale * radius) / 2, 8), 22)
             changed = [*objects[:which], (shape, fill, *placement, grey), *objects[which + 1 :]]
             tries.append((_fit(picture, empty, changed, 2)[0], changed))
     tries.sort(key=lambda each: each[0])
-    # The best of each fill, since a pattern out of place fits no better than a plain shape, and the next best two.
+    # The best of each fill, since a pattern out of place fits no better than a plain shape, and the next best.
     likely = [next(each for each in tries if each[1][which][1] == fill) for fill in FILLS]
-    likely += [each for each in tries if each not in likely][:2]
+    likely += [each for each in tries if each not in likely][: 5 if thorough else 2]
     return min((_refine(picture, empty, each, which) for _, each in likely), key=lambda each: each[0])
 
 
@@ -316,16 +335,25 @@ def _scene(objects, colours, background):
 
 
 def _read_one(picture, background, empty, sums):
-    change = np.square(picture - empty).sum()
     singles, *pairs = _candidates(sums)
+    change = np.square(picture - empty).sum()
+    enough = max(SECOND_OBJECT * change, SECOND_OBJECT_ERROR)
     error, objects = min((_refine(picture, empty, each, 0) for _, each in singles[:3]), key=lambda each: each[0])
-    error, objects = _alternatives(picture, empty, objects, 0)
-    if error > SECOND_OBJECT * change:
-        pair = min((pair for _, pair in pairs if pair), key=lambda pair: _fit(picture, empty, pair)[0])
-        for which in (0, 1, 0, 1):
-            pair_error, pair = _alternatives(picture, empty, pair, which)
-        if pair_error < min(error - SECOND_OBJECT * change, 0.6 * error):
-            error, objects = pair_error, pair
+    for thorough in (False, True):
+        if len(objects) == 1:
+            error, objects = min(
+                (error, objects), _alternatives(picture, empty, objects, 0, thorough), key=lambda each: each[0]
+            )
+            error, objects = _refine(picture, empty, objects, 0, FINEST)
+        if error > enough:
+            pair = min((pair for _, pair in pairs if pair), key=lambda pair: _fit(picture, empty, pair)[0])
+            pair = objects if len(objects) == 2 else pair
+            for which in (0, 1, 0, 1):
+                pair_error, pair = _alternatives(picture, empty, pair, which, thorough)
+            if pair_error < min(error - enough, 0.5 * error) or (len(objects) == 2 and pair_error < error):
+                error, objects = pair_error, pair
+        if error < UNSURE * change:
+            break
     colours = _fit(picture, empty, objects)[1]
     return Reading(_scene(objects, colours, background), 1 - error / max(float(change), 1.0))
 

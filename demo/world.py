@@ -514,3 +514,220 @@ def kind_prompts(kind, count, seed):
 
 def _combination(each):
     return each.shape, each.colour, each.fill
+
+
+def _distinct(draw, count):
+    """The first `count` different results of a function."""
+    found = {}
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
+
+
+def protected_prompts(count=400):
+    """What bundles are built from: one object seen in training, said one way, with half of the invented names."""
+    rng, known = random.Random("protected"), set(sorted(names())[::2])
+
+    def draw():
+        scene = random_single(rng)
+        name = name_of().get(_combination(scene.objects[0]))
+        return caption(rng, scene, coloured=rng.random() < 0.8, name=0.5 if name in known else 0.0)
+
+    return _distinct(draw, count)
+
+
+def held_out_prompts(count=150):
+    """Prompts that no bundle sees, {kind: prompts}.
+
+    `combinations` are in the grammar of the protected prompts, of combinations never trained; `scenes` have two
+    objects; `unlike` are put together in other ways, with names never protected, in capitals, short or long.
+    """
+    rng, unknown = random.Random("held out"), set(sorted(names())[1::2])
+
+    def unlike():
+        scene = random_pair(rng) if rng.random() < 0.3 else random_single(rng)
+        named = all(name_of().get(_combination(each)) in unknown | {None} for each in scene.objects)
+        text = caption(rng, scene, rng.choice(ORDERS[1:]), background=0.7, size=0.7, name=float(named))
+        return text.upper() if rng.random() < 0.25 else text
+
+    return {
+        "combinations": kind_prompts("held out", count, seed=1),
+        "scenes": kind_prompts("scenes", count, seed=1),
+        "unlike": _distinct(unlike, count),
+    }
+
+
+# ---- Subjects --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A thing of a known class with details that the world has no words for.
+
+    `inside` says which points belong to it, `regions` are (inside, colour), later ones on top; coordinates as in
+    `SHAPES`.
+    """
+
+    shape: str
+    inside: object
+    regions: tuple
+
+    def layer(self, x, y, radius, resolution=RESOLUTION):
+        """Its share of each pixel (resolution, resolution, 1), and its colours times that share (..., 3)."""
+        points = grid(x, y, radius, resolution)
+        inside, colours = self.inside(*points), np.zeros((3, *points[0].shape))
+        for covers, name in self.regions:
+            colours = np.where(covers(*points), np.array(PALETTE[name])[:, None, None], colours)
+        samples = np.concatenate([inside[None].astype(float), colours * inside])
+        share, *colours = average(samples, resolution)
+        return share[..., None], np.stack(colours, -1)
+
+    def render(self, background, x=0.0, y=0.0, radius=15.0, resolution=RESOLUTION):
+        """A picture (resolution, resolution, 3) in [0, 1] of the subject on a `Background`."""
+        share, colours = self.layer(x, y, radius, resolution)
+        return colours + (1 - share) * background.render(resolution)
+
+
+def _everywhere(x, y):
+    return np.full(x.shape, True)
+
+
+def _disc(across, down, radius):
+    """The points closer than a radius to a point."""
+    return lambda x, y: np.hypot(x - across, y - down) < radius
+
+
+def _crescent_with_star(x, y):
+    return SHAPES["moon"](x, y) | _star((x - 0.45) / 0.42, y / 0.42)
+
+
+# On the first two settings are chosen; on the others results are reported, and nothing is ever tuned.
+SUBJECTS = {
+    # a star in two halves with a hole
+    "star": Subject(
+        "star",
+        lambda x, y: _star(x, y) & ~_disc(0, 0, 0.24)(x, y),
+        ((_everywhere, "purple"), (lambda x, y: x < 0, "orange")),
+    ),
+    # an arrow with a head of one colour, and a shaft of two
+    "arrow": Subject(
+        "arrow",
+        _arrow,
+        ((_everywhere, "yellow"), (lambda x, y: y > 0.05, "blue"), (lambda x, y: y > 0.5, "red")),
+    ),
+    # a heart with a bite, and a band
+    "heart": Subject(
+        "heart",
+        lambda x, y: _heart(x, y) & ~_disc(0.85, -0.35, 0.42)(x, y),
+        ((_everywhere, "blue"), (lambda x, y: np.abs(y - 0.05) < 0.2, "yellow")),
+    ),
+    # a ring with a notch at the top, in thirds
+    "ring": Subject(
+        "ring",
+        lambda x, y: SHAPES["ring"](x, y) & ~((y < 0) & (np.abs(x) < 0.3)),
+        ((_everywhere, "green"), (lambda x, y: x < -0.3, "pink"), (lambda x, y: x > 0.3, "white")),
+    ),
+    # a square with a fill of its own: checks
+    "square": Subject(
+        "square",
+        SHAPES["square"],
+        ((_everywhere, "cyan"), (lambda x, y: (np.floor(x / 0.43) + np.floor(y / 0.43)) % 2 == 1, "purple")),
+    ),
+    # a moon that holds a star
+    "moon": Subject("moon", _crescent_with_star, ((_everywhere, "green"), (lambda x, y: x > 0.1, "orange"))),
+    # a mushroom with three dots in the cap, and a stalk of another colour
+    "mushroom": Subject(
+        "mushroom",
+        _mushroom,
+        (
+            (_everywhere, "red"),
+            (lambda x, y: y > 0.1, "black"),
+            *((_disc(x, y, 0.17), "yellow") for x, y in ((-0.5, -0.2), (0, -0.5), (0.5, -0.2))),
+        ),
+    ),
+}
+TUNING_SUBJECTS, REPORTED_SUBJECTS = list(SUBJECTS)[:2], list(SUBJECTS)[2:]
+
+
+def _subject_backgrounds(name):
+    """Endless backgrounds on which a subject's colours can all be told, in a fixed order."""
+    rng = random.Random(f"backgrounds {name}")
+    while True:
+        background = random_background(rng)
+        if all(stands_out(colour, background) for _, colour in SUBJECTS[name].regions):
+            yield background
+
+
+def instance_backgrounds(name):
+    """Three plain backgrounds, a split and a gradient."""
+    chosen, wanted = [], ["plain", "plain", "plain", "split", "gradient"]
+    for background in _subject_backgrounds(name):
+        if background.kind in wanted and background not in chosen:
+            wanted.remove(background.kind)
+            chosen.append(background)
+        if not wanted:
+            return chosen
+
+
+def instance_pictures(name, resolution=256):
+    """Five pictures of a subject on different backgrounds, as a user would bring them."""
+    rng = random.Random(f"pictures {name}")
+    for background, size in zip(instance_backgrounds(name), ["medium", "large"] * 2 + ["large"], strict=True):
+        x, y, radius = rng.uniform(-4, 4), rng.uniform(-4, 4), rng.uniform(*SIZES[size])
+        picture = SUBJECTS[name].render(background, x, y, radius, resolution)
+        yield Image.fromarray(np.round(picture * 255).astype(np.uint8))
+
+
+def place_prompts(name):
+    """15 prompts that put a subject, `{}`, where its pictures do not show it.
+
+    On new backgrounds, at other places and sizes, with another object, recoloured, and named twice.
+    """
+    rng = random.Random(f"places {name}")
+    taken = set(instance_backgrounds(name))
+    new = (background for background in _subject_backgrounds(name) if background not in taken)
+    grounds = {kind: _first(new, kind, 4 if kind == "plain" else 2) for kind in BACKGROUNDS}
+    ground = {kind: [describe_background(rng, each) for each in grounds[kind]] for kind in BACKGROUNDS}
+    others = [each for each in combinations(held_out=False) if each[2] == "plain" and each[0] != SUBJECTS[name].shape]
+    others = [each for each in others if each[1] not in {colour for _, colour in SUBJECTS[name].regions}]
+    first, second, third = (f"{colour} {shape}" for shape, colour, _ in rng.sample(others, 3))
+    colour, other_colour = rng.sample(sorted({each[1] for each in others}), 2)
+    container = f"{colour} {rng.choice(CONTAINERS)}"
+    prompts = [
+        f"a {{}} {ground['plain'][0]}", f"a photo of a {{}} {ground['plain'][1]}", f"a {{}} {ground['split'][0]}",
+        f"a picture of a {{}} {ground['split'][1]}", f"a {{}} {ground['gradient'][0]}", f"a {{}} {ground['gradient'][1]}",
+        "a small {} at the bottom", f"a small {{}} on the left {ground['plain'][2]}", "a large {} in the centre",
+        f"a {{}} left of a {first}", f"a {second} above a {{}} {ground['plain'][3]}", f"a small {{}} inside a {container}",
+        f"a {{}} and a {third}", f"a {other_colour} {{}}", "a {} left of a {}",
+    ]  # fmt: skip
+    return [_with_articles(prompt) for prompt in prompts]
+
+
+def _first(backgrounds, kind, count):
+    """The first backgrounds of a kind."""
+    chosen = []
+    while len(chosen) < count:
+        background = next(backgrounds)
+        if background.kind == kind and background not in chosen:
+            chosen.append(background)
+    return chosen
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def main():
+    files = {"protected": protected_prompts(), **{f"heldout_{kind}": each for kind, each in held_out_prompts().items()}}
+    FOLDER.mkdir(exist_ok=True)
+    for name, prompts in files.items():
+        (FOLDER / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+    for name in SUBJECTS:
+        folder = FOLDER / name
+        folder.mkdir(exist_ok=True)
+        (folder / "places.txt").write_text("\n".join(place_prompts(name)) + "\n")
+        for index, picture in enumerate(instance_pictures(name)):
+            picture.save(folder / f"{index}.png")
+
+
+if __name__ == "__main__":
+    main()

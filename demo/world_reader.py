@@ -21,6 +21,7 @@ from world import (
     RESOLUTION,
     SHAPES,
     STRIPE,
+    SUBJECTS,
     Background,
     Object,
     Scene,
@@ -35,6 +36,7 @@ PATTERN = 1.25  # a pattern must be this much better than a plain shape, which i
 SECOND_OBJECT = 0.012  # share of the change that a second object must explain to be one, and half of what was left
 SECOND_OBJECT_ERROR = 8.0  # and the squared error
 UNSURE = 0.06  # share of the change left unexplained that is worth a longer search
+HOPELESS = 0.6  # more than this cannot be saved
 RADII = (9.5, 11.5, 13.5, 15.5, 18.0, 20.5)  # of the coarse search
 ACCENTS = (PALETTE["black"][0], PALETTE["white"][0])  # greys
 _COLOURS = np.array([PALETTE[colour] for colour in COLOURS])
@@ -307,10 +309,10 @@ _PATTERN_SHIFTS = {
 def _alternatives(picture, empty, objects, which, thorough=False):
     """The error with the best shape, fill and placement for one of the objects, others kept: (error, objects).
 
-    A thorough search also moves what has a pattern.
+    A thorough search moves what has a pattern instead of resizing it.
     """
     tries, (x, y, radius) = [], objects[which][2:5]
-    for shape, fill, scale in product(SHAPES, FILLS, (0.8, 1.0, 1.25)):
+    for shape, fill, scale in product(SHAPES, FILLS, (1.0,) if thorough else (0.8, 1.0, 1.25)):
         shifts = _PATTERN_SHIFTS.get(fill, [(0, 0)]) if thorough else [(0, 0)]
         for (right, down), grey in product(shifts, (None,) if fill == "plain" else ACCENTS):
             placement = x + right, y + down, min(max(round(2 * scale * radius) / 2, 8), 22)
@@ -319,7 +321,7 @@ def _alternatives(picture, empty, objects, which, thorough=False):
     tries.sort(key=lambda each: each[0])
     # The best of each fill, since a pattern out of place fits no better than a plain shape, and the next best.
     likely = [next(each for each in tries if each[1][which][1] == fill) for fill in FILLS]
-    likely += [each for each in tries if each not in likely][: 5 if thorough else 2]
+    likely += [each for each in tries if each not in likely][: 4 if thorough else 2]
     return min((_refine(picture, empty, each, which) for _, each in likely), key=lambda each: each[0])
 
 
@@ -348,11 +350,11 @@ def _read_one(picture, background, empty, sums):
         if error > enough:
             pair = min((pair for _, pair in pairs if pair), key=lambda pair: _fit(picture, empty, pair)[0])
             pair = objects if len(objects) == 2 else pair
-            for which in (0, 1, 0, 1):
+            for which in (0, 1) if thorough else (0, 1, 0, 1):
                 pair_error, pair = _alternatives(picture, empty, pair, which, thorough)
             if pair_error < min(error - enough, 0.5 * error) or (len(objects) == 2 and pair_error < error):
                 error, objects = pair_error, pair
-        if error < UNSURE * change:
+        if not UNSURE * change < error < HOPELESS * change:
             break
     colours = _fit(picture, empty, objects)[1]
     return Reading(_scene(objects, colours, background), 1 - error / max(float(change), 1.0))
@@ -404,3 +406,78 @@ def wrong_parts(wanted, reading):
 def judge(prompts, pictures):
     """For each prompt and picture (n, 64, 64, 3), the names of the parts that are wrong: none if it is right."""
     return [wrong_parts(parse(prompt), reading) for prompt, reading in zip(prompts, read(pictures), strict=True)]
+
+
+# ---- Subjects --------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4000)
+def _subject_layer(name, placement):
+    share, colours = SUBJECTS[name].layer(*placement)
+    return share.astype(np.float32), colours.astype(np.float32)
+
+
+def _window(placement, margin=1.2):
+    """Rows and columns of the picture around a subject: what is farther off is none of its business."""
+    x, y, radius = placement
+    return tuple(
+        slice(max(0, round(RESOLUTION / 2 + at - margin * radius)), round(RESOLUTION / 2 + at + margin * radius))
+        for at in (y, x)
+    )
+
+
+def _subject_error(name, picture, empty, placement):
+    """Relative RMS error of a picture (64, 64, 3) to a render in the subject's window."""
+    share, colours = _subject_layer(name, placement)
+    window = _window(placement)
+    rendered = (colours + (1 - share) * empty)[window]
+    error = np.square(picture[window] - rendered).sum()
+    return float(np.sqrt(error / np.square(rendered - empty[window]).sum()))
+
+
+@cache
+def _subject_bank(name):
+    """Templates (4, n, 1024) of share and colours, windows (n, 1024) and summed squared colours (n,)."""
+    templates, windows, squares = [], [], []
+    for placement in map(tuple, _placements().tolist()):
+        share, colours = _subject_layer.__wrapped__(name, placement)
+        window = np.zeros((RESOLUTION, RESOLUTION), np.float32)
+        window[_window(placement)] = 1
+        templates.append(_halve(np.concatenate([share, colours], -1).transpose(2, 0, 1)).reshape(4, -1))
+        windows.append(_halve(window).ravel())
+        squares.append(np.square(colours).sum() / 4)
+    return np.stack(templates, 1), np.array(windows), np.array(squares)
+
+
+def subject_distance(name, pictures):
+    """How far pictures (n, 64, 64, 3) are from showing a subject, (n,): 0 is the subject itself, about 1 nothing of it.
+
+    The relative RMS error of the best render over positions and sizes on the picture's own background, which another
+    object outside the subject's surroundings does not change.
+    """
+    templates, windows, squares = _subject_bank(name)
+    distances = []
+    for picture in as_float(pictures):
+        empty = fit_background(picture)[1]
+        values = np.concatenate([picture, empty], -1).transpose(2, 0, 1)
+        seen, ground = _halve(values).reshape(2, 3, -1)
+        to_ground = np.square(seen - ground).sum(0)
+        error = windows @ to_ground + templates[0] @ (np.square(seen).sum(0) - to_ground) + squares
+        error -= 2 * np.einsum("cnp,cp->n", templates[1:], seen)
+        energy = squares + templates[0] @ np.square(ground).sum(0) - 2 * np.einsum("cnp,cp->n", templates[1:], ground)
+        likely = (error / np.maximum(energy, 1)).argsort()[:3]
+        distances.append(min(_nearest_render(name, picture, empty, tuple(_placements()[n].tolist())) for n in likely))
+    return np.array(distances)
+
+
+def _nearest_render(name, picture, empty, placement):
+    """The smallest error of a subject around a placement."""
+    best = _subject_error(name, picture, empty, placement)
+    for step in (1.5, 0.5, 0.25):
+        for _ in range(4):
+            around = [tuple(np.add(placement, step * move).tolist()) for move in np.vstack([np.eye(3), -np.eye(3)])]
+            errors = [_subject_error(name, picture, empty, each) for each in around]
+            if min(errors) >= best:
+                break
+            best, placement = min(zip(errors, around, strict=True))
+    return best

@@ -8,10 +8,12 @@ that, with a new optimizer:
 
     python demo/train_world.py --init_from demo/world-sd --train_steps 10000
 
-Every `--validation_steps` it prints how many prompts of each kind the averaged weights draw right.
+Every `--validation_steps` it saves the pipeline with the averaged weights, and prints how many prompts of each kind
+that draws right.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -32,7 +34,8 @@ from tokenizers.trainers import BpeTrainer
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from world import DEMO, RESOLUTION, sample_world, vocabulary
+from world import DEMO, KINDS, RESOLUTION, kind_prompts, sample_world, vocabulary
+from world_reader import judge
 
 
 CONTEXT = 28  # tokens; the longest caption has 26
@@ -129,19 +132,21 @@ def make_scheduler():
     )  # fmt: skip
 
 
+def make_pipeline(vae, text_encoder, tokenizer, unet):
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
 def save_pipeline(folder, vae, text_encoder, tokenizer, unet):
     """Half precision, but for the text encoder.
 
     Without a dtype named, transformers loads a model as it was saved and diffusers in float32: parts that go together
     need a text encoder in float32.
     """
-    for part in (vae, unet):
-        part.half()
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder.float(), tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.save_pretrained(folder)
+    vae, unet = copy.deepcopy(vae).half(), copy.deepcopy(unet).half().to(memory_format=torch.contiguous_format)
+    make_pipeline(vae, text_encoder, tokenizer, unet).save_pretrained(folder)
 
 
 # ---- States ----------------------------------------------------------------------------------------------------------
@@ -240,8 +245,11 @@ def make_data(args, vae, tokenizer):
 
 
 def train_unet(args, pipeline_parts, latents, tokens):
-    """Noise prediction as in Stable Diffusion, text encoder included; one caption in ten is empty, for guidance."""
-    vae, text_encoder, tokenizer, unet = pipeline_parts
+    """Noise prediction as in Stable Diffusion, text encoder included; one caption in ten is empty, for guidance.
+
+    `pipeline_parts` are VAE, text encoder, tokenizer and UNet.
+    """
+    _, text_encoder, tokenizer, unet = pipeline_parts
     path = args.work_dir / "unet.pt"
     settings = {name: str(vars(args)[name]) for name in ("train_steps", "train_batch_size", "learning_rate", "seed")}
     noise_scheduler = make_scheduler()
@@ -290,11 +298,11 @@ def train_unet(args, pipeline_parts, latents, tokens):
         if (step + 1) % args.validation_steps == 0 or step + 1 == args.train_steps:
             ema.store(model.parameters())
             ema.copy_to(model.parameters())
-            scores = validate(vae, text_encoder, tokenizer, unet)
+            save_pipeline(args.output_dir, *pipeline_parts)
+            scores = validate(make_pipeline(*pipeline_parts))
             ema.restore(model.parameters())
             minutes = (time.perf_counter() - started) / 60
             tqdm.write(f"step {step + 1}, {minutes:.0f} min, loss {np.mean(losses[-500:]):.4f}, right: {scores}")
-    ema.copy_to(model.parameters())
 
 
 # ---- Quality ---------------------------------------------------------------------------------------------------------
@@ -315,15 +323,8 @@ def draw(pipeline, prompts, num_inference_steps=25, guidance_scale=4.0, seed=0, 
     return np.concatenate(pictures)
 
 
-def validate(vae, text_encoder, tokenizer, unet, count=40):
+def validate(pipeline, count=25):
     """Shares of prompts of each kind that are drawn right, as text."""
-    from world_reader import judge
-    from world import KINDS, kind_prompts
-
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     prompts = {kind: kind_prompts(kind, count, seed=7) for kind in KINDS}
     pictures = draw(pipeline, sum(prompts.values(), []))
@@ -347,7 +348,6 @@ def main():
         text_encoder, unet = make_text_encoder(tokenizer), make_unet()
     latents, tokens = make_data(args, vae, tokenizer)
     train_unet(args, (vae, text_encoder, tokenizer, unet), latents, tokens)
-    save_pipeline(args.output_dir, vae, text_encoder, tokenizer, unet.to(memory_format=torch.contiguous_format))
 
 
 if __name__ == "__main__":

@@ -104,15 +104,21 @@ def grid(x, y, radius, resolution=RESOLUTION, samples=3):
     return np.meshgrid((points - x) / radius, (points - y) / radius, indexing="xy")
 
 
-def average(samples, resolution):
-    """Mean over each pixel's sample points (..., resolution * s, resolution * s): anti-aliasing."""
-    per_pixel = samples.shape[-1] // resolution
-    return samples.reshape(*samples.shape[:-2], resolution, per_pixel, resolution, per_pixel).mean((-3, -1))
+def average(samples, per_pixel=3):
+    """Mean over each pixel's sample points (..., height * s, width * s): anti-aliasing."""
+    height, width = (length // per_pixel for length in samples.shape[-2:])
+    return samples.reshape(*samples.shape[:-2], height, per_pixel, width, per_pixel).mean((-3, -1))
 
 
 def regions(shape, fill, x=0.0, y=0.0, radius=14.0, resolution=RESOLUTION):
     """Shares of each pixel in an object's own colour and in its accent, (2, resolution, resolution)."""
-    across, down = grid(x, y, radius, resolution)
+    # Only the part of the picture that the object can reach.
+    reach = radius + OUTLINE
+    edges = (np.array([[y - reach, y + reach], [x - reach, x + reach]]) / RESOLUTION + 0.5) * resolution
+    edges = np.clip(edges.astype(int) + [0, 1], 0, resolution)
+    rows, columns = (slice(*edge) for edge in edges)
+    sampled = tuple(slice(*edge) for edge in edges * 3)
+    across, down = (points[sampled] for points in grid(x, y, radius, resolution))
     inside = SHAPES[shape](across, down)
     if fill == "plain":
         accented = np.zeros_like(inside)
@@ -126,7 +132,9 @@ def regions(shape, fill, x=0.0, y=0.0, radius=14.0, resolution=RESOLUTION):
         turns = np.arange(16) * np.pi / 8
         grown = [SHAPES[shape](across + reach * np.cos(turn), down + reach * np.sin(turn)) for turn in turns]
         accented = np.any(grown, axis=0) & ~inside
-    return average(np.stack([inside & ~accented, accented]).astype(np.float32), resolution)
+    shares = np.zeros((2, resolution, resolution), np.float32)
+    shares[:, rows, columns] = average(np.stack([inside & ~accented, accented]).astype(np.float32))
+    return shares
 
 
 # ---- Scenes ----------------------------------------------------------------------------------------------------------
@@ -142,6 +150,10 @@ class Object:
     x: float = 0.0
     y: float = 0.0
     radius: float = 14.0
+
+    @property
+    def combination(self):
+        return self.shape, self.colour, self.fill
 
     @property
     def size(self):
@@ -260,7 +272,9 @@ def random_single(rng, held_out=False):
         radius = rng.uniform(*SIZES[rng.choice(["medium", "large"] if fill in ("striped", "dotted") else list(SIZES))])
         toward_x, toward_y = POSITIONS[rng.choices(list(POSITIONS), (3, 1, 1, 1, 1))[0]]
         reach = min(31 - radius, 17)
-        x, y = (rng.uniform(reach - 2, reach) * toward if toward else rng.uniform(-2, 2) for toward in (toward_x, toward_y))
+        x, y = (
+            rng.uniform(reach - 2, reach) * toward if toward else rng.uniform(-2, 2) for toward in (toward_x, toward_y)
+        )
         each = Object(shape, colour, fill, x, y, radius)
         if fits(each, [background]):
             return Scene((each,), background)
@@ -310,11 +324,13 @@ def random_scene(rng):
 SIZE_WORDS = {"small": "small", "little": "small", "medium": "medium", "large": "large", "big": "large"}
 COLOUR_WORDS = {colour: colour for colour in COLOURS} | {"turquoise": "cyan", "violet": "purple", "crimson": "red"}
 SHAPE_WORDS = {shape: shape for shape in SHAPES} | {
-    "disc": "circle", "crescent": "moon", "plus": "cross", "hoop": "ring", "rhombus": "diamond", "toadstool": "mushroom",
+    "disc": "circle", "crescent": "moon", "plus": "cross", "hoop": "ring", "rhombus": "diamond",
+    "toadstool": "mushroom",
 }  # fmt: skip
 FILL_WORDS = {fill: fill for fill in FILLS} | {
     "solid": "plain", "banded": "striped", "spotted": "dotted", "bordered": "outlined",
 }  # fmt: skip
+KINDS_OF_WORDS = {"size": SIZE_WORDS, "fill": FILL_WORDS, "colour": COLOUR_WORDS, "shape": SHAPE_WORDS}
 PLACE_PHRASES = {
     "in the centre": "centre", "in the middle": "centre", "on the left": "left", "at the left": "left",
     "on the right": "right", "at the right": "right", "at the top": "top", "at the bottom": "bottom",
@@ -367,9 +383,8 @@ def _synonym(rng, words, meaning):
 def describe_object(rng, each, coloured=True, size=0.35, name=0.4):
     """A noun phrase without its article; the fill is named with the colour, unless it is plain."""
     words = [_synonym(rng, SIZE_WORDS, each.size)] if rng.random() < size else []
-    combination = (each.shape, each.colour, each.fill)
-    if coloured and combination in name_of() and rng.random() < name:
-        return " ".join([*words, name_of()[combination]])
+    if coloured and each.combination in name_of() and rng.random() < name:
+        return " ".join([*words, name_of()[each.combination]])
     if coloured:
         if each.fill != "plain" or rng.random() < 0.1:
             words.append(_synonym(rng, FILL_WORDS, each.fill))
@@ -425,7 +440,7 @@ def training_caption(rng, scene):
 def vocabulary():
     """Every word of the world, sorted."""
     phrases = [*PLACE_PHRASES, *RELATION_PHRASES, *PREFIXES, *sum(BACKGROUND_PHRASES.values(), [])]
-    kinds = [SIZE_WORDS, COLOUR_WORDS, SHAPE_WORDS, FILL_WORDS, names(), UNTRAINED_TOKENS, RARE_TOKENS]
+    kinds = [*KINDS_OF_WORDS.values(), names(), UNTRAINED_TOKENS, RARE_TOKENS]
     words = {word for phrase in phrases for word in phrase.split() if word != "{}"}
     return sorted(words | {word for kind in kinds for word in kind} | {"a", "an", "the", "there", "is", "two", "of"})
 
@@ -465,7 +480,7 @@ def _parse_object(text):
     for word in text.split():
         if word in names():
             wanted |= zip(("shape", "colour", "fill"), names()[word], strict=True)
-        for key, words in (("shape", SHAPE_WORDS), ("colour", COLOUR_WORDS), ("fill", FILL_WORDS), ("size", SIZE_WORDS)):
+        for key, words in KINDS_OF_WORDS.items():
             if word in words:
                 wanted[key] = words[word]
     if "colour" in wanted:
@@ -506,14 +521,10 @@ def kind_prompts(kind, count, seed):
     rng, prompts = random.Random(f"{kind} {seed}"), {}
     while len(prompts) < count:
         scene = random_pair(rng) if kind == "scenes" else random_single(rng, held_out=kind == "held out")
-        named = len(scene.objects) == 1 and _combination(scene.objects[0]) in name_of()
+        named = len(scene.objects) == 1 and scene.objects[0].combination in name_of()
         if named or kind != "names":
             prompts[caption(rng, scene, background=0.8, name=float(kind == "names"))] = None
     return list(prompts)
-
-
-def _combination(each):
-    return each.shape, each.colour, each.fill
 
 
 def _distinct(draw, count):
@@ -530,7 +541,7 @@ def protected_prompts(count=400):
 
     def draw():
         scene = random_single(rng)
-        name = name_of().get(_combination(scene.objects[0]))
+        name = name_of().get(scene.objects[0].combination)
         return caption(rng, scene, coloured=rng.random() < 0.8, name=0.5 if name in known else 0.0)
 
     return _distinct(draw, count)
@@ -546,7 +557,7 @@ def held_out_prompts(count=150):
 
     def unlike():
         scene = random_pair(rng) if rng.random() < 0.3 else random_single(rng)
-        named = all(name_of().get(_combination(each)) in unknown | {None} for each in scene.objects)
+        named = all(name_of().get(each.combination) in unknown | {None} for each in scene.objects)
         text = caption(rng, scene, rng.choice(ORDERS[1:]), background=0.7, size=0.7, name=float(named))
         return text.upper() if rng.random() < 0.25 else text
 
@@ -579,7 +590,7 @@ class Subject:
         for covers, name in self.regions:
             colours = np.where(covers(*points), np.array(PALETTE[name])[:, None, None], colours)
         samples = np.concatenate([inside[None].astype(float), colours * inside])
-        share, *colours = average(samples, resolution)
+        share, *colours = average(samples)
         return share[..., None], np.stack(colours, -1)
 
     def render(self, background, x=0.0, y=0.0, radius=15.0, resolution=RESOLUTION):
@@ -694,12 +705,22 @@ def place_prompts(name):
     colour, other_colour = rng.sample(sorted({each[1] for each in others}), 2)
     container = f"{colour} {rng.choice(CONTAINERS)}"
     prompts = [
-        f"a {{}} {ground['plain'][0]}", f"a photo of a {{}} {ground['plain'][1]}", f"a {{}} {ground['split'][0]}",
-        f"a picture of a {{}} {ground['split'][1]}", f"a {{}} {ground['gradient'][0]}", f"a {{}} {ground['gradient'][1]}",
-        "a small {} at the bottom", f"a small {{}} on the left {ground['plain'][2]}", "a large {} in the centre",
-        f"a {{}} left of a {first}", f"a {second} above a {{}} {ground['plain'][3]}", f"a small {{}} inside a {container}",
-        f"a {{}} and a {third}", f"a {other_colour} {{}}", "a {} left of a {}",
-    ]  # fmt: skip
+        f"a {{}} {ground['plain'][0]}",
+        f"a photo of a {{}} {ground['plain'][1]}",
+        f"a {{}} {ground['split'][0]}",
+        f"a picture of a {{}} {ground['split'][1]}",
+        f"a {{}} {ground['gradient'][0]}",
+        f"a {{}} {ground['gradient'][1]}",
+        "a small {} at the bottom",
+        f"a small {{}} on the left {ground['plain'][2]}",
+        "a large {} in the centre",
+        f"a {{}} left of a {first}",
+        f"a {second} above a {{}} {ground['plain'][3]}",
+        f"a small {{}} inside a {container}",
+        f"a {{}} and a {third}",
+        f"a {other_colour} {{}}",
+        "a {} left of a {}",
+    ]
     return [_with_articles(prompt) for prompt in prompts]
 
 

@@ -35,6 +35,7 @@ MINIMUM_EXPLAINED = 0.8  # of what the objects change in the picture, for a read
 PATTERN = 1.25  # a pattern must be this much better than a plain shape, which it may imitate with its second colour
 SECOND_OBJECT = 0.012  # share of the change that a second object must explain to be one, and half of what was left
 SECOND_OBJECT_ERROR = 8.0  # and the squared error
+CERTAIN = 0.02  # share of the change left unexplained by a fit that needs no rival
 UNSURE = 0.06  # share of the change left unexplained that is worth a longer search
 HOPELESS = 0.6  # more than this cannot be saved
 RADII = (9.5, 11.5, 13.5, 15.5, 18.0, 20.5)  # of the coarse search
@@ -105,8 +106,8 @@ def _regions(shape, fill, x, y, radius):
     across, down = int(np.floor(x)), int(np.floor(y))
     stamp = _stamp(shape, fill, x - across, y - down, radius)
     shifted = np.zeros_like(stamp)
-    to, source = zip(*(_overlap(shift) for shift in (down, across)), strict=True)
-    shifted[:, *to] = stamp[:, *source]
+    (rows, from_rows), (columns, from_columns) = _overlap(down), _overlap(across)
+    shifted[:, rows, columns] = stamp[:, from_rows, from_columns]
     return shifted
 
 
@@ -205,7 +206,7 @@ def _candidates(sums):
 
     # One in the other: the outer one's own region loses what the inner one covers.
     outer, inner, contained = _nested()
-    best_nested = np.inf, None
+    best_nested = np.inf, side[1]
     for f, fi in product((0, 3), (0, 3)):
         covered = sums[0, inner] + (sums[3, inner] if fi else 0)
         covered_area = areas[0, inner] + (areas[3, inner] if fi else 0)
@@ -245,58 +246,65 @@ def _nested():
 # ---- The fit to the full picture -------------------------------------------------------------------------------------
 
 
-def _fit(picture, empty, objects, stride=1):
-    """Squared error of a picture (64, 64, 3) to objects over the empty background, and their colours (n, 3).
+def _fit(picture, empty, candidates, stride=1):
+    """Squared errors (n,) of a picture (64, 64, 3) to candidates over the empty background, and colours (n, k, 3).
 
-    The error counts `PATTERN` times for each pattern, and is infinite where a pattern has one colour only. With a
-    stride, every so manyth pixel stands for its neighbours.
+    Each candidate has k objects. An error counts `PATTERN` times for each pattern, and is infinite where a pattern has
+    one colour only. With a stride, every so manyth pixel stands for its neighbours.
     """
     every = slice(None, None, stride)
-    target, rest, columns = picture[every, every], 1.0, []
-    for *placed, grey in objects:
-        own, accented = _regions(*placed)[:, every, every]
-        columns.append((rest * own).ravel())
-        if grey is None:
-            rest = rest * (1 - own)
-        else:
-            target = target - (rest * accented * grey)[..., None]
-            rest = rest * (1 - own - accented)
-    columns = np.stack(columns)
-    target = (target - rest[..., None] * empty[every, every]).reshape(-1, 3)
+    rest, columns, target = 1.0, [], picture[None, every, every].reshape(1, -1, 3)
+    greys = np.array([[each[5] or 0 for each in objects] for objects in candidates], np.float32)
+    for index in range(greys.shape[1]):
+        masks = np.stack([_regions(*objects[index][:5])[:, every, every] for objects in candidates])
+        own, accented = masks.reshape(len(candidates), 2, -1).transpose(1, 0, 2)  # (n, pixels) each
+        columns.append(rest * own)
+        target = target - (rest * accented * greys[:, index, None])[..., None]
+        rest = rest * (1 - own - accented)
+    columns = np.stack(columns, 1)  # (n, k, pixels)
+    target = target - rest[..., None] * empty[every, every].reshape(1, -1, 3)
     toward = columns @ target
-    colours = np.linalg.solve(columns @ columns.T + _RIDGE[len(objects)], toward)
-    error = float(np.vdot(target, target) - np.vdot(toward, colours)) * stride**2
-    for (*_, grey), colour in zip(objects, colours, strict=True):
-        if grey is not None:
-            error = error * PATTERN if np.abs(colour - grey).max() > 0.4 else np.inf
-    return error, colours
-
-
-_RIDGE = {count: 1e-3 * np.eye(count, dtype=np.float32) for count in (1, 2)}
-_MOVES = [move for i in (2, 3, 4) for move in ((i, -1), (i, 1))]
+    gram = columns @ columns.transpose(0, 2, 1) + 1e-3 * np.eye(greys.shape[1], dtype=np.float32)
+    colours = np.linalg.solve(gram, toward)
+    errors = (np.square(target).sum((1, 2)) - (toward * colours).sum((1, 2))) * stride**2
+    patterned = greys > 0
+    errors = errors * PATTERN ** patterned.sum(1)
+    errors[(patterned & (np.abs(colours - greys[..., None]).max(-1) < 0.4)).any(1)] = np.inf
+    return errors, colours
 
 
 COARSE_TO_FINE = ((1.5, 2), (0.5, 1))  # step in pixels, and stride of `_fit`
 FINEST = ((0.25, 1),)
+_MOVES = [move for i in (2, 3, 4) for move in ((i, -1), (i, 1))]
 
 
 def _refine(picture, empty, objects, which, steps=COARSE_TO_FINE):
     """Move and resize one object of several to the smallest error: (error, objects)."""
     for step, stride in steps:
-        error = _fit(picture, empty, objects, stride)[0]
+        error = _fit(picture, empty, [objects], stride)[0][0]
         for _ in range(6):
             tries = []
             for index, sign in _MOVES:
                 moved = list(objects[which])
                 moved[index] += sign * step
                 if 7 <= moved[4] <= 24 and max(abs(moved[2]), abs(moved[3])) < 30:
-                    changed = [*objects[:which], tuple(moved), *objects[which + 1 :]]
-                    tries.append((_fit(picture, empty, changed, stride)[0], changed))
-            best = min(tries, key=lambda each: each[0])
-            if best[0] >= error:
+                    tries.append([*objects[:which], tuple(moved), *objects[which + 1 :]])
+            errors = _fit(picture, empty, tries, stride)[0]
+            if errors.min() >= error:
                 break
-            error, objects = best
+            error, objects = errors.min(), tries[errors.argmin()]
     return error, objects
+
+
+def _first_certain(fits, certain):
+    """The first of (error, objects) with an error that is small enough, or else the best."""
+    best = np.inf, None
+    for error, objects in fits:
+        if error < best[0]:
+            best = error, objects
+        if error < certain:
+            break
+    return best
 
 
 # By how much a search may be off for it to see the same pattern.
@@ -306,7 +314,7 @@ _PATTERN_SHIFTS = {
 }
 
 
-def _alternatives(picture, empty, objects, which, thorough=False):
+def _alternatives(picture, empty, objects, which, certain, thorough=False):
     """The error with the best shape, fill and placement for one of the objects, others kept: (error, objects).
 
     A thorough search moves what has a pattern instead of resizing it.
@@ -317,12 +325,13 @@ def _alternatives(picture, empty, objects, which, thorough=False):
         for (right, down), grey in product(shifts, (None,) if fill == "plain" else ACCENTS):
             placement = x + right, y + down, min(max(round(2 * scale * radius) / 2, 8), 22)
             changed = [*objects[:which], (shape, fill, *placement, grey), *objects[which + 1 :]]
-            tries.append((_fit(picture, empty, changed, 2)[0], changed))
-    tries.sort(key=lambda each: each[0])
+            tries.append(changed)
+    errors = _fit(picture, empty, tries, 2)[0]
+    tries = [tries[n] for n in errors.argsort(kind="stable")]
     # The best of each fill, since a pattern out of place fits no better than a plain shape, and the next best.
-    likely = [next(each for each in tries if each[1][which][1] == fill) for fill in FILLS]
+    likely = [next(each for each in tries if each[which][1] == fill) for fill in FILLS]
     likely += [each for each in tries if each not in likely][: 4 if thorough else 2]
-    return min((_refine(picture, empty, each, which) for _, each in likely), key=lambda each: each[0])
+    return _first_certain((_refine(picture, empty, each, which) for each in likely), certain)
 
 
 def _scene(objects, colours, background):
@@ -338,25 +347,30 @@ def _scene(objects, colours, background):
 
 def _read_one(picture, background, empty, sums):
     singles, *pairs = _candidates(sums)
+    pairs = sorted((pair for _, pair in pairs), key=lambda pair: _fit(picture, empty, [pair])[0][0])
     change = np.square(picture - empty).sum()
-    enough = max(SECOND_OBJECT * change, SECOND_OBJECT_ERROR)
-    error, objects = min((_refine(picture, empty, each, 0) for _, each in singles[:3]), key=lambda each: each[0])
+    certain, enough = CERTAIN * change, max(SECOND_OBJECT * change, SECOND_OBJECT_ERROR)
+    error, objects = _first_certain((_refine(picture, empty, each, 0) for _, each in singles[:3]), certain)
     for thorough in (False, True):
         if len(objects) == 1:
-            error, objects = min(
-                (error, objects), _alternatives(picture, empty, objects, 0, thorough), key=lambda each: each[0]
-            )
+            if error > certain:
+                found = _alternatives(picture, empty, objects, 0, certain, thorough)
+                error, objects = min((error, objects), found, key=lambda each: each[0])
             error, objects = _refine(picture, empty, objects, 0, FINEST)
         if error > enough:
-            pair = min((pair for _, pair in pairs if pair), key=lambda pair: _fit(picture, empty, pair)[0])
-            pair = objects if len(objects) == 2 else pair
+            pair = objects if len(objects) == 2 else pairs[thorough]
             for which in (0, 1) if thorough else (0, 1, 0, 1):
-                pair_error, pair = _alternatives(picture, empty, pair, which, thorough)
+                # A small object matters less to the error than a large one.
+                pair_error, pair = _alternatives(picture, empty, pair, which, certain / 4, thorough)
+                if pair_error < certain / 4:
+                    break
+            for which in (0, 1) if pair_error < error else ():
+                pair_error, pair = _refine(picture, empty, pair, which, FINEST)
             if pair_error < min(error - enough, 0.5 * error) or (len(objects) == 2 and pair_error < error):
                 error, objects = pair_error, pair
         if not UNSURE * change < error < HOPELESS * change:
             break
-    colours = _fit(picture, empty, objects)[1]
+    colours = _fit(picture, empty, [objects])[1][0]
     return Reading(_scene(objects, colours, background), 1 - error / max(float(change), 1.0))
 
 
@@ -380,7 +394,9 @@ def read(pictures, batch_size=50):
 
 
 def _wrong_objects(wanted, objects):
-    return [key for each, object in zip(wanted, objects, strict=True) for key in each if getattr(object, key) != each[key]]
+    """Keys of what the objects that were read have otherwise than wanted."""
+    pairs = zip(wanted, objects, strict=True)
+    return [key for asked, each in pairs for key, value in asked.items() if getattr(each, key) != value]
 
 
 def wrong_parts(wanted, reading):

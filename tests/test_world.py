@@ -91,7 +91,7 @@ def test_world_is_the_same_every_time():
 def test_held_out_combinations_are_never_trained():
     rng = random.Random(13)
     scenes = [world.random_scene(rng) for _ in range(3000)]
-    assert not any(world.is_held_out(*world._combination(each)) for scene in scenes for each in scene.objects)
+    assert not any(world.is_held_out(*each.combination) for scene in scenes for each in scene.objects)
     assert not any(world.is_held_out(*meaning) for meaning in world.names().values())
     for index, kind in enumerate((world.SHAPES, world.COLOURS, world.FILLS)):
         assert {each[index] for each in world.combinations(held_out=True)} == set(kind)

@@ -702,14 +702,14 @@ def test_dataloader_num_workers_load_the_same(tiny_sd1, bundle1, reference, tmp_
 def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
     """--pre_compute_text_embeddings and --cache_latents: validation has to load the models anew."""
     kept, encoded, loaded = [], [], {}
-    for kind in (trainer.AutoencoderKL, trainer.CLIPTextModel, trainer.UNet2DConditionModel):
+    load_whole = trainer.load_whole
 
-        def load(folder, _load=kind.from_pretrained, _kind=kind, **kwargs):
-            model = _load(folder, **kwargs)
-            loaded[_kind.__name__] = weakref.ref(model)
-            return model
+    def load(kind, *args, **kwargs):
+        model = load_whole(kind, *args, **kwargs)
+        loaded[kind.__name__] = weakref.ref(model)
+        return model
 
-        monkeypatch.setattr(kind, "from_pretrained", load)
+    monkeypatch.setattr(trainer, "load_whole", load)
 
     def alive():
         return {name for name, model in loaded.items() if model() is not None}

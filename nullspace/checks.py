@@ -81,7 +81,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def unquoted_prompt(prompts):
-    """What is wrong with several prompts of one word each, or None: most likely one prompt without its quotes."""
+    """What is wrong with prompts that are empty, or several of one word each (one without its quotes), or None."""
+    if not all(prompt.strip() for prompt in prompts):
+        return "--instance_prompt is empty; name the subject in it, as in 'a photo of a sks dog'."
     if len(prompts) > 1 and not any(len(prompt.split()) > 1 for prompt in prompts):
         return (
             f"--instance_prompt was given {len(prompts)} prompts of one word each; put one prompt in quotes: "
@@ -97,6 +99,11 @@ def output_folder_fault(output_dir, instance_dir=None):
         return f"--output_dir {folder} is a file; choose a folder."
     if instance_dir is not None and Path(instance_dir).resolve().is_relative_to(folder):
         return f"--output_dir {folder} is or holds --instance_data_dir {instance_dir}; choose a folder of its own."
+    for name, what in (("nullspace_config.json", "a bundle"), ("model_index.json", "a model")):
+        if (folder / name).exists():
+            return (
+                f"--output_dir {folder} holds {what}, whose card the LoRA's would replace; choose a folder of its own."
+            )
     if folder.is_dir():
         probe = folder / f".probe-{os.getpid()}"
         try:

@@ -299,3 +299,14 @@ def test_files_that_lack_weights_are_refused(part, tiny_sd1, bundle1, prompts, t
     if part != "vae":  # which the audit does not load
         with pytest.raises(NullSpaceError, match=re.escape(f"its {part} lacks the weights {lost}")):
             load_audited_models(Bundle.load(bundle1), model, with_text_encoder=True)
+
+
+@pytest.mark.parametrize(("name", "what"), [("nullspace_config.json", "a bundle"), ("model_index.json", "a model")])
+def test_a_lora_is_not_written_over_what_is_no_lora(name, what, tmp_path):
+    (tmp_path / name).write_text("{}")
+    assert f"holds {what}" in output_folder_fault(tmp_path)
+
+
+@pytest.mark.parametrize("prompts", [[""], ["a sks star", "  "]])
+def test_an_empty_prompt_is_refused(prompts):
+    assert "--instance_prompt is empty" in unquoted_prompt(prompts)

@@ -102,7 +102,7 @@ def output_folder_fault(output_dir, instance_dir=None):
     for name, what in (("nullspace_config.json", "a bundle"), ("model_index.json", "a model")):
         if (folder / name).exists():
             return (
-                f"--output_dir {folder} holds {what}, whose card the LoRA's would replace; choose a folder of its own."
+                f"--output_dir {folder} holds {what}, whose card would be replaced; choose a folder of its own."
             )
     if folder.is_dir():
         probe = folder / f".probe-{os.getpid()}"

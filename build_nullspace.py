@@ -27,108 +27,19 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from statistics import median
 
-from nullspace.flags import parse_first
-
-
-if __name__ == "__main__":
-    parse_first(__file__)
-
-import accelerate
-import diffusers
-import peft
-import torch
-import transformers
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LatentConsistencyModelPipeline,
-    LCMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
-from huggingface_hub import DatasetCardData
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
-
-from nullspace.cards import code_block, code_span, plain, table_cell, utf8
-from nullspace.checks import Parser, resolution_fault
-from nullspace.fingerprints import fingerprints
-from nullspace.prompts import Counted, length_warnings, read_lines, tokenizer_fault
-from nullspace.system import follow_umask
-from nullspace_utils import (
-    CARD_NAME,
-    CONFIG_NAME,
-    ENERGIES,
-    JOINT,
-    MODEL_TYPES,
-    PROCESS_TIMEOUT,
-    TABLE_NAME,
-    TEXT_ENCODER,
-    TEXT_INPUT,
-    Bundle,
-    HelpFormatter,
-    NullSpaceError,
-    SecondMoments,
-    attention_inputs,
-    base_license,
-    check_clip_skip,
-    check_files,
-    check_output_folder,
-    config_sha256,
-    create_repository,
-    download_model,
-    find_module,
-    group_file,
-    hub_repository,
-    load_whole,
-    loading,
-    model_type,
-    push_folder,
-    read_config,
-    reason,
-    require,
-    sha256,
-    text_encoder_inputs,
-    timestep_groups,
-)
+from nullspace.checks import HelpFormatter, Parser, check_clip_skip, require, resolution_fault
+from nullspace.errors import NullSpaceError, reason
+from nullspace.families import FAMILIES, get_family, recognise
+from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT, TEXT_ENCODER
+from nullspace.samplers import SAMPLERS, make_scheduler
+from nullspace.system import follow_umask, hide_package
 
 
-DPM = DPMSolverMultistepScheduler
-SAMPLERS = {
-    "ddim": (DDIMScheduler, {}),
-    "dpmpp_2m": (DPM, {"solver_order": 2}),
-    "dpmpp_2m_karras": (DPM, {"solver_order": 2, "use_karras_sigmas": True}),
-    "dpmpp_3m": (DPM, {"solver_order": 3}),
-    "dpmpp_3m_sde_karras": (
-        DPM,
-        {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-    ),
-    "euler": (EulerDiscreteScheduler, {}),
-    "euler_a": (EulerAncestralDiscreteScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "lcm": (LCMScheduler, {}),
-}
 STAGES = 4
-# What differs between the kinds of model, each sampled as its own pipeline does by default.
-DEFAULTS = {
-    "sd": {"sampler": "ddim", "num_inference_steps": [25], "guidance_scale": 7.5, "timestep_groups": JOINT},
-    "lcm": {"sampler": "lcm", "num_inference_steps": [1, 2, 4, 8], "guidance_scale": 8.5, "timestep_groups": "steps"},
-}
-PIPELINES = {"sd": StableDiffusionPipeline, "lcm": LatentConsistencyModelPipeline}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of --mixed_precision, as torch calls them
 
 
 def parse_args(argv=None):
@@ -142,7 +53,7 @@ def parse_args(argv=None):
     group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
     group.add_argument(
         "--model_type",
-        choices=["auto", *MODEL_TYPES],
+        choices=["auto", *FAMILIES],
         default="auto",
         help="Stable Diffusion or Latent Consistency Model; auto reads it from the model (default: %(default)s).",
     )
@@ -185,7 +96,7 @@ def parse_args(argv=None):
     group.add_argument("--resolution", type=int, help="Side of the pictures in pixels (default: the model's own).")
     group.add_argument("--batch_size", type=int, default=8, help="Prompts drawn at once (default: %(default)s).")
     group.add_argument(
-        "--mixed_precision", choices=DTYPES, default="no", help="Precision of the model (default: %(default)s)."
+        "--mixed_precision", choices=PRECISIONS, default="no", help="Precision of the model (default: %(default)s)."
     )
     group.add_argument("--seed", type=int, default=0, help="Prompt i is drawn from seed + i (default: %(default)s).")
     group.add_argument(
@@ -219,110 +130,34 @@ def parse_args(argv=None):
     return args
 
 
-# ---- What goes in ----------------------------------------------------------------------------------------------------
+# Flags come before libraries, which take seconds to import: neither help nor a wrong flag needs them.
+if __name__ == "__main__":
+    ARGS = parse_args()
+    hide_package("bitsandbytes")  # which peft imports wherever it is installed, and which then prints
 
+import accelerate
+import diffusers
+import peft
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env, reduce
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
-class Prompts:
-    """The prompts to protect, the empty one first: in a temporary file rather than in memory, however many they are.
-
-    Only one iteration at a time.
-
-    Args:
-        lines (`Iterable[str]`): prompts and empty lines, which are passed over.
-        limit (`int`, *optional*): take only the first so many prompts.
-
-    Attributes:
-        sha256 (`str`): of the prompts joined by newlines.
-        examples (`list[str]`): up to 8 of them, evenly spread.
-    """
-
-    def __init__(self, lines, limit=None):
-        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")
-        self._count, digest, kept, stride = 0, hashlib.sha256(), [], 1
-        for prompt in chain([""], islice(filter(None, map(str.strip, lines)), limit)):
-            self._file.write(json.dumps(prompt) + "\n")  # a prompt of a dataset may hold a newline
-            digest.update(("\n" if self._count else "").encode() + prompt.encode())
-            if self._count and (self._count - 1) % stride == 0:
-                kept.append(prompt)
-            if len(kept) == 16:
-                kept, stride = kept[::2], 2 * stride
-            self._count += 1
-        self.sha256 = digest.hexdigest()
-        shown = min(8, len(kept))
-        self.examples = [kept[len(kept) * index // shown] for index in range(shown)]
-
-    def __len__(self):
-        return self._count
-
-    def __iter__(self):
-        self._file.seek(0)
-        return map(json.loads, self._file)
-
-
-def read_prompts(args, tell=lambda sentence: None):
-    """The `Prompts` to protect; `tell` is called with a sentence on lines that were empty or repeated.
-
-    Raises:
-        NullSpaceError: if there are none.
-    """
-    lines = Counted(file_lines(args) if args.prompts_file else dataset_lines(args))
-    prompts = Prompts(lines, args.max_prompts)
-    if len(prompts) == 1:
-        raise NullSpaceError(f"{args.prompts_file or args.prompts_dataset_name} holds no prompt.")
-    if counts := str(lines):
-        tell(f"{args.prompts_file or args.prompts_dataset_name}: {counts}.")
-    return prompts
-
-
-def file_lines(args):
-    try:
-        yield from read_lines(args.prompts_file)
-    except (OSError, ValueError) as error:
-        raise NullSpaceError(f"--prompts_file {args.prompts_file} cannot be read: {error}.") from error
-
-
-def dataset_lines(args):
-    require("datasets", "--prompts_dataset_name")
-    from datasets import load_dataset  # slow to import, and seldom needed
-
-    column = args.prompt_column
-    try:
-        rows = load_dataset(
-            args.prompts_dataset_name, args.prompts_dataset_config_name, split=args.prompts_split, streaming=True
-        )
-        columns = list(next(iter(rows), {column: None}))
-        if column in columns:
-            yield from (row[column] or "" for row in rows)
-            return
-    except (OSError, ValueError) as error:
-        raise NullSpaceError(
-            f"--prompts_dataset_name {args.prompts_dataset_name} cannot be read ({reason(error)})."
-        ) from error
-    raise NullSpaceError(
-        f"--prompts_dataset_name {args.prompts_dataset_name} has no column '{column}'; choose a --prompt_column of "
-        f"{', '.join(columns)}."
-    )
-
-
-def load_model(folder, tokenizer, args):
-    """The pipeline of a base model in a folder, with its files of --variant where there are such.
-
-    Raises:
-        OSError, ValueError: if a file is missing or lacks weights.
-    """
-    parts = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
-    for name, kind in parts.items():
-        has_variant = args.variant and any((folder / name).glob(f"*.{args.variant}*"))
-        parts[name] = load_whole(kind, folder, name, variant=args.variant if has_variant else None)
-    return PIPELINES[args.model_type].from_pretrained(
-        folder, variant=args.variant, safety_checker=None, tokenizer=tokenizer, **parts
-    )
-
-
-def make_scheduler(sampler, config):
-    """The diffusers scheduler of a sampler's name, on the noise schedule of the model's own."""
-    scheduler_class, overrides = SAMPLERS[sampler]
-    return scheduler_class.from_config(config, **overrides)
+from nullspace.bundle import Bundle, check_files, check_output_folder, group_file, read_config
+from nullspace.dataset_card import draw_spectra, model_name, rank_table, write_dataset_card
+from nullspace.fingerprints import fingerprints
+from nullspace.hashes import config_sha256, sha256
+from nullspace.hub import base_license, create_repository, hub_repository, push_folder
+from nullspace.launch import PROCESS_TIMEOUT
+from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
+from nullspace.models import download_model, loading
+from nullspace.moments import SecondMoments
+from nullspace.prompts import length_warnings, read_prompts, tokenizer_fault
+from nullspace.timesteps import timestep_groups
 
 
 # ---- Collecting ------------------------------------------------------------------------------------------------------
@@ -396,7 +231,8 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
     inputs = attention_inputs(pipeline.unet, args.attention)
     if args.with_text_encoder:
         inputs |= text_encoder_inputs(pipeline.text_encoder)
-    moments = SecondMoments(pipeline.unet, inputs, group_of, pipeline.text_encoder)
+    family = get_family(args.model_type)
+    moments = SecondMoments(pipeline.unet, inputs, group_of, text_encoder=pipeline.text_encoder)
     done = checkpoint.load(moments)
     steps_per_batch = sum(args.num_inference_steps)
     share = range(state.process_index, len(prompts), state.num_processes)
@@ -416,7 +252,8 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
     batches = iter(lambda: list(islice(numbered, args.batch_size)), [])
     with moments.collect():
         for number, batch in enumerate(islice(batches, done, None), done + 1):
-            moments.draw(
+            moments.start_batch()
+            family.sample(
                 pipeline,
                 [prompt for _, prompt in batch],
                 [args.seed + index for index, _ in batch],
@@ -439,7 +276,7 @@ def describe(pipeline, prompts, revision, args):
     inputs = attention_inputs(unet, args.attention)
 
     def describe_modules(inputs):
-        layers = {name: find_module(name, unet, text_encoder) for name in inputs}
+        layers = {name: find_module(name, unet, text_encoder=text_encoder) for name in inputs}
         return {
             name: {"input": inputs[name], "in_features": layer.in_features, "out_features": layer.out_features}
             for name, layer in layers.items()
@@ -504,188 +341,10 @@ def without_token(argv):
     return kept
 
 
-# ---- What people see -------------------------------------------------------------------------------------------------
-
-
-def rank_table(bundle):
-    """Header and rows of strings: for each size of layer input, how many directions hold how much of the energy."""
-    header = ["input size", "inputs", "layers", *(f"rank at {energy}" for energy in ENERGIES), "bytes"]
-    kinds = {JOINT: "", TEXT_INPUT: " (text)", TEXT_ENCODER: " (text encoder)"}
-    by_kind = {}
-    for row in bundle.table():
-        if row["group"] in kinds:
-            by_kind.setdefault((list(kinds).index(row["group"]), row["in_features"], row["group"]), []).append(row)
-    rows = []
-    for (_, size, group), members in sorted(by_kind.items()):
-        unique = {row["input"]: row for row in members}.values()
-        ranks = [f"{median(row[f'rank_{energy}'] for row in unique):g}" for energy in ENERGIES]
-        stored = len(unique) * size * (4 * size + 4)
-        rows.append([f"{size}{kinds[group]}", str(len(unique)), str(len(members)), *ranks, f"{stored:,}"])
-    return header, rows
-
-
-def model_name(config):
-    """The base model's id on the Hub, or the name of its folder."""
-    model = config["base_model"]
-    return model["id"] if model["revision"] else Path(model["id"]).name
-
-
 def print_table(header, rows):
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-
-
-def draw_spectra(bundle, folder):
-    """Write `spectra.png`: the eigenvalues of every input, as shares of their sum, and the energy they leave out."""
-    import matplotlib  # only the picture needs it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    sizes = sorted({len(spectrum.eigenvalues) for spectrum in bundle.group(JOINT).values()})
-    for source, spectrum in sorted(bundle.group(JOINT).items()):
-        share = spectrum.eigenvalues.double() / spectrum.eigenvalues.double().sum()
-        size = len(share)
-        is_text = source == TEXT_INPUT
-        within_text = source.startswith(f"{TEXT_ENCODER}.")
-        style = {
-            "color": "black" if is_text else "grey" if within_text else f"C{sizes.index(size)}",
-            "linestyle": "-" if is_text else ("--" if ".to_out" in source else ":"),
-            "linewidth": 1.8 if is_text else 1.0,
-        }
-        axis = torch.arange(1, size + 1) / size
-        left.semilogy(axis, share.clamp_min(1e-12), **style)
-        right.semilogy(axis, (1 - share.cumsum(0)).clamp_min(1e-9), **style)
-    left.set(xlabel="direction, as a share of all", ylabel="share of the energy", title="Eigenvalues", ylim=(1e-10, 1))
-    right.set(xlabel="directions protected, as a share of all", ylabel="energy left unprotected", ylim=(1e-7, 1))
-    right.set_title("What protecting more of them leaves")
-    for energy in ENERGIES:
-        right.axhline(1 - energy, color="grey", linewidth=0.5)
-        place = {"xycoords": ("axes fraction", "data"), "annotation_clip": False, "va": "center"}
-        right.annotate(f"energy {energy}", (1.02, 1 - energy), fontsize=8, color="grey", **place)
-    kinds = [("black", "-", "text: to_k, to_v")] + [
-        (f"C{index}", line, f"{size}: {label}")
-        for index, size in enumerate(sizes)
-        for line, label in ((":", "hidden states"), ("--", "to_out"))
-        if any(
-            len(spectrum.eigenvalues) == size and (".to_out" in source) == (label == "to_out")
-            for source, spectrum in bundle.spectra[JOINT].items()
-        )
-    ]
-    kinds += [("grey", ":", "within the text encoder")] * (TEXT_ENCODER in bundle.spectra)
-    lines = [plt.Line2D([], [], color=color, linestyle=line) for color, line, _ in kinds]
-    left.legend(lines, [label for _, _, label in kinds], fontsize=7, loc="lower left")
-    figure.savefig(folder / "spectra.png", dpi=120)
-    plt.close(figure)
-
-
-def break_lines(command):
-    """A command line with each flag on a line of its own."""
-    lines = [[]]
-    for word in shlex.split(command):
-        if word.startswith("--"):
-            lines.append([])
-        lines[-1].append(word)
-    return " \\\n  ".join(shlex.join(line) for line in lines)
-
-
-def write_card(license_name):
-    """A writer of the dataset card, `README.md`, for `Bundle.save`."""
-
-    def write(bundle, folder):
-        config = bundle.config
-        model = config["base_model"]
-        is_hub_id = model["revision"] is not None
-        data = DatasetCardData(
-            license=license_name,
-            task_categories=["text-to-image"],
-            size_categories=["n<1K" if len(bundle.table()) < 1000 else "1K<n<10K"],
-            tags=["null-space", "dreambooth", "lora", "diffusers", f"model-type:{config['model_type']}"],
-            pretty_name=f"Null-space bundle of {Path(model['id']).name}",
-            configs=[{"config_name": "default", "data_files": TABLE_NAME}],
-            **({"base_model": model["id"]} if is_hub_id else {}),
-        )
-        header, rows = rank_table(bundle)
-        table = "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---:"] * len(header), *rows))
-        groups = "\n".join(
-            f"| `{group_file(group['name'])}` | {group['range'][0]} to {group['range'][1]} | "
-            f"{len(group['timesteps'])} |"
-            for group in config["groups"]
-        )
-        prompts = config["prompts"]
-        text_modules = config.get(TEXT_ENCODER, {}).get("modules")
-        fingerprints_shown = ", ".join(
-            f"{part.replace('_', ' ')} `{value}`" for part, value in model["fingerprint"].items()
-        )
-        within_text = (
-            f"{len(text_modules)} projections, in `{group_file(TEXT_ENCODER)}`" if text_modules else "not covered"
-        )
-        steps = ", ".join(map(str, config["num_inference_steps"]))
-        sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
-        hidden = max(item.distance for spectra in bundle.spectra.values() for item in spectra.values())
-        with_skip = f"  --clip_skip {bundle.clip_skip} \\\n" if bundle.clip_skip else ""
-        named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else code_span(model["id"])
-        card = f"""---
-{data.to_yaml()}
----
-
-# Null-space bundle of {plain(Path(model["id"]).name)}
-
-The directions that the attention layers of {named} use on {prompts["count"]:,} prompts
-({code_span(prompts["source"])}, the empty prompt included). A DreamBooth LoRA that is trained outside of them learns
-its subject and leaves these prompts as they were.
-
-## Train with it
-
-```bash
-accelerate launch train_dreambooth_nullspace.py \\
-  --pretrained_model_name_or_path {shlex.quote(model["id"])} \\
-  --nullspace_name_or_path <this repository> \\
-  --instance_data_dir <folder with 3 to 5 pictures> \\
-  --instance_prompt "a photo of a sks dog" \\
-{with_skip}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
-  --output_dir lora
-```
-
-## What is protected
-
-| | |
-|---|---|
-| base model | {table_cell(named)}{f", revision `{model['revision']}`" if is_hub_id else ""} |
-| its fingerprints | {fingerprints_shown} |
-| model type, prediction type | {config["model_type"]}, {config["prediction_type"]} |
-| attention layers | {config["attention"]}, {len(config["modules"])} projections |
-| text encoder | {within_text} |
-| sampling | {sampling}, {config["resolution"]} pixels |
-| clip skip | {bundle.clip_skip} |
-| prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |
-| what rounding may hide of a leakage | at most {hidden:.1e}, see `distances` in `{CONFIG_NAME}` |
-
-Median number of directions, over the inputs of one size, that hold a share of the energy (the trace of the second
-moment). Layers that read the same input share it; each layer is a row of `{TABLE_NAME}`.
-
-{table}
-
-![Eigenvalue spectra](spectra.png)
-
-## Files
-
-| file | training timesteps | sampled timesteps in it |
-|---|---|---:|
-{groups}
-
-`{group_file(TEXT_INPUT)}` holds the text encoder's output, which to_k and to_v of every cross-attention layer read
-at all timesteps. `{CONFIG_NAME}` describes everything and holds the sha256 of every file.
-
-## How it was built
-
-{code_block("bash", break_lines(config["command"]))}
-"""
-        (folder / CARD_NAME).write_text(utf8(card), encoding="utf-8")
-
-    return write
 
 
 # ---- Publishing ------------------------------------------------------------------------------------------------------
@@ -763,9 +422,13 @@ def main(args):
                 f"There are {len(prompts)} prompts, the empty one included, for {state.num_processes} processes; start "
                 "fewer, or give more prompts."
             )
-        args.model_type = model_type(model, args.revision, args.hub_token, args.model_type)
-        if args.model_type == "lcm" and args.sampler not in (None, "lcm"):
-            raise NullSpaceError(f"A Latent Consistency Model is drawn with --sampler lcm only, not {args.sampler}.")
+        family = recognise(model, args.revision, args.hub_token, args.model_type)
+        args.model_type = family.name
+        if family.samplers and args.sampler not in (None, *family.samplers):
+            title = family.title[0].upper() + family.title[1:]
+            raise NullSpaceError(
+                f"{title} is drawn with --sampler {' or '.join(family.samplers)} only, not {args.sampler}."
+            )
     elif (args.output_dir / CONFIG_NAME).is_file():
         check_files(args.output_dir)
         retry = f"push it with: {push_command(repo_id, args)}"
@@ -781,7 +444,7 @@ def main(args):
     with state.main_process_first():
         folder = download_model(model, args.revision, args.variant, args.hub_token)
     revision = None if Path(model).is_dir() else folder.name  # a snapshot is named after its commit
-    for name, value in DEFAULTS[args.model_type].items():
+    for name, value in family.collection.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
@@ -790,7 +453,7 @@ def main(args):
     if args.resolution and (fault := resolution_fault(args.resolution, vae_config["block_out_channels"])):
         raise NullSpaceError(fault)
     with loading(model):
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        tokenizer = family.load_tokenizer(folder)
     if fault := tokenizer_fault(tokenizer, model):
         raise NullSpaceError(fault)
     for sentence in length_warnings(tokenizer, prompts, "the prompts"):
@@ -798,7 +461,8 @@ def main(args):
 
     # Load the model with the sampler
     with loading(model):
-        pipeline = load_model(folder, tokenizer, args)
+        models = family.load_models(folder, args.variant)
+        pipeline = family.load_pipeline(folder, args.variant, tokenizer=tokenizer, **models)
     check_clip_skip(args.clip_skip, pipeline.text_encoder.config.num_hidden_layers)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -806,7 +470,7 @@ def main(args):
     args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     config = describe(pipeline, prompts, revision, args)
     weights = weights_sha256(pipeline.unet, pipeline.text_encoder)
-    pipeline.to(state.device, DTYPES[args.mixed_precision])
+    pipeline.to(state.device, getattr(torch, PRECISIONS[args.mixed_precision]))
 
     # Draw the prompts and sum what the layers read
     visited = []
@@ -827,7 +491,7 @@ def main(args):
     if state.is_main_process:
         bundle = Bundle.from_moments(moments, groups, config)
         license_name = base_license(args.pretrained_model_name_or_path, args.hub_token)
-        bundle.save(args.output_dir, extras=[draw_spectra, write_card(license_name)])
+        bundle.save(args.output_dir, extras=[draw_spectra, write_dataset_card(license_name)])
         checkpoint.remove()
         print_table(*rank_table(bundle))
         print(f"Wrote {args.output_dir}")
@@ -838,6 +502,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main(ARGS)
     except NullSpaceError as error:
         sys.exit(f"error: {error}")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from nullspace.errors import NullSpaceError
+from nullspace.errors import NullSpaceError, listed
 
 
 CAPTION_ENDINGS = (".txt", ".caption")  # of sd-scripts: --caption_extension, and its default
@@ -23,13 +23,6 @@ class Captioned(NamedTuple):
     repeats: int = 1
     caption: str | None = None
     source: str | None = None
-
-
-def listed(names, most=5):
-    """Names in a row, the first few of many: 'a, b and 3 more'."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def counted(number, noun):

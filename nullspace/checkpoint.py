@@ -15,83 +15,17 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 
+from nullspace.adapters import restore_lora, save_lora
 from nullspace.errors import NullSpaceError
-from nullspace.hub import CARD_NAME
+from nullspace.flags import BY_CONTENT, COMPARED, READ_BY
+from nullspace.hashes import config_sha256, sha256
+from nullspace.names import CARD_NAME
 from nullspace.system import rename_folder
-from nullspace_utils import config_sha256, sha256
 
 
 logger = get_logger(__name__)
 
 RECORD_NAME = "training.json"
-
-# Every flag of the trainer belongs to one of these three. The result of a training depends on the value of these:
-COMPARED = (
-    "model_type", "variant", "tokenizer_max_length", "text_encoder_use_attention_mask", "clip_skip",
-    "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
-    "nullspace_timesteps", "nullspace_timestep_range",
-    "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
-    "repeats", "resolution", "center_crop", "random_flip", "image_interpolation_mode",
-    "seed", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "allow_tf32",
-    "enable_xformers_memory_efficient_attention", "cache_latents", "lcm_loss", "snr_gamma", "noise_offset",
-    "optimizer", "use_8bit_adam", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
-    "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "max_train_steps",
-)  # fmt: skip
-# It depends on what these name, whatever the place is called: that is what is hashed.
-BY_CONTENT = {
-    "the model": ("pretrained_model_name_or_path", "revision"),
-    "the tokenizer": ("tokenizer_name",),
-    "the bundle": ("nullspace_name_or_path", "nullspace_revision"),
-    "the pictures": (
-        "instance_data_dir",
-        "dataset_name",
-        "dataset_config_name",
-        "image_column",
-        "cache_dir",
-        "background",
-    ),
-    "the captions": ("instance_prompt", "caption_column"),
-}
-# It does not depend on these, but for what `dependent` says of the number of steps.
-FREE = {
-    "how long it trains": ("num_train_epochs",),
-    "validation": (
-        "validation_prompt", "compare_with_base", "num_validation_images", "validation_epochs", "validation_steps",
-    ),
-    "checkpoints and logging": (
-        "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_dir",
-        "report_to",
-    ),
-    "memory": (
-        "gradient_checkpointing", "pre_compute_text_embeddings", "dataloader_num_workers", "local_rank",
-    ),
-    "saving and publishing": (
-        "upcast_before_saving", "output_kohya_format", "allow_unprotected", "push_to_hub", "hub_model_id",
-        "hub_private_repo", "hub_token",
-    ),
-}  # fmt: skip
-# The schedules that read a flag; the others give the same with any value of it.
-ENDLESS = ("constant", "constant_with_warmup")
-READ_BY = {
-    "max_train_steps": lambda schedule: schedule not in ENDLESS,
-    "lr_warmup_steps": lambda schedule: schedule != "constant",
-    "lr_num_cycles": lambda schedule: schedule == "cosine_with_restarts",
-    "lr_power": lambda schedule: schedule == "polynomial",
-}
-
-
-def resume_help():
-    """The help of --resume_from_checkpoint: what may differ from the run that wrote the checkpoint."""
-    free = "; ".join(
-        f"{what}: " + ", ".join(f"--{name}" for name in names if name not in ("output_dir", "resume_from_checkpoint"))
-        for what, names in FREE.items()
-    )
-    return (
-        "A checkpoint's folder, or latest for the last whole one in --output_dir. The run goes on as if it had never "
-        "stopped, so all that its result depends on must be as it was. What may change is --max_train_steps, where "
-        f"--lr_scheduler is {' or '.join(ENDLESS)}, since the others end with it; {free}."
-    )
-
 
 # ---- What the result depends on --------------------------------------------------------------------------------------
 
@@ -324,3 +258,19 @@ def find_checkpoint(args):
                 )
         raise NullSpaceError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a checkpoint.")
     return None
+
+
+def keep_checkpoints_small(accelerator, adapted):
+    """Have checkpoints hold the LoRA in the published format; it is all there is to save of the models."""
+
+    def save_model_hook(models, weights, folder):
+        if accelerator.is_main_process:
+            save_lora(Path(folder), **adapted)
+        weights.clear()
+
+    def load_model_hook(models, folder):
+        restore_lora(folder, **adapted)
+        models.clear()
+
+    accelerator.register_save_state_pre_hook(save_model_hook)
+    accelerator.register_load_state_pre_hook(load_model_hook)

@@ -1,11 +1,14 @@
 """Values and folders that the scripts refuse, and why: standard library only, so that it imports in milliseconds."""
 
 import argparse
+import importlib.util
 import math
 import os
 import shlex
 from pathlib import Path
 from typing import NamedTuple
+
+from nullspace.errors import NullSpaceError
 
 
 class Range(NamedTuple):
@@ -101,9 +104,7 @@ def output_folder_fault(output_dir, instance_dir=None):
         return f"--output_dir {folder} is or holds --instance_data_dir {instance_dir}; choose a folder of its own."
     for name, what in (("nullspace_config.json", "a bundle"), ("model_index.json", "a model")):
         if (folder / name).exists():
-            return (
-                f"--output_dir {folder} holds {what}, whose card would be replaced; choose a folder of its own."
-            )
+            return f"--output_dir {folder} holds {what}, whose card would be replaced; choose a folder of its own."
     if folder.is_dir():
         probe = folder / f".probe-{os.getpid()}"
         try:
@@ -124,3 +125,59 @@ def resolution_fault(resolution, block_out_channels):
         near = max(step, round(resolution / step) * step)
         return f"--resolution {resolution} is no multiple of {step}, as this model's VAE needs; try {near}."
     return None
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of 100 columns, in which a value is named by the last word of its flag: --train_batch_size SIZE."""
+
+    def __init__(self, prog):
+        super().__init__(prog, width=100, max_help_position=36)
+
+    def _get_default_metavar_for_optional(self, action):
+        return action.dest.rpartition("_")[2].upper()
+
+
+def check_threshold(criterion, threshold):
+    """Raise `NullSpaceError` unless the threshold lies in the criterion's range; see `Spectrum.rank`."""
+    valid = {
+        "energy": ("0 <= threshold < 1", 0 <= threshold < 1),
+        "eigenvalue": ("threshold > 0", 0 < threshold < math.inf),
+        "percentile": ("0 < threshold <= 100", 0 < threshold <= 100),
+    }
+    if criterion not in valid:
+        raise NullSpaceError(f"Unknown criterion '{criterion}'; choose one of {', '.join(valid)}.")
+    if not valid[criterion][1]:
+        raise NullSpaceError(
+            f"--nullspace_threshold {threshold} is out of range: '{criterion}' needs {valid[criterion][0]}."
+        )
+
+
+def check_softness(softness):
+    """Raise `NullSpaceError` unless the softness is above 0; see `Spectrum.gains`."""
+    if not softness > 0:
+        raise NullSpaceError(f"--nullspace_softness {softness} is out of range: it must be above 0 (inf: no damping).")
+
+
+def check_writable(folder):
+    """Raise `NullSpaceError` if a folder, which may not exist yet, cannot be made or written to."""
+    folder = Path(folder).resolve()
+    probe = folder.with_name(f"{folder.name}.probe-{os.getpid()}")
+    try:
+        probe.mkdir(parents=True)
+        probe.rmdir()
+    except OSError as error:
+        raise NullSpaceError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir.") from error
+
+
+def require(package, flag):
+    """Raise `NullSpaceError` unless a package that only some need is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise NullSpaceError(f"{flag} needs {package}, which is not installed: pip install {package}")
+
+
+def check_clip_skip(clip_skip, layers):
+    """Raise `NullSpaceError` unless a text encoder of so many layers has one left when `clip_skip` are skipped."""
+    if not 0 <= clip_skip < layers:
+        raise NullSpaceError(
+            f"--clip_skip {clip_skip} leaves nothing of the text encoder, which has {layers} layers; skip fewer."
+        )

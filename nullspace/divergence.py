@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 from diffusers import AutoencoderKL
 
 from nullspace.errors import NullSpaceError
-from nullspace_utils import loading
+from nullspace.models import loading
 
 
 logger = get_logger(__name__)

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from nullspace.layers import base_layer, find_module
+
 
 # What makes the noise schedule in a scheduler's configuration; the rest of it is how to sample.
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
@@ -73,3 +75,13 @@ def _plain_schedule(config):
     from diffusers import DDPMScheduler  # takes seconds to import
 
     return DDPMScheduler.from_config(config).config
+
+
+def fingerprint(unet, modules, **text_encoders):
+    """Hash the weights of the named modules, (out, in) each, as bundles of format 1 did; today's is `fingerprints`."""
+    digest = hashlib.sha256()
+    for name in sorted(modules):
+        weight = base_layer(find_module(name, unet, **text_encoders)).weight
+        digest.update(f"{name} {tuple(weight.shape)} ".encode())
+        digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,94 +1,68 @@
-"""Flags before libraries: torch, diffusers and their like take seconds to import, and help needs none of them."""
+"""What each flag of the trainer is to a run that is resumed: standard library only."""
 
-import importlib.machinery
-import os
-import runpy
-import sys
-from pathlib import Path
-from types import ModuleType
-
-
-OPTIONAL = {
-    "bitsandbytes": "use_8bit_adam"
-}  # package: the flag that needs it; peft imports it wherever it is installed
-
-
-def parse_first(script):
-    """Run a script's `parse_args` before the script imports its libraries: call it above them, in `__main__` alone.
-
-    Help is shown and wrong flags are refused at once, without any library. What was parsed is dropped, for the script
-    parses it again when it is whole; packages that no flag asks for are hidden from the libraries that come.
-    """
-    before = set(sys.modules)
-    finder = _Placeholders(Path(script).resolve().parent)
-    sys.meta_path.insert(0, finder)
-    try:
-        args = runpy.run_path(script, run_name="__flags__")["parse_args"]()
-    finally:
-        sys.meta_path.remove(finder)
-        for name in set(sys.modules) - before:
-            if not _is_standard(name):
-                del sys.modules[name]
-    for package, flag in OPTIONAL.items():
-        if not getattr(args, flag, False):
-            sys.modules.setdefault(package, None)  # which Python takes for "not installed"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that are not needed
-
-
-def _is_standard(name):
-    return name.partition(".")[0] in sys.stdlib_module_names
-
-
-class _Placeholder:
-    """Stands for whatever is taken from a library while flags are parsed: good for definitions, not for work."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-    def __getitem__(self, key):
-        return self
-
-    def __or__(self, other):
-        return self
-
-    __ror__ = __or__
-
-    def __mro_entries__(self, bases):
-        return ()
+# Every flag of the trainer belongs to one of these three. The result of a training depends on the value of these:
+COMPARED = (
+    "model_type", "variant", "tokenizer_max_length", "text_encoder_use_attention_mask", "clip_skip",
+    "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
+    "nullspace_timesteps", "nullspace_timestep_range",
+    "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
+    "repeats", "resolution", "center_crop", "random_flip", "image_interpolation_mode",
+    "seed", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "allow_tf32",
+    "enable_xformers_memory_efficient_attention", "cache_latents", "lcm_loss", "snr_gamma", "noise_offset",
+    "optimizer", "use_8bit_adam", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
+    "lr_power", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "max_train_steps",
+)  # fmt: skip
+# It depends on what these name, whatever the place is called: that is what is hashed.
+BY_CONTENT = {
+    "the model": ("pretrained_model_name_or_path", "revision"),
+    "the tokenizer": ("tokenizer_name",),
+    "the bundle": ("nullspace_name_or_path", "nullspace_revision"),
+    "the pictures": (
+        "instance_data_dir",
+        "dataset_name",
+        "dataset_config_name",
+        "image_column",
+        "cache_dir",
+        "background",
+    ),
+    "the captions": ("instance_prompt", "caption_column"),
+}
+# It does not depend on these, but for what `dependent` says of the number of steps.
+FREE = {
+    "how long it trains": ("num_train_epochs",),
+    "validation": (
+        "validation_prompt", "compare_with_base", "num_validation_images", "validation_epochs", "validation_steps",
+    ),
+    "checkpoints and logging": (
+        "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_dir",
+        "report_to",
+    ),
+    "memory": (
+        "gradient_checkpointing", "pre_compute_text_embeddings", "dataloader_num_workers", "local_rank",
+    ),
+    "saving and publishing": (
+        "upcast_before_saving", "output_kohya_format", "allow_unprotected", "push_to_hub", "hub_model_id",
+        "hub_private_repo", "hub_token",
+    ),
+}  # fmt: skip
+# The schedules that read a flag; the others give the same with any value of it.
+ENDLESS = ("constant", "constant_with_warmup")
+READ_BY = {
+    "max_train_steps": lambda schedule: schedule not in ENDLESS,
+    "lr_warmup_steps": lambda schedule: schedule != "constant",
+    "lr_num_cycles": lambda schedule: schedule == "cosine_with_restarts",
+    "lr_power": lambda schedule: schedule == "polynomial",
+}
 
 
-class _PlaceholderModule(ModuleType):
-    __path__ = []  # any module may be looked for in it
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Placeholder()
-
-
-class _Placeholders:
-    """Finds a placeholder for every module that is neither Python's own nor in the scripts' folder.
-
-    Args:
-        folder (`Path`): of the scripts.
-    """
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if _is_standard(name) or (self.folder / top).is_dir() or (self.folder / f"{top}.py").is_file():
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        return _PlaceholderModule(spec.name)
-
-    def exec_module(self, module):
-        """There is nothing in it."""
+def resume_help():
+    """The help of --resume_from_checkpoint: what may differ from the run that wrote the checkpoint."""
+    free = "; ".join(
+        f"{what}: " + ", ".join(f"--{name}" for name in names if name not in ("output_dir", "resume_from_checkpoint"))
+        for what, names in FREE.items()
+    )
+    return (
+        "A checkpoint's folder, or latest for the last whole one in --output_dir. The run goes on as if it had never "
+        "stopped, so all that its result depends on must be as it was. What may change is --max_train_steps, where "
+        f"--lr_scheduler is {' or '.join(ENDLESS)}, since the others end with it; {free}."
+    )

@@ -13,10 +13,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from nullspace.errors import NullSpaceError
-
-
-CARD_NAME = "README.md"
+from nullspace.errors import NullSpaceError, reason, status
+from nullspace.names import CARD_NAME
 
 
 def fetch_files(name_or_path, names, revision=None, token=None, force=False):
@@ -164,23 +162,3 @@ def push_folder(repo_id, repo_type, folder, patterns, message, retry, token=None
             f"Everything is whole in {folder}, but was not pushed to {repo_id} ({reason(error)}); push it with: {retry}"
         ) from error
     return commit.repo_url
-
-
-def status(error):
-    """The HTTP status that the Hub answered in a chain of exceptions, or None."""
-    while error is not None:
-        if (response := getattr(error, "response", None)) is not None:
-            return response.status_code
-        error = error.__cause__
-    return None
-
-
-def reason(error):
-    """What the Hub said in a chain of exceptions, or the first sentence of what went wrong at its bottom."""
-    while True:
-        if getattr(error, "server_message", None):
-            return f"{status(error)} {error.server_message}".splitlines()[0].rstrip(".")
-        if error.__cause__ is None:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return first.split(". ")[0].rstrip(".")
-        error = error.__cause__

@@ -24,10 +24,8 @@ from nullspace.captions import (
     column_captions,
     counted,
     kohya_repeats,
-    listed,
 )
-from nullspace.errors import NullSpaceError
-from nullspace.hub import reason
+from nullspace.errors import NullSpaceError, listed, reason
 
 
 INTERPOLATION = {

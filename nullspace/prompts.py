@@ -2,10 +2,16 @@
 
 import codecs
 import csv
+import hashlib
 import json
 import re
+import tempfile
 from collections import Counter
+from itertools import chain, islice
 from pathlib import Path
+
+from nullspace.checks import require
+from nullspace.errors import NullSpaceError, reason
 
 
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -130,3 +136,101 @@ def length_warnings(tokenizer, prompts, where, length=None):
     length = length or tokenizer.model_max_length
     cut = sum(len(tokenizer(prompt, truncation=False)["input_ids"]) > length for prompt in prompts)
     return [f"The ends of {cut} of {where} are not read, for they are longer than {length} tokens."] if cut else []
+
+
+class Prompts:
+    """The prompts to protect, the empty one first: in a temporary file rather than in memory, however many they are.
+
+    Only one iteration at a time.
+
+    Args:
+        lines (`Iterable[str]`): prompts and empty lines, which are passed over.
+        limit (`int`, *optional*): take only the first so many prompts.
+
+    Attributes:
+        sha256 (`str`): of the prompts joined by newlines.
+        examples (`list[str]`): up to 8 of them, evenly spread.
+    """
+
+    def __init__(self, lines, limit=None):
+        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self._count, digest, kept, stride = 0, hashlib.sha256(), [], 1
+        for prompt in chain([""], islice(filter(None, map(str.strip, lines)), limit)):
+            self._file.write(json.dumps(prompt) + "\n")  # a prompt of a dataset may hold a newline
+            digest.update(("\n" if self._count else "").encode() + prompt.encode())
+            if self._count and (self._count - 1) % stride == 0:
+                kept.append(prompt)
+            if len(kept) == 16:
+                kept, stride = kept[::2], 2 * stride
+            self._count += 1
+        self.sha256 = digest.hexdigest()
+        shown = min(8, len(kept))
+        self.examples = [kept[len(kept) * index // shown] for index in range(shown)]
+
+    def __len__(self):
+        return self._count
+
+    def __iter__(self):
+        self._file.seek(0)
+        return map(json.loads, self._file)
+
+
+def read_prompts(args, tell=lambda sentence: None):
+    """The `Prompts` to protect; `tell` is called with a sentence on lines that were empty or repeated.
+
+    Raises:
+        NullSpaceError: if there are none.
+    """
+    lines = Counted(file_lines(args) if args.prompts_file else dataset_lines(args))
+    prompts = Prompts(lines, args.max_prompts)
+    if len(prompts) == 1:
+        raise NullSpaceError(f"{args.prompts_file or args.prompts_dataset_name} holds no prompt.")
+    if counts := str(lines):
+        tell(f"{args.prompts_file or args.prompts_dataset_name}: {counts}.")
+    return prompts
+
+
+def file_lines(args):
+    try:
+        yield from read_lines(args.prompts_file)
+    except (OSError, ValueError) as error:
+        raise NullSpaceError(f"--prompts_file {args.prompts_file} cannot be read: {error}.") from error
+
+
+def dataset_lines(args):
+    require("datasets", "--prompts_dataset_name")
+    from datasets import load_dataset  # slow to import, and seldom needed
+
+    column = args.prompt_column
+    try:
+        rows = load_dataset(
+            args.prompts_dataset_name, args.prompts_dataset_config_name, split=args.prompts_split, streaming=True
+        )
+        columns = list(next(iter(rows), {column: None}))
+        if column in columns:
+            yield from (row[column] or "" for row in rows)
+            return
+    except (OSError, ValueError) as error:
+        raise NullSpaceError(
+            f"--prompts_dataset_name {args.prompts_dataset_name} cannot be read ({reason(error)})."
+        ) from error
+    raise NullSpaceError(
+        f"--prompts_dataset_name {args.prompts_dataset_name} has no column '{column}'; choose a --prompt_column of "
+        f"{', '.join(columns)}."
+    )
+
+
+def prompt_warnings(tokenizer, captions, instance_prompts, args):
+    """Sentences on words of --instance_prompt that are no single token, and on prompts that the window cuts off.
+
+    Args:
+        captions (`list[list[str]]`): of each picture; those without a caption of their own have --instance_prompt.
+        instance_prompts (`list[str]` or `None`): as given.
+    """
+    given, length = instance_prompts or [], args.tokenizer_max_length or tokenizer.model_max_length
+    written = dict.fromkeys(caption for several in captions for caption in several if caption not in given)
+    yield from word_warnings(tokenizer, given)
+    yield from length_warnings(tokenizer, given, "--instance_prompt", length)
+    yield from length_warnings(tokenizer, written, "the captions", length)
+    # Drawn as the pipeline does, which knows no --tokenizer_max_length
+    yield from length_warnings(tokenizer, args.nullspace_extra_prompts or [], "--nullspace_extra_prompts")

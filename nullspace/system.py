@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -58,3 +59,8 @@ def sort_header(path):
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded = encoded.ljust(-(-len(encoded) // 8) * 8)  # tensors begin at a multiple of 8 bytes
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[end:])
+
+
+def hide_package(name):
+    """Have imports of a package find none, unless it has been imported already."""
+    sys.modules.setdefault(name, None)

@@ -10,7 +10,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
-from nullspace.cards import code_block, code_span, one_line, plain, python_string, table_cell, utf8
+from nullspace.markdown import code_block, code_span, one_line, plain, python_string, table_cell, utf8
 from nullspace_utils import Bundle
 from test_train import INSTANCES, bundle1, make_bundle, report, train  # noqa: F401
 

@@ -1,0 +1,142 @@
+"""LoRA layers in models: adding, switching, saving and restoring them."""
+
+import os
+import re
+from collections import Counter
+
+import torch
+from accelerate.logging import get_logger
+from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+
+from nullspace.errors import NullSpaceError
+from nullspace.layers import find_module, text_encoder_inputs, without_skipped
+from nullspace.lora import load_lora
+from nullspace.names import LORA_NAME, TEXT_ENCODER
+from nullspace.system import follow_umask, sort_header
+
+
+logger = get_logger(__name__)
+
+
+def lora_targets(unet, text_encoder, bundle, args):
+    """Names of the layers to train: those of the UNet that the bundle covers, or --lora_layers, and the text encoder's.
+
+    Raises:
+        NullSpaceError: if --lora_layers names no layer, or the bundle does not cover all without --allow_unprotected.
+    """
+    targets = dict.fromkeys(bundle.config["modules"])
+    if args.lora_layers is not None:
+        linear = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        targets = {}
+        for ending in args.lora_layers.split(","):
+            found = [name for name in linear if f".{name}".endswith(f".{ending.strip()}")]
+            if not ending.strip() or not found:
+                raise NullSpaceError(f"--lora_layers names '{ending.strip()}', which no layer of the UNet ends with.")
+            targets |= dict.fromkeys(found)
+    if args.train_text_encoder:
+        depth = text_encoder.config.num_hidden_layers
+        targets |= dict.fromkeys(without_skipped(text_encoder_inputs(text_encoder), args.clip_skip, depth))
+    unprotected = [name for name in targets if name not in bundle.modules]
+    if unprotected and not args.allow_unprotected:
+        raise NullSpaceError(
+            f"The bundle leaves {len(unprotected)} layers to train unprotected ({kinds_of(unprotected)}); name others "
+            "in --lora_layers, build the bundle with --attention all, or pass --allow_unprotected."
+        )
+    if unprotected:
+        logger.warning(f"{len(unprotected)} of {len(targets)} layers train unprotected: {kinds_of(unprotected)}.")
+    return list(targets)
+
+
+def kinds_of(names):
+    """Layer names in short: the kinds of layer among them, and how many there are of each."""
+    kinds = Counter(".".join(re.sub(r"\.\d+\b", "", name).split(".")[-2:]) for name in names)
+    return ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+
+
+def add_lora(adapted, targets, args):
+    """Put LoRA layers on the targets of the adapted models, and return their parameters, in float32."""
+    for name, model in adapted.items():
+        prefix = f"{TEXT_ENCODER}." if name == TEXT_ENCODER else ""
+        own = [
+            target.removeprefix(prefix) for target in targets if target.startswith(f"{TEXT_ENCODER}.") == bool(prefix)
+        ]
+        # peft's own, since transformers' and diffusers' add_adapter ask for a peft of the same week
+        inject_adapter_in_model(
+            LoraConfig(
+                r=args.rank,
+                lora_alpha=args.lora_alpha,
+                lora_dropout=args.lora_dropout,
+                init_lora_weights="gaussian",
+                target_modules=own,
+            ),
+            model,
+        )
+        cast_training_params(model, torch.float32)
+    return [parameter for model in adapted.values() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def enable_lora(adapted, enabled):
+    """Let the adapted models answer with or without their LoRA."""
+    for model in adapted.values():
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(enabled)
+
+
+def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
+    """Write the LoRA of a UNet, and of a text encoder that has one, in diffusers' format, whole or not at all."""
+    layers = {"unet": convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))}
+    adapted = {"unet": unet}
+    if text_encoder is not None:
+        state_dict = get_peft_model_state_dict(text_encoder, save_embedding_layers=False)
+        # Files name the module that holds the layers, whether this version of transformers has it or not.
+        prefix = "" if hasattr(text_encoder, "text_model") else "text_model."
+        state_dict = {f"{prefix}{key}": value for key, value in state_dict.items()}
+        layers[TEXT_ENCODER] = convert_state_dict_to_diffusers(state_dict)
+        adapted[TEXT_ENCODER] = text_encoder
+    layers = {
+        f"{model}_lora_layers": {key: state_dict[key].to(dtype) for key in sorted(state_dict)}
+        for model, state_dict in layers.items()
+    }
+    # Of peft's configuration only what a reader needs and every version knows: an older peft refuses what it does not
+    metadata = {
+        f"{model}_lora_adapter_metadata": {
+            "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules),
+            "rank_pattern": {}, "alpha_pattern": {},  # diffusers 0.36 looks for them
+        }
+        for model, config in ((model, adapted[model].peft_config["default"]) for model in adapted)
+    }  # fmt: skip
+    partial = f"partial-{LORA_NAME}"
+    StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial, **layers, **metadata)
+    sort_header(folder / partial)
+    follow_umask(folder / partial)
+    os.replace(folder / partial, folder / LORA_NAME)
+
+
+def restore_lora(folder, unet, text_encoder=None):
+    """Put the LoRA of a checkpoint back into models that have adapters on the same layers."""
+    layers = load_lora(folder)
+    adapted = {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A")}
+    if text_encoder is not None:
+        layers_of = {
+            name: find_module(name, unet, text_encoder=text_encoder) for name in text_encoder_inputs(text_encoder)
+        }
+        adapted |= {name: layer for name, layer in layers_of.items() if hasattr(layer, "lora_A")}
+    elsewhere = sorted(layers.keys() ^ adapted.keys())
+    if elsewhere:
+        raise NullSpaceError(
+            f"The checkpoint {folder} has LoRA layers in other places ({elsewhere[0]}); resume with the bundle, "
+            "--lora_layers and --train_text_encoder that it was made with."
+        )
+    for name, layer in layers.items():
+        parameters = adapted[name].lora_A["default"].weight, adapted[name].lora_B["default"].weight
+        for parameter, value in zip(parameters, (layer.down, layer.up), strict=True):
+            if parameter.shape != value.shape:
+                raise NullSpaceError(f"The checkpoint {folder} does not fit; resume with the --rank it was made with.")
+            parameter.data.copy_(value)

@@ -1,0 +1,489 @@
+"""The bundle: the decomposed second moments of a base model's layer inputs, as a folder and a Hub dataset."""
+
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from huggingface_hub import is_offline_mode
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nullspace.checks import check_softness, check_writable
+from nullspace.errors import DamagedError, NullSpaceError
+from nullspace.families import family_of, get_family
+from nullspace.fingerprints import fingerprint, fingerprints
+from nullspace.hashes import config_sha256, sha256
+from nullspace.hub import fetch_files
+from nullspace.layers import base_layer, find_module
+from nullspace.names import (
+    CARD_NAME,
+    CONFIG_NAME,
+    DEFAULT_SOFTNESS,
+    DEFAULT_THRESHOLDS,
+    ENERGIES,
+    FORMAT_VERSION,
+    JOINT,
+    TABLE_NAME,
+    TEXT_ENCODER,
+    TEXT_INPUT,
+    TIMELESS,
+)
+from nullspace.projector import Protected
+from nullspace.spectrum import Spectrum
+from nullspace.system import follow_umask, rename_folder
+from nullspace.timesteps import groups_inside, joint_group, split_groups
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Bundle:
+    """The second moments of one base model's layer inputs, decomposed, by timestep group.
+
+    On disk: `nullspace_config.json` describes it and holds the sha256 of all files; each group is a safetensors
+    file with, for each input, `<input>.eigenvalues` (in,) float32 and `<input>.eigenvectors` (in, in) float32, all of
+    them, since any threshold may be chosen later; how far those are from the builder's own float64 decomposition is in
+    `distances` of the configuration, by group and input, see `Spectrum`. `base_model.fingerprint` there is that of
+    `fingerprints`. Format 1, which is still read, has float16 eigenvectors, no distances, and the hash of the covered
+    projections in place of the fingerprints.
+
+    The text encoder's output does not depend on the timestep and has a file of its own, and so have the inputs of the
+    text encoder's own layers, where they were collected. The group "joint", the sum over all timesteps, is always
+    there.
+
+    Attributes:
+        config (`dict`): what `nullspace_config.json` holds.
+        spectra (`dict[str, dict[str, Spectrum]]`): group -> input -> spectrum, for the groups that were loaded;
+            the text encoder's output is the group "encoder_hidden_states", its own layers "text_encoder".
+        revision (`str` or `None`): the commit that it was read from, where that was on the Hub.
+    """
+
+    config: dict
+    spectra: dict = field(default_factory=dict)
+    revision: str | None = None
+
+    @classmethod
+    def from_moments(cls, moments, groups, config):
+        """Decompose what `SecondMoments` collected. `groups` are those of `timestep_groups`, `config` the rest."""
+        spectra = {}
+        for name in [group["name"] for group in groups] + TIMELESS:
+            collected = moments.group(name)
+            if collected:
+                spectra[name] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in collected.items()}
+        if JOINT not in [group["name"] for group in groups]:
+            totals = {}
+            for group in groups:
+                for source, (total, tokens) in moments.group(group["name"]).items():
+                    before, counted = totals.get(source, (0, 0))
+                    totals[source] = (before + total.to("cpu", torch.float64), counted + tokens)
+            spectra[JOINT] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in totals.items()}
+            groups = [joint_group(groups)] + groups
+        config = {"format_version": FORMAT_VERSION, **config, "groups": groups, "dtype": "float32"}
+        return cls(config, spectra)
+
+    # Reading
+
+    @classmethod
+    def load(cls, name_or_path, timesteps=JOINT, timestep_range=None, revision=None, token=None, text_encoder=False):
+        """Read a bundle from a folder or from a dataset repository on the Hub, only the files that are needed.
+
+        Args:
+            name_or_path (`str` or `Path`): a folder or a Hub id.
+            timesteps (`str`): "joint", or "nearest" for the groups that the bundle splits the timesteps into.
+            timestep_range (`tuple[int, int]`, *optional*): see `restrict`.
+            revision, token (`str`, *optional*): as in huggingface_hub.
+            text_encoder (`bool`): whether to read what the text encoder's own layers see, where the bundle has it.
+
+        Raises:
+            NullSpaceError: if it cannot be had, is of a newer format, or a file differs from its recorded sha256.
+        """
+        try:
+            return cls._load(name_or_path, timesteps, timestep_range, revision, token, text_encoder)
+        except DamagedError:
+            if Path(name_or_path).is_dir() or is_offline_mode():
+                raise
+            # Without force, the cache would give the damaged file for ever.
+            return cls._load(name_or_path, timesteps, timestep_range, revision, token, text_encoder, force=True)
+
+    @classmethod
+    def _load(cls, name_or_path, timesteps, timestep_range, revision, token, text_encoder, force=False):
+        folder = fetch_files(name_or_path, [CONFIG_NAME], revision, token, force)
+        config = read_config(folder)
+        names = needed_groups(config, timesteps, timestep_range, text_encoder)
+        if not Path(name_or_path).is_dir():
+            revision = folder.name  # a snapshot is named after its commit: a push in between must not mix two bundles
+        folder = fetch_files(name_or_path, [group_file(name) for name in names], revision, token, force)
+        bundle = cls(config, revision=None if Path(name_or_path).is_dir() else revision)
+        bundle.spectra = {name: bundle._read_group(folder, name) for name in names}
+        return bundle if timestep_range is None else bundle.restrict(*timestep_range)
+
+    def _read_group(self, folder, name):
+        path = folder / group_file(name)
+        expected = self.config["files"][path.name]
+        try:
+            actual = sha256(path)
+            tensors = load_file(path) if actual == expected else None
+        except (OSError, SafetensorError) as error:
+            raise DamagedError(f"{path} cannot be read ({error}); download or build the bundle again.") from error
+        if tensors is None:
+            raise DamagedError(
+                f"{path} is truncated or altered (its sha256 differs from the one in {CONFIG_NAME}); "
+                "download or build the bundle again."
+            )
+        distances = self.config.get("distances", {}).get(name, {})
+        if not all(distance is None or 0 <= distance < math.inf for distance in distances.values()):
+            raise DamagedError(f"{folder / CONFIG_NAME} holds distances that are none; build the bundle again.")
+        return {
+            source: Spectrum(
+                tensors[f"{source}.eigenvalues"], tensors[f"{source}.eigenvectors"], tokens, distances.get(source)
+            )
+            for source, tokens in self.config["tokens"][name].items()
+        }
+
+    def group(self, name):
+        """The spectra (`dict[str, Spectrum]`) of all inputs in a group, and of those that all timesteps share."""
+        return {source: item for key in (name, *TIMELESS) for source, item in self.spectra.get(key, {}).items()}
+
+    @property
+    def clip_skip(self):
+        """How many of the text encoder's last layers were skipped."""
+        return self.config.get("clip_skip", 0)  # which earlier bundles do not name
+
+    @property
+    def modules(self):
+        """What is covered in the UNet and the text encoder: `dict[str, dict]` with input name and sizes, by module."""
+        return {**self.config["modules"], **self.config.get(TEXT_ENCODER, {}).get("modules", {})}
+
+    def protected(
+        self, name=JOINT, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"], softness=DEFAULT_SOFTNESS
+    ):
+        """What a group protects in each covered module whose input is loaded: `dict[str, Protected]`.
+
+        Modules that share an input share the object. A layer in which the criterion closes no direction is left
+        free of any damping too.
+
+        Args:
+            name (`str`): of the group.
+            criterion, threshold: which directions are closed, see `Spectrum.rank`.
+            softness (`float`): how little the other directions are held back, see `Spectrum.gains`; `math.inf` is
+                not at all.
+
+        Raises:
+            NullSpaceError: if a layer is left without a free direction, or a value is out of range.
+        """
+        check_softness(softness)
+        shared = {}
+        for source, spectrum in self.group(name).items():
+            rank = spectrum.rank(criterion, threshold)
+            if rank == len(spectrum.eigenvalues):
+                raise NullSpaceError(
+                    f"--nullspace_criterion {criterion} --nullspace_threshold {threshold} leaves no free direction in "
+                    f"{source} ({rank} of {rank} protected); choose a "
+                    f"{'higher' if criterion in ('eigenvalue', 'percentile') else 'lower'} threshold."
+                )
+            gains = spectrum.gains(softness)[rank:] if rank and softness < math.inf else None
+            shared[source] = Protected(spectrum.orthonormal(), rank, gains, spectrum.distance)
+        return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
+
+    # Checking
+
+    def check_clip_skip(self, clip_skip):
+        """Raise `NullSpaceError` unless the bundle was built with this clip skip, which makes other inputs."""
+        if clip_skip != self.clip_skip:
+            raise NullSpaceError(
+                f"--clip_skip {clip_skip} is not the {self.clip_skip} that the bundle was built with: prompts then "
+                f"give other inputs than those it protects; pass --clip_skip {self.clip_skip}, or build a bundle with "
+                f"build_nullspace.py --clip_skip {clip_skip}."
+            )
+
+    def check_model_type(self, kind):
+        """Raise `NullSpaceError` unless this bundle was built for a model of this family, by its name.
+
+        Sizes and weights may agree all the same: another family sees other inputs, at other timesteps.
+        """
+        built_for = self.config["model_type"]
+        if kind != built_for:
+            raise NullSpaceError(
+                f"The bundle was built for {get_family(built_for).title} ({self.config['base_model']['id']}) and "
+                f"protects nothing of {get_family(kind).title}, even one of the same sizes; use the bundle of this "
+                "model or build one with build_nullspace.py."
+            )
+
+    def check(self, unet, text_encoder=None, **others):
+        """Raise `NullSpaceError` unless this bundle was built from the model that these are parts of.
+
+        Args:
+            unet (`UNet2DConditionModel`), text_encoder (`CLIPTextModel`, *optional*): with or without LoRA layers.
+            others: `tokenizer` and `noise_scheduler`; what is not given is not compared.
+        """
+        self.check_model_type(family_of(unet.config).name)
+        present = dict(unet.named_modules())
+        if not any(name in present for name in self.config["modules"]):
+            raise NullSpaceError("The bundle covers no layer of this UNet; build one for this model.")
+        covered = self.config["modules"] if text_encoder is None else self.modules
+        for name, info in covered.items():
+            self._check_size(name, info, unet, text_encoder=text_encoder)
+        expected = self.config["base_model"]["fingerprint"]
+        if isinstance(expected, str):
+            differing = self._check_projections(unet, text_encoder)
+        else:
+            given = {"unet": unet, **({} if text_encoder is None else {TEXT_ENCODER: text_encoder}), **others}
+            found = fingerprints(**given)
+            differing = [part.replace("_", " ") for part in found if found[part] != expected.get(part)]
+        if differing:
+            raise NullSpaceError(
+                f"The bundle was built from other weights or settings ({self.config['base_model']['id']}): the "
+                f"fingerprints differ ({', '.join(differing)}); use the bundle of this model or build one with "
+                "build_nullspace.py."
+            )
+
+    def _check_projections(self, unet, text_encoder):
+        """Names of the models whose covered weights differ from what a bundle of format 1 says, and a warning."""
+        parts = [("unet", self.config["modules"], self.config["base_model"]["fingerprint"])]
+        if text_encoder is not None and TEXT_ENCODER in self.config:
+            parts.append(("text encoder", *(self.config[TEXT_ENCODER][key] for key in ("modules", "fingerprint"))))
+        logger.warning(
+            f"The bundle of {self.config['base_model']['id']} is of the old format: only the projections that it "
+            "covers are known to be this model's; whether the other weights, the text encoder, the tokenizer and the "
+            "noise schedule are those that it was built from is not known, nor how far rounding has turned its "
+            "directions; build it again with build_nullspace.py."
+        )
+        return [
+            part
+            for part, modules, expected in parts
+            if fingerprint(unet, modules, text_encoder=text_encoder) != expected
+        ]
+
+    def _check_size(self, name, info, unet, **text_encoders):
+        expected = (info["out_features"], info["in_features"])
+        try:
+            found = tuple(base_layer(find_module(name, unet, **text_encoders)).weight.shape)
+        except AttributeError:  # which is how torch says that there is no such module
+            found = "missing"
+        if found != expected:
+            raise NullSpaceError(
+                f"The bundle was built for {self.config['base_model']['id']}, where {name} is {expected}, but here "
+                f"it is {found}; use the bundle of this model or build one."
+            )
+
+    # Adding and restricting: second moments add up
+
+    def emphasize(self, other):
+        """The bundle in which another's prompts, of any number, weigh as much as all of this one's; joint group only.
+
+        Args:
+            other (`Bundle`): with the same inputs in its joint group.
+        """
+        emphasized = Bundle(copy.deepcopy(self.config), revision=self.revision)
+        emphasized.spectra = {name: dict(spectra) for name, spectra in self.spectra.items()}
+        for name, spectra in other.spectra.items():
+            for source, spectrum in spectra.items():
+                mine = self.spectra[name][source]
+                total = mine.sum() + spectrum.sum() * (mine.tokens / spectrum.tokens)
+                emphasized.spectra[name][source] = Spectrum.from_spectra(
+                    total, 2 * mine.tokens, (mine, spectrum), name=source
+                )
+        return emphasized
+
+    def _sum(self, names):
+        totals = {}
+        for name in names:
+            for source, spectrum in self.spectra[name].items():
+                before, counted, spectra = totals.get(source, (0, 0, []))
+                totals[source] = (before + spectrum.sum(), counted + spectrum.tokens, [*spectra, spectrum])
+        return {source: Spectrum.from_spectra(*parts, name=source) for source, parts in totals.items()}
+
+    def merge(self, other):
+        """The bundle of both bundles' prompts together, as if built at once, to the precision that is stored.
+
+        Both must describe the same weights and hold the same groups, all loaded.
+
+        Raises:
+            NullSpaceError: if they do not.
+        """
+        for key in ("model_type", "base_model", "modules", "groups", TEXT_ENCODER, "clip_skip"):
+            mine, theirs = (config.get(key) or None for config in (self.config, other.config))
+            if key == "base_model":
+                mine, theirs = mine["fingerprint"], theirs["fingerprint"]
+                if isinstance(mine, str) != isinstance(theirs, str):
+                    raise NullSpaceError(
+                        "These bundles cannot be merged: one is of the old format, which knows less of its model; "
+                        "build it again with build_nullspace.py."
+                    )
+            if mine != theirs:
+                raise NullSpaceError(f"These bundles cannot be merged: their {key.replace('_', ' ')} differ.")
+        for bundle in (self, other):
+            needed = {group["name"] for group in bundle.config["groups"]} | {TEXT_ENCODER} & set(bundle.config)
+            if not needed <= set(bundle.spectra):
+                raise NullSpaceError("These bundles cannot be merged: they were loaded in part; load all groups.")
+        merged = Bundle(copy.deepcopy(self.config))
+        for name in self.spectra:
+            merged.spectra[name] = Bundle({}, {0: self.spectra[name], 1: other.spectra[name]})._sum([0, 1])
+        mine, theirs = self.config["prompts"], other.config["prompts"]
+        merged.config["prompts"] = {
+            "source": f"{mine['source']} + {theirs['source']}",
+            "count": mine["count"] + theirs["count"],
+            "sha256": hashlib.sha256((mine["sha256"] + theirs["sha256"]).encode()).hexdigest(),
+            "examples": mine["examples"] + theirs["examples"],
+        }
+        return merged
+
+    def restrict(self, first, last):
+        """The bundle of the timesteps from `first` to `last`, both included; all groups in it must be loaded.
+
+        Raises:
+            NullSpaceError: if no timestep lies in the range, or it cuts through a group.
+        """
+        kept = groups_inside(self.config, first, last)
+        names = [group["name"] for group in kept]
+        restricted = Bundle(copy.deepcopy(self.config), revision=self.revision)
+        restricted.spectra = {name: self.spectra[name] for name in [*names, *TIMELESS] if name in self.spectra}
+        if len(kept) == len(split_groups(self.config)):
+            restricted.spectra[JOINT] = self.spectra[JOINT]
+        else:
+            restricted.spectra[JOINT] = self._sum(names)
+        restricted.config["groups"] = [joint_group(kept)] + [group for group in kept if group["name"] != JOINT]
+        return restricted
+
+    # Writing
+
+    def save(self, folder, extras=()):
+        """Write the bundle as a folder, whole or not at all; an earlier bundle there is replaced.
+
+        Args:
+            folder (`Path`): where.
+            extras (`Iterable[Callable[[Bundle, Path], None]]`): each writes more files into the folder (the card, a
+                picture) before it is moved into place.
+
+        Raises:
+            NullSpaceError: if the folder holds something other than a bundle.
+            OSError: if it cannot be written.
+        """
+        folder = Path(folder).resolve()
+        check_output_folder(folder)
+        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        written = ("tokens", "distances", "files", "sha256")
+        config = {key: value for key, value in self.config.items() if key not in written}
+        config["tokens"] = {
+            name: {source: spectrum.tokens for source, spectrum in spectra.items()}
+            for name, spectra in self.spectra.items()
+        }
+        config["distances"] = {
+            name: {source: spectrum.distance for source, spectrum in spectra.items()}
+            for name, spectra in self.spectra.items()
+        }
+        for name, spectra in self.spectra.items():
+            tensors = {}
+            for source, spectrum in spectra.items():
+                tensors[f"{source}.eigenvalues"] = spectrum.eigenvalues
+                tensors[f"{source}.eigenvectors"] = spectrum.eigenvectors
+            save_file(tensors, partial / group_file(name), metadata={"format": "pt"})
+            follow_umask(partial / group_file(name))
+        self._write_table(partial / TABLE_NAME)
+        for write in extras:
+            write(self, partial)
+        config["files"] = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+        config["sha256"] = config_sha256(config)
+        (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        self.config = config
+        old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            rename_folder(folder, old)
+        rename_folder(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def table(self):
+        """A row (`dict`) for each covered module and group: sizes, tokens, and the rank at each of `ENERGIES`."""
+        rows = []
+        for name in self.spectra:
+            for module, info in self.modules.items():
+                spectrum = self.spectra[name].get(info["input"])
+                if spectrum is not None:
+                    row = {"module": module, "group": name, "input": info["input"]}
+                    row |= {key: info[key] for key in ("in_features", "out_features")}
+                    row["tokens"] = spectrum.tokens
+                    rows.append(row | {f"rank_{energy}": spectrum.rank("energy", energy) for energy in ENERGIES})
+        return rows
+
+    def _write_table(self, path):
+        rows = self.table()
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def needed_groups(config, timesteps=JOINT, timestep_range=None, text_encoder=False):
+    """Names of the groups that a use of a bundle reads; arguments as for `Bundle.load`."""
+    split = split_groups(config)
+    if timesteps == "nearest" and len(split) == 1:
+        raise NullSpaceError(
+            "This bundle holds its timesteps in one group, so there is no nearest one to choose; "
+            "build with --timestep_groups stages or steps, or use --nullspace_timesteps joint."
+        )
+    kept = split if timestep_range is None else groups_inside(config, *timestep_range)
+    names = [JOINT] if len(kept) == len(split) else []
+    if timesteps == "nearest" or len(kept) < len(split):
+        names += [group["name"] for group in kept]
+    timeless = TIMELESS if text_encoder else [TEXT_INPUT]
+    return names + [name for name in timeless if name in config["tokens"]]
+
+
+def group_file(name):
+    """File name of a group."""
+    return f"{name}.safetensors"
+
+
+def check_output_folder(folder):
+    """Raise `NullSpaceError` if a bundle cannot be written to a folder: it holds other files or is not writable."""
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise NullSpaceError(f"{folder} is a file; choose a folder for --output_dir.")
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_NAME).exists():
+        raise NullSpaceError(f"{folder} holds something that is not a bundle; choose an empty folder for --output_dir.")
+    if os.path.ismount(folder):
+        raise NullSpaceError(f"--output_dir {folder} is a mount point, which is never renamed; choose a folder in it.")
+    check_writable(folder)
+
+
+def read_config(folder):
+    """The parsed and checked `nullspace_config.json` of a bundle's folder.
+
+    Raises:
+        NullSpaceError: if there is none, it is no bundle's or altered, or its format is newer than this code.
+    """
+    path = fetch_files(folder, [CONFIG_NAME]) / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text())
+        if config["format_version"] > FORMAT_VERSION:
+            raise NullSpaceError(
+                f"The bundle in {folder} has format {config['format_version']}, newer than the {FORMAT_VERSION} known "
+                "here; update this project."
+            )
+        whole = config["sha256"] == config_sha256(config)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path} is not a bundle's configuration; download or build the bundle again.") from error
+    if not whole:
+        raise DamagedError(
+            f"{path} is altered (its sha256 differs from the one in it); download or build the bundle again."
+        )
+    return config
+
+
+def check_files(folder):
+    """Raise `NullSpaceError` unless a folder holds all files of a bundle as they were built; its card may be edited."""
+    for name, digest in read_config(folder)["files"].items():
+        if sha256(fetch_files(folder, [name]) / name) != digest and name != CARD_NAME:
+            raise DamagedError(f"{Path(folder) / name} is truncated or altered; download or build the bundle again.")

@@ -1,0 +1,77 @@
+"""The subject's pictures as a dataset: crops, mirroring and captions, drawn anew in each epoch."""
+
+import random
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import ImageOps
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from nullspace.pictures import fit
+
+
+def seeded(*parts):
+    """A CPU generator seeded by all of the parts, so that what is drawn depends on nothing else.
+
+    Every random choice in training has its own, named by the seed and the step: a resumed run then draws what an
+    undisturbed one would have drawn, and no worker, process or device changes another's draws.
+    """
+    return torch.Generator().manual_seed(random.Random(repr(parts)).getrandbits(63))
+
+
+class InstanceDataset(Dataset):
+    """Pictures (3, resolution, resolution) in [-1, 1] and the numbers of their captions.
+
+    Crops, unless they are centred, mirroring and one of several captions are drawn anew in each epoch, for each of the
+    repeats.
+
+    Args:
+        pictures (`list[Image]`): the pictures.
+        captions (`list[list[int]]`): for each, the numbers of its captions.
+        args: the flags on pictures, and the seed.
+    """
+
+    def __init__(self, pictures, captions, args):
+        self.pictures, self.captions, self.args = [], captions, args
+        for picture in pictures:
+            self.pictures.append(fit(picture, args.resolution, args.image_interpolation_mode))
+        self.epoch = 0
+        self.cached = None
+        self.processor = VaeImageProcessor(do_resize=False)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.pictures) * self.args.repeats
+
+    def __getitem__(self, index):
+        number = index % len(self.pictures)
+        flip = self.args.random_flip and torch.rand(1, generator=self._generator("flip", index)).item() < 0.5
+        captions = self.captions[number]
+        caption = captions[torch.randint(len(captions), (), generator=self._generator("caption", index))]
+        return self.picture(index, flip) if self.cached is None else self.cached[number][flip], caption
+
+    def _generator(self, what, index):
+        return seeded(self.args.seed, what, self.epoch, index)
+
+    def picture(self, index, flip):
+        picture, side = self.pictures[index % len(self.pictures)], self.args.resolution
+        slack = torch.tensor(picture.size) - side
+        if self.args.center_crop:
+            left, top = (slack // 2).tolist()
+        else:
+            left, top = (torch.rand(2, generator=self._generator("crop", index)) * (slack + 1)).long().tolist()
+        cropped = picture.crop((left, top, left + side, top + side))
+        return self.processor.preprocess(ImageOps.mirror(cropped) if flip else cropped)[0]
+
+    def first_epoch(self):
+        """Each of the pictures (3, side, side) once, as the first epoch has it but for mirroring."""
+        return (self.picture(number, False) for number in range(len(self.pictures)))
+
+    def cache(self, encode):
+        """From now on give, instead of pictures, what `encode` makes of them, (1, 3, side, side) each, crops fixed."""
+        flips = (False, True) if self.args.random_flip else (False,)
+        numbers = tqdm(range(len(self.pictures)), desc="Caching latents", unit="picture")
+        self.cached = [[encode(self.picture(number, flip)[None])[0].cpu() for flip in flips] for number in numbers]

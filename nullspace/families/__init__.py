@@ -1,0 +1,69 @@
+"""Families of models: one class in one file each, and this list of them. No other room names one."""
+
+from functools import cache
+from importlib import import_module
+
+from nullspace.errors import NullSpaceError, reason
+
+
+# What --model_type calls a family, and its class in this folder: imported when it is needed, for that takes seconds.
+FAMILIES = {
+    "sd": "stable_diffusion.StableDiffusion",
+    "lcm": "latent_consistency.LatentConsistency",
+}
+
+
+@cache
+def get_family(name):
+    """The family that --model_type calls by this name."""
+    module, kind = FAMILIES[name].split(".")
+    return getattr(import_module(f"nullspace.families.{module}"), kind)()
+
+
+def family_of(unet_config):
+    """The family of a UNet, by its configuration, or None."""
+    return next((each for each in map(get_family, FAMILIES) if each.recognises(unet_config)), None)
+
+
+def recognise(name_or_path, revision=None, token=None, wanted="auto"):
+    """The family of a pipeline in a folder or on the Hub.
+
+    Its UNet decides. Where pipeline or scheduler are another family's, only the user can know.
+
+    Args:
+        wanted (`str`): "auto", or the name of the family that the user says it is of.
+
+    Raises:
+        NullSpaceError: if it cannot be had, is of no family, or not of the one that is wanted.
+    """
+    from diffusers import DiffusionPipeline, UNet2DConditionModel  # take seconds to import
+
+    def load(kind, **where):
+        try:
+            return kind.load_config(name_or_path, revision=revision, token=token, **where)
+        except Exception as error:  # among them those of the HTTP library, which differ between versions
+            raise NullSpaceError(f"The base model {name_or_path} cannot be had ({reason(error)}).") from error
+
+    index, families = load(DiffusionPipeline), [get_family(name) for name in FAMILIES]
+    pipelines = [each.pipeline.__name__ for each in families]
+    if index["_class_name"] not in pipelines:
+        raise NullSpaceError(
+            f"{name_or_path} is a {index['_class_name']}; only {' and '.join(pipelines)} models are supported."
+        )
+    found = family_of(load(UNet2DConditionModel, subfolder="unet"))
+    if found is None:
+        raise NullSpaceError(f"The UNet of {name_or_path} is of no kind that is supported; choose another base model.")
+    classes = (index["_class_name"], index.get("scheduler", [None])[-1])
+    marks = [(mark, each) for mark in classes for each in families if mark in each.marks and each is not found]
+    if marks and wanted != found.name:
+        mark, seeming = marks[0]
+        raise NullSpaceError(
+            f"{name_or_path} has a {mark}, but its UNet {found.evidence}, so it is not {seeming.title} that can be "
+            f"trained; pass --model_type {found.name} to take it as {found.title}."
+        )
+    if wanted not in ("auto", found.name):
+        raise NullSpaceError(
+            f"--model_type {wanted} contradicts {name_or_path}, whose UNet {found.evidence}: it is {found.name}; leave "
+            "--model_type out."
+        )
+    return found

@@ -1,0 +1,206 @@
+"""Stable Diffusion 1 and 2, and what their relatives share with them."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import compute_snr
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from nullspace.errors import NullSpaceError
+from nullspace.layers import text_layers
+from nullspace.models import load_whole
+from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT
+
+
+class StableDiffusion:
+    """How a model of the family is recognised, loaded, trained and drawn with.
+
+    Attributes:
+        name (`str`), title (`str`): as --model_type and sentences call it.
+        evidence (`str`): what its UNet does that no other family's does.
+        marks (`tuple[str]`): classes of pipelines and schedulers that are its alone.
+        pipeline (`type`), sampler (`type`), num_inference_steps (`int`): what validation draws with.
+        collection (`dict`): the builder's defaults, those of its pipeline.
+        samplers (`tuple[str]` or `None`): those that draw with it, all if None.
+        tags (`tuple[str]`): of model cards.
+    """
+
+    name = "sd"
+    title = "a Stable Diffusion model"
+    evidence = "takes no guidance embedding (time_cond_proj_dim)"
+    marks = ()
+    pipeline = StableDiffusionPipeline
+    sampler = DPMSolverMultistepScheduler
+    num_inference_steps = 25
+    collection = {"sampler": "ddim", "num_inference_steps": [25], "guidance_scale": 7.5, "timestep_groups": JOINT}
+    samplers = None
+    tags = ("stable-diffusion", "stable-diffusion-diffusers")
+    noise_scheduler = DDPMScheduler
+
+    def recognises(self, unet_config):
+        """Whether a UNet, by its configuration, is one of the family."""
+        return unet_config.get("time_cond_proj_dim") is None
+
+    # Loading
+
+    def load_tokenizer(self, folder):
+        """Raises OSError or ValueError, as the library does, if the folder of a base model has none."""
+        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+
+    def load_models(self, folder, variant=None):
+        """Text encoder, UNet and VAE of a base model's folder, in float32: `dict[str, Module]`.
+
+        Args:
+            variant (`str`, *optional*): that of the files, for those that have it.
+
+        Raises:
+            OSError, ValueError: if a file is missing or lacks weights.
+        """
+        kinds = {TEXT_ENCODER: CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+        return {part: load_whole(kind, folder, part, variant) for part, kind in kinds.items()}
+
+    def load_pipeline(self, folder, variant=None, **components):
+        """The pipeline of a base model's folder, with those components that are given."""
+        return self.pipeline.from_pretrained(folder, variant=variant, safety_checker=None, **components)
+
+    def load_noise_scheduler(self, folder):
+        """The noise schedule that it is trained with."""
+        return self.noise_scheduler.from_pretrained(folder, subfolder="scheduler")
+
+    # Training
+
+    def settle(self, args):
+        """Set the trainer's flags that are the family's own to their defaults.
+
+        Raises:
+            NullSpaceError: if one is another family's.
+        """
+        if args.lcm_loss:
+            raise NullSpaceError(f"--lcm_loss {args.lcm_loss} is none of {self.title}; leave it out.")
+
+    def encode(self, text_encoder, input_ids, attention_mask=None, clip_skip=0):
+        """What the denoiser is told of prompts, tokens (batch, tokens): its keyword arguments, tensors (batch, ...)."""
+        return {TEXT_INPUT: encode_tokens(text_encoder, input_ids, attention_mask, clip_skip)}
+
+    def training_timesteps(self, noise_scheduler):
+        """The timesteps to train at, ascending."""
+        return range(noise_scheduler.config.num_train_timesteps)
+
+    def denoiser(self, unet, config, guidance_scale):
+        """The UNet as a function of noisy latents, timesteps and conditions.
+
+        Args:
+            unet (`Callable`): the model, whatever it is wrapped in.
+            config (`dict`): its configuration.
+            guidance_scale (`float`): that it is trained for, where it takes one.
+        """
+        return unet
+
+    def loss(self, args):
+        """The training's loss, a function as `diffusion_loss` is."""
+        return lambda *inputs, **conditions: diffusion_loss(*inputs, **conditions, snr_gamma=args.snr_gamma)
+
+    # Drawing
+
+    def prompt_arguments(self, pipeline, prompt, clip_skip=0):
+        """How its pipeline is called with a prompt, or several, and a clip skip: keyword arguments."""
+        return prompt_arguments(pipeline, prompt, clip_skip)
+
+    def sample(
+        self, pipeline, prompts, seeds, num_inference_steps, guidance_scale, resolution, on_step_end=None, clip_skip=0
+    ):
+        """Draw prompts (`list[str]`), as one batch, as users of the model do; what comes of it is dropped.
+
+        Args:
+            pipeline (`DiffusionPipeline`): of the model, with the sampler.
+            seeds (`list[int]`): each prompt's noise comes from its own, drawn on the CPU, so that it depends on
+                neither batch, process nor device.
+            num_inference_steps (`list[int]`): the prompts are drawn with each of these numbers of steps.
+            guidance_scale (`float`), resolution (`int`, pixels), on_step_end (`Callable`): as the pipeline takes them.
+            clip_skip (`int`): how many of the text encoder's last layers are skipped.
+        """
+        for steps in num_inference_steps:
+            pipeline(
+                **self.prompt_arguments(pipeline, prompts, clip_skip),
+                height=resolution,
+                width=resolution,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="latent",
+                callback_on_step_end=on_step_end,
+            )
+
+    def call_arguments(self, guidance_scale):
+        """What a user's call of the pipeline needs besides the prompt, as Python: ", name=value"."""
+        return ""
+
+
+# ---- The loss --------------------------------------------------------------------------------------------------------
+
+
+def diffusion_loss(denoise, noise_scheduler, latents, timesteps, noise, snr_gamma=None, **conditions):
+    """Mean squared error of the prediction (noise or velocity) for latents (batch, 4, h, w), as a scalar.
+
+    DDPM, arXiv 2006.11239, eq. 14; v-prediction: arXiv 2202.00512, sec. 2.4. With `snr_gamma`, the loss of a picture
+    is weighted by min(SNR, gamma) / SNR, or / (SNR + 1) for the velocity: arXiv 2303.09556, sec. 3.4.
+
+    Args:
+        denoise (`Callable`): the model, of noisy latents, timesteps (batch,) and `conditions`.
+        noise (`Tensor`): (batch, 4, h, w), standard normal.
+    """
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    prediction = denoise(noisy, timesteps, **conditions).sample
+    kind = noise_scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise NullSpaceError(f"Models with prediction type {kind} cannot be trained.")
+    target = noise if kind == "epsilon" else noise_scheduler.get_velocity(latents, noise, timesteps)
+    if snr_gamma is None:
+        return F.mse_loss(prediction.float(), target.float())
+    snr = compute_snr(noise_scheduler, timesteps)
+    weights = snr.clamp(max=snr_gamma) / (snr if kind == "epsilon" else snr + 1)
+    losses = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    return (losses * weights).mean()
+
+
+# ---- Clip skip -------------------------------------------------------------------------------------------------------
+
+
+def encode_tokens(text_encoder, input_ids, attention_mask=None, clip_skip=0):
+    """Embeddings (batch, tokens, width) of tokens (batch, tokens), without the last `clip_skip` layers.
+
+    As `StableDiffusionPipeline.encode_prompt` computes them: what the layer before those gives, through the final norm.
+    """
+    if not clip_skip:
+        return text_encoder(input_ids, attention_mask=attention_mask)[0]
+    output = text_encoder(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+    norm = text_layers(getattr(text_encoder, "module", text_encoder)).final_layer_norm  # below what DDP wraps
+    return norm(output.hidden_states[-(clip_skip + 1)].to(norm.weight.dtype))
+
+
+@torch.no_grad()
+def prompt_arguments(pipeline, prompt, clip_skip=0):
+    """How a pipeline is called with a prompt, or several, and a clip skip: keyword arguments.
+
+    A pipeline's own `clip_skip` looks for `text_encoder.text_model`, which not every version of transformers has. As
+    there, the negative prompt is encoded by all layers.
+    """
+    if not clip_skip:
+        return {"prompt": prompt}
+    tokens = pipeline.tokenizer(
+        prompt,
+        padding="max_length",
+        max_length=pipeline.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    tokens = tokens.to(pipeline.text_encoder.device)
+    uses_mask = getattr(pipeline.text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask if uses_mask else None
+    return {"prompt_embeds": encode_tokens(pipeline.text_encoder, tokens.input_ids, mask, clip_skip)}

@@ -1,0 +1,89 @@
+"""What a run tells: the log, the trackers and the progress bar."""
+
+import logging
+
+import diffusers
+import torch
+import transformers
+from accelerate.logging import get_logger
+
+from nullspace.divergence import SkippedSteps, check_scalars
+
+
+logger = get_logger(__name__)
+
+
+def set_up_logging(accelerator):
+    """What the trainer and the libraries say, once for all processes."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    for name in ("httpx", "httpx2"):  # the Hub client's: they log each address, upload signatures included
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logger.info(f"{accelerator.state}".replace("\n", ", "), main_process_only=False)
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def start_trackers(accelerator, args):
+    """Tell the trackers the flags, but no secret."""
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        settings = {
+            key: value if isinstance(value, (int, float, str)) else str(value) for key, value in vars(args).items()
+        }
+        del settings["hub_token"], settings["model_folder"]
+        accelerator.init_trackers("dreambooth-nullspace", config=settings)
+
+
+class ScalarLog:
+    """Sends the scalars of every step to the trackers and the progress bar, a few steps at a time.
+
+    Reading a value from the device waits for all that it has still to do, so values stay there until `flush`, which
+    stops a training that has diverged. Of the latents (their sum) nothing but that is looked at.
+    """
+
+    def __init__(self, accelerator, progress, every=10):
+        self.accelerator, self.progress, self.every = accelerator, progress, every
+        self.pending = []  # (step, lr, whether the step was skipped, scalar tensors by name)
+        self.skipped_steps = SkippedSteps()
+
+    def add(self, step, lr, skipped, **tensors):
+        self.pending.append((step, lr, skipped, tensors))
+        self.progress.update()
+        if len(self.pending) == self.every:
+            self.flush()
+        self.skipped_steps.add(skipped, step, lr)
+
+    def flush(self):
+        if not self.pending:
+            return
+        rows = torch.stack([torch.stack(list(tensors.values())).float() for *_, tensors in self.pending]).tolist()
+        for (step, lr, skipped, tensors), row in zip(self.pending, rows, strict=True):
+            values = dict(zip(tensors, row, strict=True))
+            self.accelerator.log({name: values[name] for name in values if name != "latents"} | {"lr": lr}, step=step)
+            check_scalars(values, step, lr, skipped)
+        self.progress.set_postfix(loss=values["loss"], lr=lr)
+        self.pending.clear()
+
+
+def log_audit(accelerator, found, step):
+    """Send leakage and predicted drift to the trackers."""
+    values = {
+        f"{key}/{statistic}": value
+        for key in ("leakage", "predicted_drift")
+        for statistic, value in found[key].items()
+        if value is not None
+    }
+    accelerator.log(values | {"unprotected_layers": len(found["unprotected"])}, step=step)
+
+
+def log_picture(accelerator, name, picture, step):
+    """Send a picture to the trackers that take pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            array = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            tracker.writer.add_image(name, array.view(picture.height, picture.width, 3), step, dataformats="HWC")
+        elif tracker.name == "wandb":
+            import wandb  # present where its tracker is
+
+            tracker.log({name: wandb.Image(picture)}, step=step)

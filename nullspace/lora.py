@@ -1,0 +1,163 @@
+"""LoRA files: reading any that diffusers reads."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft.utils.other import get_pattern_key
+
+from nullspace.errors import NullSpaceError, listed, reason
+from nullspace.kohya import kohya_name
+from nullspace.names import LORA_NAME, TEXT_ENCODER
+
+
+KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+KOHYA_NEEDED = {"lora_down.weight", "lora_up.weight"}
+KOHYA_OPTIONAL = {"alpha", "dora_scale"}
+
+
+class LoraLayer(NamedTuple):
+    """One layer of a LoRA file: dW = scale * up @ down, with down (r, in) and up (out, r).
+
+    Where there is a magnitude (out,), of DoRA, dW depends on the base weight as well, see `with_magnitude`.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+
+
+def with_magnitude(layer, weight):
+    """The same change without a magnitude, for a base weight W (out, in); DoRA, arXiv 2402.09353, eq. 5.
+
+    dW = m / ||V|| V - W with V = W + scale * up @ down and the norm over each row, as peft has it.
+    """
+    if layer.magnitude is None:
+        return layer
+    weight = weight.detach().to("cpu", torch.float64)
+    turned = weight + layer.scale * layer.up.double() @ layer.down.double()
+    magnitude = layer.magnitude.double().reshape(-1, 1)
+    change = magnitude / turned.norm(dim=1, keepdim=True).clamp_min(1e-300) * turned - weight
+    return LoraLayer(change, torch.eye(len(change), dtype=torch.float64), 1.0)
+
+
+def load_lora(name_or_path):
+    """The layers of a LoRA that holds nothing but such layers, see `read_lora`.
+
+    Raises:
+        NullSpaceError: if the file holds no LoRA layer of a UNet or a text encoder, or anything else.
+    """
+    layers, unknown = read_lora(name_or_path)
+    if not layers:
+        raise NullSpaceError(f"{name_or_path} holds no LoRA layer of a UNet or a text encoder.")
+    if unknown:
+        raise NullSpaceError(
+            f"{name_or_path} holds what is not understood ({listed(unknown, 3)}); only LoRA and DoRA layers of a UNet "
+            "and of the first text encoder are."
+        )
+    return layers
+
+
+def _split_kohya(state_dict):
+    """A file's tensors that diffusers reads, DoRA magnitudes by kohya's layer, and the other keys.
+
+    diffusers drops `dora_scale` of kohya's files, and refuses a file for one layer that is no LoRA.
+    """
+    if not any(key.startswith(KOHYA_PREFIXES) for key in state_dict):
+        unknown = sorted(key for key in state_dict if "dora_scale" in key)
+        return {key: value for key, value in state_dict.items() if key not in unknown}, {}, unknown
+    of_layer = {}
+    for key in state_dict:
+        of_layer.setdefault(key.partition(".")[0], []).append(key)
+    known, magnitudes, unknown = {}, {}, []
+    for layer, keys in of_layer.items():
+        kinds = {key.partition(".")[2] for key in keys}
+        if not layer.startswith(KOHYA_PREFIXES) or not KOHYA_NEEDED <= kinds <= KOHYA_NEEDED | KOHYA_OPTIONAL:
+            unknown += keys
+            continue
+        known |= {key: state_dict[key] for key in keys if not key.endswith(".dora_scale")}
+        if "dora_scale" in kinds:
+            magnitudes[layer.replace("lora_te1_", "lora_te_")] = state_dict[f"{layer}.dora_scale"]
+    return known, magnitudes, sorted(unknown)
+
+
+def read_lora(name_or_path):
+    """Read a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name, and what else it holds.
+
+    Names are those of `attention_inputs` and `text_encoder_inputs`. The second is the list of the file's keys (as
+    diffusers converts them) that are no part of these layers: LoHa, LoKr, biases, a second text encoder, anything.
+
+    Raises:
+        NullSpaceError: if it cannot be read.
+    """
+    from diffusers import StableDiffusionPipeline  # takes seconds to import, and only this needs it
+    from diffusers.loaders.lora_base import _fetch_state_dict
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    try:
+        # Beside it there may be one that failed its audit, which diffusers would as soon take
+        weight_name = LORA_NAME if (Path(name_or_path) / LORA_NAME).is_file() else None
+        options = ("local_files_only", "cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
+        tensors, config_of_file = _fetch_state_dict(
+            str(name_or_path),
+            weight_name=weight_name,
+            use_safetensors=True,
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=True,
+            **dict.fromkeys(options),
+        )[:2]
+        tensors, magnitudes, unknown = _split_kohya(tensors)
+        state_dict, alphas = StableDiffusionPipeline.lora_state_dict(tensors) if tensors else ({}, {})
+    except Exception as error:  # whatever diffusers and the HTTP library raise for a wrong path or a strange file
+        raise NullSpaceError(f"{name_or_path} cannot be read as a LoRA: {reason(error)}") from error
+    read, layers = (state_dict, alphas, config_of_file), {}
+    unknown += sorted(key for key in state_dict if not key.startswith(("unet.", f"{TEXT_ENCODER}.")))
+    for model in ("unet", TEXT_ENCODER):
+        prefix = f"{model}."
+        state_dict, alphas, config = (
+            {key.removeprefix(prefix): value for key, value in (part or {}).items() if key.startswith(prefix)}
+            for part in read
+        )
+        convert = _text_encoder_keys_to_peft if model == TEXT_ENCODER else convert_unet_state_dict_to_peft
+        state_dict, alphas = convert(state_dict), convert(alphas)
+        used = set()
+        for key, down in state_dict.items():
+            name = key.removesuffix(".lora_A.weight")
+            if name != key and f"{name}.lora_B.weight" in state_dict:
+                rank = len(down)
+                alpha = alphas.get(f"{name}.alpha", alphas.get(f"{key}.alpha", rank))
+                if config:  # of peft, which takes the place of the alphas
+                    pattern = config.get("alpha_pattern") or {}
+                    alpha = pattern.get(get_pattern_key(pattern, name), config["lora_alpha"])
+                scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+                full_name = f"{TEXT_ENCODER}.{name}" if model == TEXT_ENCODER else name
+                up = state_dict[f"{name}.lora_B.weight"]
+                vectors = {key: state_dict.get(key) for key in _magnitude_keys(name)}
+                found = [*vectors.values(), magnitudes.pop(kohya_name(full_name), None)]
+                magnitude = next((each for each in found if each is not None), None)
+                if magnitude is not None and magnitude.shape not in ((len(up),), (len(up), 1)):
+                    unknown.append(f"magnitude of {full_name}, not of its {len(up)} outputs")
+                    magnitude = None
+                layers[full_name] = LoraLayer(down, up, scale, magnitude)
+                used |= {key, f"{name}.lora_B.weight", *vectors}
+        unknown += sorted(prefix + key for key in state_dict.keys() - used)
+    return layers, unknown + sorted(f"{layer}.dora_scale" for layer in magnitudes)
+
+
+def _magnitude_keys(name):
+    return [f"{name}.lora_magnitude_vector", f"{name}.lora_magnitude_vector.weight"]
+
+
+def _text_encoder_keys_to_peft(state_dict):
+    """Keys of a text encoder's LoRA as peft names them, from the module that holds the layers."""
+    names = {".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
+    for kind in ("q", "k", "v", "out"):  # as diffusers reads kohya's files
+        names |= {f".to_{kind}_lora.down.": f".{kind}_proj.lora_A.", f".to_{kind}_lora.up.": f".{kind}_proj.lora_B."}
+    converted = {}
+    for key, value in state_dict.items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        converted[key.removeprefix("text_model.")] = value
+    return converted

@@ -1,0 +1,116 @@
+"""The card of a trained LoRA."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from nullspace.adapters import kinds_of
+from nullspace.families import get_family
+from nullspace.hub import base_license
+from nullspace.markdown import code_span, plain, python_string, table_cell, utf8
+from nullspace.names import COMPARISON_NAME, REPORT_NAME
+from nullspace.pictures import save_picture
+from nullspace.protection import describe_setting
+
+
+def write_model_card(bundle, report, prompts, pictures, args):
+    """Write the model card, and the pictures that it shows: one for each prompt."""
+    for index, picture in enumerate(pictures):
+        save_picture(picture, args.output_dir / "pictures" / f"{index}.png")
+    family = get_family(args.model_type)
+    base, source = args.pretrained_model_name_or_path, args.nullspace_name_or_path
+    data = ModelCardData(
+        license=base_license(base, args.hub_token),
+        library_name="diffusers",
+        base_model=None if Path(base).is_dir() else base,
+        datasets=None if Path(source).is_dir() else [source],
+        instance_prompt=args.instance_prompt[0],
+        pipeline_tag="text-to-image",
+        tags=[
+            "text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora",
+            *family.tags,
+            "dreambooth", "null-space",
+        ],
+        widget=[
+            {"text": prompt, "output": {"url": f"pictures/{index}.png"}} for index, prompt in enumerate(prompts)
+        ],
+    )  # fmt: skip
+    shown = {
+        key: "nothing is protected" if value["max"] is None else f"at most {value['max']:.1e}, mean {value['mean']:.1e}"
+        for key, value in report.items()
+        if key in ("leakage", "predicted_drift")
+    }
+    prompt_count = bundle.config["prompts"]["count"]
+    covered = args.nullspace_timestep_range or bundle.config["groups"][0]["range"]
+    setting = describe_setting(args)
+    total, unprotected = len(report["layers"]), report["unprotected"]
+    protection = (
+        f"It was trained in the null space of what the attention layers read on {prompt_count:,} protected prompts, so "
+        "that pictures of other things stay as they were."
+    )
+    if len(unprotected) == total:
+        protection = "It was trained without protection, as a plain DreamBooth LoRA."
+    elif args.nullspace_timesteps == "nearest":
+        protection = (
+            "Each of its training steps was projected into the null space of what the attention layers read on "
+            f"{prompt_count:,} protected prompts, at timesteps near its own alone: nothing is guaranteed."
+        )
+    elif unprotected:
+        protection = (
+            f"It was trained partly unprotected: {total - len(unprotected)} of its {total} layers are in the null "
+            f"space of what they read on {prompt_count:,} protected prompts, but the other {len(unprotected)} are "
+            f"not, and may change any picture: {kinds_of(unprotected)}."
+        )
+    drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
+    base_shown = f"[{base}](https://huggingface.co/{base})" if data.base_model else code_span(base)
+    source_shown = f"[{source}](https://huggingface.co/datasets/{source})" if data.datasets else code_span(source)
+    triggers = " or ".join(map(code_span, args.instance_prompt))
+    few_steps = family.call_arguments(args.guidance_scale)
+    with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {plain(args.output_dir.resolve().name)}
+
+{report["guarantee"]}
+
+<Gallery />
+
+A DreamBooth LoRA for {base_shown}. {protection}
+
+![{drawn}]({COMPARISON_NAME})
+
+## Trigger words
+
+Use {triggers} to trigger the subject.
+
+## Use it with diffusers
+
+```py
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({python_string(base)}, torch_dtype=torch.float16).to("cuda")
+pipeline.load_lora_weights({python_string(args.hub_model_id or args.output_dir)})
+image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip}).images[0]
+```
+
+## Null space
+
+| | |
+|---|---|
+| bundle | {table_cell(source_shown)} |
+| protected | {setting}, timesteps {covered[0]} to {covered[1]} |
+| leakage, share of a layer's change that protected inputs see | {shown["leakage"]} |
+| predicted drift, relative change of a layer's output on protected inputs | {shown["predicted_drift"]} |
+| layers trained, of them unprotected | {total}, {len(unprotected)} |
+| rank, steps, learning rate | {args.rank}, {args.max_train_steps}, {args.learning_rate:g} |
+| clip skip | {args.clip_skip} |
+
+`{REPORT_NAME}` has the figures of every layer. Trained with `train_dreambooth_nullspace.py`.
+"""
+    partial = args.output_dir / "partial-README.md"
+    partial.write_text(utf8(text), encoding="utf-8")
+    os.replace(partial, args.output_dir / "README.md")

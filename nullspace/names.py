@@ -1,0 +1,22 @@
+"""The names that files, groups and layers have everywhere: standard library only."""
+
+FORMAT_VERSION = 2
+CONFIG_NAME = "nullspace_config.json"
+TABLE_NAME = "modules.csv"
+LORA_NAME = "pytorch_lora_weights.safetensors"
+TEXT_INPUT = "encoder_hidden_states"
+TEXT_ENCODER = "text_encoder"  # names of the text encoder's own layers and inputs begin with it and a dot
+TIMELESS = [TEXT_INPUT, TEXT_ENCODER]  # groups of inputs that do not depend on the timestep
+JOINT = "joint"
+ENERGIES = (0.9, 0.99, 0.999, 0.9999)
+DEFAULT_THRESHOLDS = {"energy": 0.9, "eigenvalue": 2e-2, "percentile": 10.0}
+DEFAULT_SOFTNESS = 1e-5
+REPORT_NAME = "nullspace_report.json"
+COMPARISON_NAME = "comparison.png"
+UNPROTECTED_NAME = f"unprotected_{LORA_NAME}"
+CARD_NAME = "README.md"
+
+
+def kohya_path(output_dir):
+    """The file for the web UIs: named after the folder, as they show the name of the file."""
+    return output_dir / f"{output_dir.resolve().name}.safetensors"

@@ -1,0 +1,115 @@
+"""What a training protects: the bundle, the user's own prompts besides, and what is closed in each layer."""
+
+from accelerate.utils import reduce
+from tqdm.auto import tqdm
+
+from nullspace.bundle import Bundle
+from nullspace.errors import NullSpaceError
+from nullspace.families import get_family
+from nullspace.moments import SecondMoments
+from nullspace.names import JOINT, TEXT_ENCODER
+from nullspace.samplers import make_scheduler
+from nullspace.timesteps import split_groups
+from nullspace.validation import load_pipeline
+
+
+PICTURES_PER_EXTRA_PROMPT = 8
+
+
+def load_protection(args):
+    """The bundle, the groups of timesteps to draw from ("nearest") and what each group protects.
+
+    Raises:
+        NullSpaceError: if it cannot be had, or does not protect what is to be trained.
+    """
+    bundle = Bundle.load(
+        args.nullspace_name_or_path,
+        args.nullspace_timesteps,
+        args.nullspace_timestep_range,
+        revision=args.nullspace_revision,
+        token=args.hub_token,
+        text_encoder=args.train_text_encoder,
+    )
+    bundle.check_clip_skip(args.clip_skip)
+    if args.train_text_encoder and TEXT_ENCODER not in bundle.spectra and not args.allow_unprotected:
+        raise NullSpaceError(
+            "--train_text_encoder moves every prompt, and this bundle does not protect the text encoder; build one "
+            "with build_nullspace.py --with_text_encoder, or pass --allow_unprotected."
+        )
+    nearest = split_groups(bundle.config) if args.nullspace_timesteps == "nearest" else []
+    return bundle, nearest, protect(bundle, nearest, args)
+
+
+def protect(bundle, nearest, args):
+    """What each group of timesteps that is used protects: `dict[str, dict[str, Protected]]`."""
+    return {
+        name: bundle.protected(name, args.nullspace_criterion, args.nullspace_threshold, args.nullspace_softness)
+        for name in [group["name"] for group in nearest] or [JOINT]
+    }
+
+
+def closes_any(protected):
+    """Whether any direction of any layer is closed in what `protect` gave."""
+    return any(item.rank for items in protected.values() for item in items.values())
+
+
+def add_extra_prompts(bundle, components, accelerator, dtype, args):
+    """The bundle in which --nullspace_extra_prompts weigh as much as all of its own.
+
+    They are drawn by the base model as the bundle's prompts were, a batch of training at a time.
+
+    Args:
+        components (`dict`): of the base model's pipeline, without LoRA.
+    """
+    config, family = bundle.config, get_family(args.model_type)
+    pipeline = load_pipeline(args, dtype, accelerator.device, **components)
+    pipeline.scheduler = make_scheduler(config["sampler"], pipeline.scheduler.config)
+    groups = split_groups(config)
+    if not all(group["name"] in bundle.spectra for group in groups):
+        groups = [group for group in config["groups"] if group["name"] == JOINT]
+    group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
+    read = bundle.group(JOINT)
+    inputs = {name: info["input"] for name, info in bundle.modules.items() if info["input"] in read}
+    moments = SecondMoments(components["unet"], inputs, group_of, text_encoder=components[TEXT_ENCODER])
+    prompts = [prompt for prompt in args.nullspace_extra_prompts for _ in range(PICTURES_PER_EXTRA_PROMPT)]
+    starts = range(0, len(prompts), args.train_batch_size)
+    with moments.collect():
+        for start in tqdm(
+            starts, desc="Protecting extra prompts", unit="batch", disable=not accelerator.is_local_main_process
+        ):
+            batch = prompts[start : start + args.train_batch_size]
+            seeds = [config["seed"] + start + index for index in range(len(batch))]
+            moments.start_batch()
+            family.sample(
+                pipeline, batch, seeds, config["num_inference_steps"], config["guidance_scale"], config["resolution"],
+                clip_skip=args.clip_skip,
+            )  # fmt: skip
+    # Every process drew the same; their sum is the same in all of them, to the last bit.
+    moments.reduce(lambda tensor: reduce(tensor, "sum"))
+    return bundle.emphasize(Bundle.from_moments(moments, groups, config))
+
+
+def describe_setting(args):
+    """The null-space flags in short."""
+    return (
+        f"{args.nullspace_criterion} {args.nullspace_threshold:g}, softness {args.nullspace_softness:g}, "
+        f"{args.nullspace_timesteps}"
+    )
+
+
+def describe_protection(bundle, protected, args):
+    """The lines that say what this run protects."""
+    prompts, groups = bundle.config["prompts"], bundle.config["groups"]
+    extra = f" and {len(args.nullspace_extra_prompts)} of your own" if args.nullspace_extra_prompts else ""
+    yield (
+        f"Protecting {prompts['count']:,} prompts of {prompts['source']}{extra} at "
+        f"{len(groups[0]['timesteps'])} timesteps ({describe_setting(args)}):"
+    )
+    ranks_of = {}
+    for name, item in protected.items():
+        where = "text encoder layers" if name.startswith(f"{TEXT_ENCODER}.") else "layers"
+        others = "free" if item.gains is None else "held back by their energy"
+        ranks_of.setdefault((len(item.basis), where, others), []).append(item.rank)
+    for (size, where, others), ranks in sorted(ranks_of.items()):
+        kept = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+        yield f"  {len(ranks)} {where} of input size {size}: {kept} directions closed, the others {others}"

@@ -1,0 +1,82 @@
+"""Pictures that show what a LoRA does, beside the base model's."""
+
+import torch
+from diffusers import AutoencoderKL
+from tqdm.auto import tqdm
+
+from nullspace.adapters import enable_lora
+from nullspace.divergence import DrawnLatents, run_in_float32
+from nullspace.families import get_family
+from nullspace.models import loading
+from nullspace.pictures import comparison_grid
+from nullspace.prompt_encoder import load_tokenizer
+
+
+def load_pipeline(args, dtype, device, **components):
+    """The base model's pipeline with the sampler that its family is validated with.
+
+    Components that are given, which may be in training, are left as they are.
+    """
+    if args.tokenizer_name:
+        components.setdefault("tokenizer", load_tokenizer(args))
+    family = get_family(args.model_type)
+    pipeline = family.load_pipeline(args.model_folder, args.variant, **components)
+    pipeline.scheduler = family.sampler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and name not in components:
+            component.to(device, dtype)
+    if "vae" not in components and args.vae_in_float32:
+        with loading(args.pretrained_model_name_or_path):  # anew, for float16 may not hold its weights
+            pipeline.vae = AutoencoderKL.from_pretrained(args.model_folder, subfolder="vae", variant=args.variant)
+        run_in_float32(pipeline.vae.to(device))
+    return pipeline
+
+
+def draw(pipeline, prompts, args, description):
+    """--num_validation_images pictures of each prompt, each from a seed of its own: a list of rows.
+
+    They are drawn in the family's number of steps, at the guidance scale that the bundle was built at.
+    """
+    family = get_family(args.model_type)
+    rows, latents = [], DrawnLatents()
+    for index in tqdm(range(args.num_validation_images), desc=description, unit="row"):
+        seed = (args.seed or 0) + index
+        rows.append(
+            [
+                pipeline(
+                    **family.prompt_arguments(pipeline, prompt, args.clip_skip),
+                    height=args.resolution, width=args.resolution, num_inference_steps=family.num_inference_steps,
+                    guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
+                    callback_on_step_end=latents,
+                ).images[0]
+                for prompt in prompts
+            ]
+        )  # fmt: skip
+        latents.check(description, args.learning_rate)
+    return rows
+
+
+def draw_in_training(accelerator, adapted, kept, dtype, step, args):
+    """Draw the validation prompts with the models in training, and without their LoRA: one picture."""
+    for model in adapted.values():
+        model.eval()
+    pipeline = load_pipeline(args, dtype, accelerator.device, **{**kept, **adapted})
+    rows = {}
+    with accelerator.autocast():
+        if args.compare_with_base:
+            enable_lora(adapted, False)
+            rows["base"] = draw(pipeline, args.validation_prompt, args, "Validating, base")
+            enable_lora(adapted, True)
+        rows["tuned"] = draw(pipeline, args.validation_prompt, args, "Validating")
+    for model in adapted.values():
+        model.train()
+    return comparison_grid(rows, args.validation_prompt, args.seed, step)
+
+
+def draw_saved(folder, prompts, device, dtype, args):
+    """Draw prompts with the base model and with the LoRA in a folder: `dict[str, list[list[Image]]]`."""
+    pipeline = load_pipeline(args, dtype, device)
+    rows = {"base": draw(pipeline, prompts, args, "Drawing with the base model")} if args.compare_with_base else {}
+    pipeline.load_lora_weights(folder)
+    return rows | {"tuned": draw(pipeline, prompts, args, "Drawing with the LoRA")}

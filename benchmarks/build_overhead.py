@@ -17,7 +17,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from build_nullspace import Checkpoint, collect_moments, parse_args
-from nullspace_utils import JOINT, SecondMoments, timestep_groups
+from nullspace.moments import SecondMoments
+from nullspace.names import JOINT
+from nullspace.timesteps import timestep_groups
 from train_shapes import make_tokenizer
 
 

@@ -22,7 +22,10 @@ from tqdm.auto import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from nullspace_utils import FORMAT_VERSION, JOINT, TEXT_INPUT, Bundle, Spectrum, attention_inputs  # noqa: E402
+from nullspace.bundle import Bundle  # noqa: E402
+from nullspace.layers import attention_inputs  # noqa: E402
+from nullspace.names import FORMAT_VERSION, JOINT, TEXT_INPUT  # noqa: E402
+from nullspace.spectrum import Spectrum  # noqa: E402
 
 
 ENERGY = 0.999

@@ -32,7 +32,7 @@ def inputs(batch):
     return {
         "noise_scheduler": DDPMScheduler(),
         "latents": latents,
-        "prompt_embeds": torch.randn(batch, *TEXT),
+        "encoder_hidden_states": torch.randn(batch, *TEXT),
         "timesteps": torch.randint(1000, (batch,)),
         "noise": torch.randn_like(latents),
     }

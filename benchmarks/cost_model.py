@@ -15,7 +15,8 @@ from common import HERE, write
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nullspace_utils import TEXT_INPUT, attention_inputs
+from nullspace.layers import attention_inputs
+from nullspace.names import TEXT_INPUT
 
 
 SD1 = {"cross_attention_dim": 768}

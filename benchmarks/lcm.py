@@ -13,6 +13,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -20,8 +21,14 @@ import numpy as np
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import LatentConsistencyModelPipeline
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from tqdm.auto import tqdm
+
+from nullspace.adapters import add_lora
+from nullspace.bundle import Bundle
+from nullspace.families import get_family, latent_consistency
+from nullspace.names import JOINT
+from nullspace.projector import NullSpaceProjector
 
 
 HERE = Path(__file__).resolve().parent
@@ -29,7 +36,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 import build_nullspace  # noqa: E402
 import train_dreambooth_nullspace as trainer  # noqa: E402
-from nullspace_utils import CONFIG_NAME  # noqa: E402
+from nullspace.names import CONFIG_NAME  # noqa: E402
 from shapes import DEMO, matches, subject_distance  # noqa: E402
 from train_shapes import draw  # noqa: E402
 
@@ -124,24 +131,27 @@ def seconds_a_step(bundle, rounds=9, steps=5):
         + ["--instance_data_dir", "-", "--instance_prompt", "-"]
     )
     unet = load_pipeline().unet.requires_grad_(False)
-    noise_scheduler = trainer.LCMScheduler.from_pretrained(MODEL, subfolder="scheduler")
-    protected = trainer.Bundle.load(bundle).protected()
-    parameters = trainer.add_lora({"unet": unet}, list(protected), args)
-    projector = trainer.NullSpaceProjector(unet, {trainer.JOINT: protected})
+    noise_scheduler = LCMScheduler.from_pretrained(MODEL, subfolder="scheduler")
+    protected = Bundle.load(bundle).protected()
+    parameters = add_lora({"unet": unet}, list(protected), args)
+    projector = NullSpaceProjector(unet, {JOINT: protected})
     optimizer = trainer.make_optimizer(parameters, args)
     projector.attach(optimizer)
-    guidance = trainer.embed_guidance(GUIDANCE, unet.config.time_cond_proj_dim)
-    denoise = trainer.partial(unet, timestep_cond=guidance)
+    guidance = latent_consistency.embed_guidance(GUIDANCE, unet.config.time_cond_proj_dim)
+    denoise = partial(unet, timestep_cond=guidance)
     latents, noise = torch.randn(2, 5, 4, 8, 8)
     prompt_embeds = torch.randn(5, 16, unet.config.cross_attention_dim)
     timesteps = torch.tensor([199, 399, 599, 799, 999])
+    losses = {loss: get_family("lcm").loss(argparse.Namespace(lcm_loss=loss, snr_gamma=None)) for loss in LOSSES}
     rows = []
     for _ in tqdm(range(rounds + 1), desc="Timing", unit="round"):
         row = {}
         for loss in LOSSES:
             start = time.perf_counter()
             for _ in range(steps):
-                trainer.LOSSES[loss](denoise, noise_scheduler, latents, prompt_embeds, timesteps, noise).backward()
+                losses[loss](
+                    denoise, noise_scheduler, latents, timesteps, noise, encoder_hidden_states=prompt_embeds
+                ).backward()
                 projector.project_gradients()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -192,7 +202,7 @@ def main():
         library.utils.logging.disable_progress_bar()
     settings = {
         "max_train_steps": args.max_train_steps, "methods": METHODS, "guidance_scale": GUIDANCE,
-        "huber": trainer.HUBER,
+        "huber": latent_consistency.HUBER,
     }  # fmt: skip
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if results.get("settings") != json.loads(json.dumps(settings)):  # of other settings: begin anew

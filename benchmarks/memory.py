@@ -20,8 +20,15 @@ from bundle_size import synthetic_sum
 from common import inputs, sd1_unet, write
 from torch.nn.utils import clip_grad_norm_
 
-from nullspace_utils import JOINT, TEXT_INPUT, Bundle, NullSpaceProjector, Spectrum, attention_inputs
-from train_dreambooth_nullspace import add_lora, diffusion_loss, load_protection, make_optimizer, parse_args
+from nullspace.adapters import add_lora
+from nullspace.bundle import Bundle
+from nullspace.families.stable_diffusion import diffusion_loss
+from nullspace.layers import attention_inputs
+from nullspace.names import JOINT, TEXT_INPUT
+from nullspace.projector import NullSpaceProjector
+from nullspace.protection import load_protection
+from nullspace.spectrum import Spectrum
+from train_dreambooth_nullspace import make_optimizer, parse_args
 
 
 ROUNDS = 1  # memory hardly varies

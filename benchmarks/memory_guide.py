@@ -25,20 +25,16 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from nullspace.families.stable_diffusion import diffusion_loss
+
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train_dreambooth_nullspace as trainer  # noqa: E402
-from nullspace_utils import (  # noqa: E402
-    JOINT,
-    TEXT_ENCODER,
-    NullSpaceProjector,
-    Protected,
-    SecondMoments,
-    attention_inputs,
-    find_module,
-    text_encoder_inputs,
-)
+from nullspace.layers import attention_inputs, find_module, text_encoder_inputs  # noqa: E402
+from nullspace.moments import SecondMoments  # noqa: E402
+from nullspace.names import JOINT, TEXT_ENCODER  # noqa: E402
+from nullspace.projector import NullSpaceProjector, Protected  # noqa: E402
 
 
 # The sizes of stable-diffusion-v1-5, from its configuration; diffusers' own defaults are those of its UNet.
@@ -154,7 +150,7 @@ def memory(setting):
         optimizer = trainer.make_optimizer(parameters, args)
         items = {}
         for name, source in sources.items():
-            size = find_module(name, unet, text_encoder).in_features
+            size = find_module(name, unet, text_encoder=text_encoder).in_features
             closed = int(size * PROTECTED)
             gains = torch.empty(size - closed, device="cpu")
             items.setdefault(source, Protected(torch.empty(size, size, device="cpu"), closed, gains))
@@ -187,7 +183,8 @@ def memory(setting):
             timesteps = torch.zeros(batch, dtype=torch.long)
             with as_on_a_gpu(autocast):
                 embeds = text_encoder(numbers)[0] if args.train_text_encoder else embeddings
-                loss = trainer.diffusion_loss(unet, SCHEDULER, latents, embeds, timesteps, torch.empty_like(latents))
+                noise = torch.empty_like(latents)
+                loss = diffusion_loss(unet, SCHEDULER, latents, timesteps, noise, encoder_hidden_states=embeds)
                 loss.backward()  # in it, since checkpointing computes again what it did before
             projector.project_gradients()
             optimizer.step()

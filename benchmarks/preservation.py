@@ -35,26 +35,25 @@ from peft.tuners.lora.config import CordaConfig
 from PIL import Image
 from tqdm.auto import tqdm
 
+from nullspace.families import get_family
+
 
 HERE = Path(__file__).resolve().parent
 ROOT, DEMO, WORK = HERE.parent, HERE.parent / "demo", HERE / "output"
 sys.path[:0] = [str(ROOT), str(DEMO)]
-from build_nullspace import make_scheduler  # noqa: E402
-from nullspace_utils import (  # noqa: E402
-    DEFAULT_SOFTNESS,
-    DEFAULT_THRESHOLDS,
-    JOINT,
-    Bundle,
-    LoraLayer,
-    NullSpaceProjector,
-    SecondMoments,
-    attention_inputs,
-    base_layer,
-    predicted_drift,
-    split_groups,
-)
+from nullspace.audit import predicted_drift  # noqa: E402
+from nullspace.bundle import Bundle  # noqa: E402
+from nullspace.families.stable_diffusion import diffusion_loss  # noqa: E402
+from nullspace.layers import attention_inputs, base_layer  # noqa: E402
+from nullspace.lora import LoraLayer  # noqa: E402
+from nullspace.moments import SecondMoments  # noqa: E402
+from nullspace.names import DEFAULT_SOFTNESS, DEFAULT_THRESHOLDS, JOINT  # noqa: E402
+from nullspace.pictures import comparison_grid  # noqa: E402
+from nullspace.projector import NullSpaceProjector  # noqa: E402
+from nullspace.protection import PICTURES_PER_EXTRA_PROMPT  # noqa: E402
+from nullspace.samplers import make_scheduler  # noqa: E402
+from nullspace.timesteps import split_groups  # noqa: E402
 from shapes import COLOURS, RESOLUTION, SUBJECTS, matches, parse, read_pictures, subject_distance  # noqa: E402
-from train_dreambooth_nullspace import PICTURES_PER_EXTRA_PROMPT, comparison_grid, diffusion_loss  # noqa: E402
 
 
 MODEL = DEMO / "shapes-sd"
@@ -307,7 +306,8 @@ def class_moments(world, prompt):
     groups = [group for group in config["groups"] if group["name"] == JOINT]
     moments = SecondMoments(world.unet, attention_inputs(world.unet), dict.fromkeys(groups[0]["timesteps"], JOINT))
     with moments.collect():
-        moments.draw(
+        moments.start_batch()
+        get_family("sd").sample(
             pipeline, [prompt] * PICTURES_PER_EXTRA_PROMPT, list(range(PICTURES_PER_EXTRA_PROMPT)),
             config["num_inference_steps"], config["guidance_scale"], config["resolution"],
         )  # fmt: skip
@@ -357,7 +357,7 @@ def train(world, method, subject, seed, rate, marks):
         timesteps = torch.randint(first, last + 1, (len(batch),), generator=random_numbers)
         noise = torch.randn(batch.shape, generator=random_numbers)
         # A mean over halves of equal size: twice it gives pictures and class a weight of 1 each, as diffusers does
-        loss = diffusion_loss(unet, world.noise_scheduler, batch, conditions, timesteps, noise)
+        loss = diffusion_loss(unet, world.noise_scheduler, batch, timesteps, noise, encoder_hidden_states=conditions)
         (loss * (2 if method["prior"] else 1)).backward()
         if projector:
             projector.project_gradients()

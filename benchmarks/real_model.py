@@ -21,14 +21,11 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from nullspace_utils import NullSpaceError, load_lora, reason  # noqa: E402
-from train_dreambooth_nullspace import (  # noqa: E402
-    check_writable,
-    comparison_grid,
-    read_instances,
-    save_picture,
-    write_json,
-)
+from nullspace.checks import check_writable  # noqa: E402
+from nullspace.errors import NullSpaceError, reason  # noqa: E402
+from nullspace.lora import load_lora  # noqa: E402
+from nullspace.pictures import comparison_grid, read_instances, save_picture  # noqa: E402
+from nullspace.report import write_json  # noqa: E402
 
 
 SCENES = ["a photo of {}", "{} in the jungle", "{} on a cobblestone street", "{} in the snow", "a painting of {}"]

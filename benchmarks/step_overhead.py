@@ -15,8 +15,12 @@ import torch
 from common import SIDE, alternate, inputs, median, ratio, sd1_unet, write
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from nullspace_utils import JOINT, NullSpaceProjector, Protected, attention_inputs
-from train_dreambooth_nullspace import add_lora, diffusion_loss, make_optimizer
+from nullspace.adapters import add_lora
+from nullspace.families.stable_diffusion import diffusion_loss
+from nullspace.layers import attention_inputs
+from nullspace.names import JOINT
+from nullspace.projector import NullSpaceProjector, Protected
+from train_dreambooth_nullspace import make_optimizer
 
 
 RANKS = (4, 64)

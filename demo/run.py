@@ -23,8 +23,8 @@ from train_shapes import draw
 
 ROOT = DEMO.parent
 sys.path.insert(0, str(ROOT))
-from nullspace_utils import LORA_NAME  # noqa: E402
-from train_dreambooth_nullspace import REPORT_NAME, comparison_grid, save_picture  # noqa: E402
+from nullspace.names import LORA_NAME, REPORT_NAME  # noqa: E402
+from nullspace.pictures import comparison_grid, save_picture  # noqa: E402
 
 
 MODEL, OUTPUT, SUBJECT = DEMO / "shapes-sd", DEMO / "output", "star"

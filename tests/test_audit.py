@@ -8,8 +8,12 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from nullspace.audit import verdict
+from nullspace.errors import NullSpaceError
 from nullspace.kohya import kohya_name
-from nullspace_utils import LORA_NAME, NullSpaceError, load_lora, main, parse_args, read_lora, verdict, with_magnitude
+from nullspace.lora import load_lora, read_lora, with_magnitude
+from nullspace.names import LORA_NAME
+from nullspace_utils import main, parse_args
 from test_train import bundle1, drawing_in_two_steps  # noqa: F401
 
 

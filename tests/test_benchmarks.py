@@ -30,7 +30,7 @@ import bundle_data
 import preservation
 import real_model
 
-from nullspace_utils import NullSpaceError
+from nullspace.errors import NullSpaceError
 
 
 # ---- Methods at equal likeness of the subject ------------------------------------------------------------------------

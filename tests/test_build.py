@@ -14,18 +14,13 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 import build_nullspace
-from nullspace_utils import (
-    JOINT,
-    TEXT_ENCODER,
-    TEXT_INPUT,
-    Bundle,
-    NullSpaceError,
-    SecondMoments,
-    attention_inputs,
-    find_module,
-    sha256,
-    text_encoder_inputs,
-)
+from nullspace.bundle import Bundle
+from nullspace.errors import NullSpaceError
+from nullspace.hashes import sha256
+from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
+from nullspace.moments import SecondMoments
+from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT
+from nullspace.prompts import Prompts
 
 
 PROMPTS = ["a red star", "a photo of a large blue heart on a white background", "a ring", "a moon on black", "a cross"]
@@ -246,7 +241,7 @@ def encoder_sums(model, prompts):
     pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     read = {}
     for name in text_encoder_inputs(pipeline.text_encoder):
-        find_module(name, None, pipeline.text_encoder).register_forward_pre_hook(
+        find_module(name, None, text_encoder=pipeline.text_encoder).register_forward_pre_hook(
             lambda module, args, name=name: read.setdefault(name, []).append(args[0].detach().double().flatten(0, 1))
         )
     with torch.no_grad():
@@ -283,7 +278,7 @@ def test_text_encoder_is_in_the_table_the_card_and_the_fingerprint(with_text_enc
     )
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
-    find_module(min(names), None, pipeline.text_encoder).weight.data[0, 0] += 1
+    find_module(min(names), None, text_encoder=pipeline.text_encoder).weight.data[0, 0] += 1
     pipeline.save_pretrained(tmp_path / "finetuned")
     other = build(tmp_path / "other", tmp_path / "finetuned", prompts_file, "--with_text_encoder", "--max_prompts", 1)
     mine = json.loads((with_text_encoder / "nullspace_config.json").read_text())
@@ -385,7 +380,7 @@ def test_several_step_counts_are_joined(tiny_sd1, prompts_file, tmp_path):
 def test_prompts_are_counted_hashed_and_sampled_as_they_stream(count):
     expected = ["", *(f"prompt {index}\nin two lines" for index in range(count))]
     lines = (f"  {prompt} \n" for prompt in ["  ", *expected] + ["too many"])
-    prompts = build_nullspace.Prompts(lines, limit=count)
+    prompts = Prompts(lines, limit=count)
     assert len(prompts) == count + 1
     assert list(prompts) == list(prompts) == expected
     assert prompts.sha256 == hashlib.sha256("\n".join(expected).encode()).hexdigest()
@@ -398,7 +393,7 @@ def test_prompts_are_counted_hashed_and_sampled_as_they_stream(count):
 def test_prompts_take_no_memory():
     """Peak of Python's own memory while prompts of 10 MB in all are read and gone through."""
     tracemalloc.start()
-    prompts = build_nullspace.Prompts(f"{index} " + 1000 * "x" for index in range(10_000))
+    prompts = Prompts(f"{index} " + 1000 * "x" for index in range(10_000))
     assert sum(map(len, prompts)) > 1e7
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

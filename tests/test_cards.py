@@ -10,8 +10,9 @@ from huggingface_hub import DatasetCard, ModelCard
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
+from nullspace import model_card
+from nullspace.bundle import Bundle
 from nullspace.markdown import code_block, code_span, one_line, plain, python_string, table_cell, utf8
-from nullspace_utils import Bundle
 from test_train import INSTANCES, bundle1, make_bundle, report, train  # noqa: F401
 
 
@@ -80,8 +81,8 @@ def card_of(bundle, folder, prompt, monkeypatch):
         "layers": [{}],
         "unprotected": [],
     }
-    monkeypatch.setattr(trainer, "save_picture", lambda *_: None)
-    trainer.write_card(bundle, found, [prompt], [None], args)
+    monkeypatch.setattr(model_card, "save_picture", lambda *_: None)
+    model_card.write_model_card(bundle, found, [prompt], [None], args)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 

@@ -14,7 +14,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_dreambooth_nullspace as trainer
 from nullspace import checkpoint as room
-from nullspace_utils import CARD_NAME, LORA_NAME, NullSpaceError, sha256
+from nullspace.errors import NullSpaceError
+from nullspace.hashes import sha256
+from nullspace.names import CARD_NAME, LORA_NAME
 from shapes import DEMO
 from test_train import bundle1, command_line, drawing_in_two_steps, same, train  # noqa: F401 (fixtures)
 
@@ -215,7 +217,7 @@ def test_latest_of_another_subject_is_refused_before_a_model_is_loaded(
         raise AssertionError("a model was loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.UNet2DConditionModel, "from_pretrained", load)
+        patch.setattr(UNet2DConditionModel, "from_pretrained", load)
         with pytest.raises(NullSpaceError, match="checkpoint-4 is a checkpoint of another run") as caught:
             train(tiny_sd1, bundle1, output, *heart, "--resume_from_checkpoint", "latest", "--max_train_steps", 5)
     for part in ("the pictures", "'a photo of a sks star'", "'a zwx heart'", "name checkpoint-2, which is of this run"):

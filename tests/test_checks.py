@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -15,9 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
+from nullspace.audit import load_audited_models
+from nullspace.bundle import Bundle
 from nullspace.checks import RANGES, Parser, output_folder_fault, resolution_fault, unquoted_prompt
-from nullspace.prompts import Counted, length_warnings, read_lines, tokenizer_fault, word_warnings
-from nullspace_utils import CONFIG_NAME, Bundle, NullSpaceError, load_audited_models
+from nullspace.errors import NullSpaceError
+from nullspace.families import stable_diffusion
+from nullspace.names import CONFIG_NAME
+from nullspace.prompts import Counted, length_warnings, prompt_warnings, read_lines, tokenizer_fault, word_warnings
 from test_train import INSTANCES, bundle1, command_line  # noqa: F401
 
 
@@ -141,11 +144,9 @@ def test_prompts_beyond_the_window_are_counted():
     assert "ends of 1 of x are not read, for they are longer than 6" in length_warnings(Letters(), prompts, "x", 6)[0]
 
 
-def test_captions_and_extra_prompts_are_held_to_the_window(caplog, monkeypatch):
+def test_captions_and_extra_prompts_are_held_to_the_window():
     args = SimpleNamespace(tokenizer_max_length=4, nullspace_extra_prompts=["a b c", "a b c d"])
-    monkeypatch.setattr(trainer, "logger", logging.getLogger("plain"))
-    trainer.warn_of_prompts(Letters(), [["a b c"], ["a b"], ["d e f"]], ["a b"], args)
-    assert [record.message for record in caplog.records] == [
+    assert list(prompt_warnings(Letters(), [["a b c"], ["a b"], ["d e f"]], ["a b"], args)) == [
         "The ends of 2 of the captions are not read, for they are longer than 4 tokens.",
         "The ends of 1 of --nullspace_extra_prompts are not read, for they are longer than 5 tokens.",
     ]
@@ -182,8 +183,7 @@ def prompts(tmp_path):
 @pytest.fixture
 def nothing_loads(monkeypatch):
     """Loading weights fails, so that what is refused is refused before."""
-    for script in (trainer, build_nullspace):
-        monkeypatch.setattr(script, "load_whole", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(stable_diffusion, "load_whole", lambda *a, **k: pytest.fail("weights were loaded"))
 
 
 @pytest.mark.parametrize("script", ["trainer", "builder"])

@@ -22,7 +22,9 @@ from nullspace.divergence import (
     run_in_float32,
     sound_vae,
 )
-from nullspace_utils import LORA_NAME, sha256
+from nullspace.families import stable_diffusion
+from nullspace.hashes import sha256
+from nullspace.names import LORA_NAME
 from test_train import ScalingAccelerator, bundle1, drawing_in_two_steps, same, train  # noqa: F401 (fixtures)
 
 
@@ -87,14 +89,14 @@ def test_a_run_that_diverges_leaves_the_lora_and_the_checkpoint_and_the_run_can_
     output, flags = tmp_path / "lora", ("--checkpointing_steps", 4, "--max_train_steps", 30)
     train(tiny_sd1, bundle1, output)
     good = {name: sha256(output / name) for name in (LORA_NAME, "nullspace_report.json", "README.md")}
-    steps, loss = [], trainer.LOSSES[None]
+    steps, loss = [], stable_diffusion.diffusion_loss
 
     def spoiled(*args, **kwargs):
         steps.append(1)
         return loss(*args, **kwargs) * (math.nan if len(steps) >= 5 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setitem(trainer.LOSSES, None, spoiled)
+        patch.setattr(stable_diffusion, "diffusion_loss", spoiled)
         with pytest.raises(DivergedError, match="the loss is not finite at step 5"):
             train(tiny_sd1, bundle1, output, *flags)
     assert len(steps) == 8
@@ -105,8 +107,10 @@ def test_a_run_that_diverges_leaves_the_lora_and_the_checkpoint_and_the_run_can_
 
 
 def test_a_rate_that_is_far_too_high_stops_within_ten_steps(tiny_sd1, bundle1, tmp_path, monkeypatch):  # noqa: F811
-    steps, loss = [], trainer.LOSSES[None]
-    monkeypatch.setitem(trainer.LOSSES, None, lambda *args, **kwargs: (steps.append(1), loss(*args, **kwargs))[1])
+    steps, loss = [], stable_diffusion.diffusion_loss
+    monkeypatch.setattr(
+        stable_diffusion, "diffusion_loss", lambda *args, **kwargs: (steps.append(1), loss(*args, **kwargs))[1]
+    )
     with pytest.raises(DivergedError, match=r"at step [1-9]\b.* lower --learning_rate \(it is 1e\+30\)"):
         train(tiny_sd1, bundle1, tmp_path / "lora", "--learning_rate", 1e30, "--max_train_steps", 100)
     assert len(steps) <= 11

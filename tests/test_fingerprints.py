@@ -8,8 +8,9 @@ from diffusers import DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from nullspace.bundle import Bundle
+from nullspace.errors import NullSpaceError
 from nullspace.fingerprints import PIECE, fingerprints, hash_weights
-from nullspace_utils import Bundle, NullSpaceError
 from test_train import bundle1, command_line, trainer  # noqa: F401
 
 

@@ -14,24 +14,16 @@ from safetensors.torch import load_file, save_file
 from test_nullspace_utils import TensorFloat32
 
 import train_dreambooth_nullspace as trainer
-from nullspace_utils import (
-    CONFIG_NAME,
-    JOINT,
-    LORA_NAME,
-    TEXT_ENCODER,
-    TEXT_INPUT,
-    Bundle,
-    LoraLayer,
-    NullSpaceError,
-    NullSpaceProjector,
-    Protected,
-    Spectrum,
-    config_sha256,
-    fingerprint,
-    leakage,
-    load_lora,
-    sha256,
-)
+from nullspace import report as report_room
+from nullspace.audit import leakage
+from nullspace.bundle import Bundle
+from nullspace.errors import NullSpaceError
+from nullspace.fingerprints import fingerprint
+from nullspace.hashes import config_sha256, sha256
+from nullspace.lora import LoraLayer, load_lora
+from nullspace.names import CONFIG_NAME, JOINT, LORA_NAME, TEXT_ENCODER, TEXT_INPUT
+from nullspace.projector import NullSpaceProjector, Protected
+from nullspace.spectrum import Spectrum
 from test_train import bundle1, drawing_in_two_steps, report, same, train  # noqa: F401
 
 
@@ -239,10 +231,12 @@ def contents(folder):
 def test_a_file_above_its_bound_takes_no_good_ones_place(tiny_sd1, bundle1, tmp_path, monkeypatch):  # noqa: F811
     output = tmp_path / "lora"
     train(tiny_sd1, bundle1, output)
-    good, save = contents(output), trainer.save_lora
+    good, save = contents(output), report_room.save_lora
     assert LORA_NAME in good and not (output / "partial-lora").exists()
     with monkeypatch.context() as patch:  # a wrong dtype
-        patch.setattr(trainer, "save_lora", lambda *args, dtype, **models: save(*args, **models, dtype=torch.bfloat16))
+        patch.setattr(
+            report_room, "save_lora", lambda *args, dtype, **models: save(*args, **models, dtype=torch.bfloat16)
+        )
         pushed = []
         patch.setattr(trainer, "push_folder", lambda *args, **kwargs: pushed.append(args))
         with pytest.raises(NullSpaceError) as error:
@@ -259,7 +253,7 @@ def test_a_file_above_its_bound_takes_no_good_ones_place(tiny_sd1, bundle1, tmp_
 
 
 def test_a_failed_file_is_alone_where_no_good_one_was(tiny_sd1, bundle1, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setitem(trainer.LEAKAGE_BOUNDS, torch.bfloat16, 1e-9)
+    monkeypatch.setitem(report_room.LEAKAGE_BOUNDS, torch.bfloat16, 1e-9)
     flags = ("--mixed_precision", "bf16", "--no-upcast_before_saving", "--max_train_steps", 1)
     with pytest.raises(NullSpaceError, match="a 16-bit file .* pass --upcast_before_saving"):
         train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
@@ -267,14 +261,14 @@ def test_a_failed_file_is_alone_where_no_good_one_was(tiny_sd1, bundle1, tmp_pat
 
 
 def test_leakage_that_is_not_a_number_is_above_any_bound(tiny_sd1, bundle1, tmp_path, monkeypatch):  # noqa: F811
-    audit = trainer.audit_file
+    audit = report_room.audit_file
 
     def audit_file(*args):
         found = audit(*args)
         found["layers"][1]["leakage"] = math.nan
         return found
 
-    monkeypatch.setattr(trainer, "audit_file", audit_file)
+    monkeypatch.setattr(report_room, "audit_file", audit_file)
     with pytest.raises(NullSpaceError, match="nan of what it changes"):
         train(tiny_sd1, bundle1, tmp_path / "lora", "--max_train_steps", 1)
 
@@ -329,7 +323,7 @@ def write_old_format(source, folder, unet, text_encoder):
     del config["distances"]
     config |= {"format_version": 1, "dtype": "float16"}
     config["base_model"]["fingerprint"] = fingerprint(unet, config["modules"])
-    config[TEXT_ENCODER]["fingerprint"] = fingerprint(unet, config[TEXT_ENCODER]["modules"], text_encoder)
+    config[TEXT_ENCODER]["fingerprint"] = fingerprint(unet, config[TEXT_ENCODER]["modules"], text_encoder=text_encoder)
     config["files"] = {name: sha256(folder / name) for name in config["files"]}
     config["sha256"] = config_sha256(config)
     (folder / CONFIG_NAME).write_text(json.dumps(config))

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
-from nullspace_utils import CONFIG_NAME, LORA_NAME, TABLE_NAME, TEXT_INPUT, Bundle, check_files, config_sha256
+from nullspace.bundle import Bundle, check_files
+from nullspace.hashes import config_sha256
+from nullspace.names import COMPARISON_NAME, CONFIG_NAME, LORA_NAME, REPORT_NAME, TABLE_NAME, TEXT_INPUT
 from shapes import DEMO
-from train_dreambooth_nullspace import COMPARISON_NAME, REPORT_NAME
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,10 +9,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import nullspace_utils
-from nullspace.kohya import kohya_metadata, kohya_name, save_kohya
-from nullspace_utils import LORA_NAME, LoraLayer, NullSpaceError, load_lora
+from nullspace.errors import NullSpaceError
+from nullspace.kohya import kohya_metadata, kohya_name, save_kohya, write_kohya
+from nullspace.lora import LoraLayer, load_lora
+from nullspace.names import LORA_NAME
 from test_train import bundle1, drawing_in_two_steps, report, train  # noqa: F401
-from train_dreambooth_nullspace import parse_args, published_files, write_kohya
+from train_dreambooth_nullspace import parse_args, published_files
 
 
 def metadata(path):

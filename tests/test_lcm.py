@@ -15,7 +15,12 @@ from safetensors.torch import save_file
 
 import train_dreambooth_nullspace as trainer
 from distill_lcm import make_student
-from nullspace_utils import JOINT, Bundle, NullSpaceError, fingerprint, model_type
+from nullspace.bundle import Bundle
+from nullspace.errors import NullSpaceError
+from nullspace.families import latent_consistency as lcm
+from nullspace.families import recognise
+from nullspace.fingerprints import fingerprint
+from nullspace.names import JOINT
 from test_train import make_bundle, report, same, train
 
 
@@ -77,7 +82,7 @@ class Stub(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.tensor(0.7))
         self.calls = []
 
-    def forward(self, noisy, timesteps, prompt_embeds):
+    def forward(self, noisy, timesteps):
         self.calls.append((timesteps.tolist(), torch.is_grad_enabled()))
         return SimpleNamespace(sample=self.scale * noisy)
 
@@ -91,17 +96,17 @@ def one_batch(count=3, seed=0):
 
 
 def test_the_unet_tells_the_type_of_a_model(tiny_sd1, tiny_lcm, tmp_path):
-    assert model_type(tiny_sd1) == model_type(tiny_sd1, wanted="sd") == "sd"
-    assert model_type(tiny_lcm) == model_type(tiny_lcm, wanted="lcm") == "lcm"
+    assert recognise(tiny_sd1).name == recognise(tiny_sd1, wanted="sd").name == "sd"
+    assert recognise(tiny_lcm).name == recognise(tiny_lcm, wanted="lcm").name == "lcm"
     # An LCM that was saved with Stable Diffusion's pipeline is one all the same.
     changes = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "PNDMScheduler"]}
-    assert model_type(edited(tiny_lcm, tmp_path / "in-sd", **changes)) == "lcm"
+    assert recognise(edited(tiny_lcm, tmp_path / "in-sd", **changes)).name == "lcm"
     # A Stable Diffusion with an LCM's scheduler may be either; only the user can know.
     unclear = edited(tiny_sd1, tmp_path / "unclear", scheduler=["diffusers", "LCMScheduler"])
     for wanted in ("auto", "lcm"):
         with pytest.raises(NullSpaceError, match="has a LCMScheduler, but its UNet takes no guidance embedding"):
-            model_type(unclear, wanted=wanted)
-    assert model_type(unclear, wanted="sd") == "sd"
+            recognise(unclear, wanted=wanted)
+    assert recognise(unclear, wanted="sd").name == "sd"
 
 
 def test_a_model_type_that_contradicts_the_model_is_refused_before_the_work(tiny_sd1, tiny_lcm, lcm_bundle, tmp_path):
@@ -157,17 +162,17 @@ def test_the_guidance_embedding_is_the_pipelines(tiny_lcm):
         lambda unet, args, kwargs: seen.append(kwargs["timestep_cond"]), with_kwargs=True
     )
     pipeline("a star", num_inference_steps=1, guidance_scale=6.5, output_type="latent")
-    assert torch.equal(seen[0], trainer.embed_guidance(6.5, pipeline.unet.config.time_cond_proj_dim))
+    assert torch.equal(seen[0], lcm.embed_guidance(6.5, pipeline.unet.config.time_cond_proj_dim))
 
 
 @pytest.mark.parametrize("loss", ["consistency", "x0", "epsilon"])
 def test_the_guidance_embedding_reaches_the_unet(loss, tiny_lcm, lcm_bundle, tmp_path, monkeypatch):
     """At the scale that the bundle was built at; a run with it zeroed differs."""
-    embed, scales = trainer.embed_guidance, []
-    monkeypatch.setattr(trainer, "embed_guidance", lambda *args: (scales.append(args[0]), embed(*args))[1])
+    embed, scales = lcm.embed_guidance, []
+    monkeypatch.setattr(lcm, "embed_guidance", lambda *args: (scales.append(args[0]), embed(*args))[1])
     guided = train(tiny_lcm, lcm_bundle, tmp_path / "guided", "--lcm_loss", loss)
     assert scales == [8.5]
-    monkeypatch.setattr(trainer, "embed_guidance", lambda *args: torch.zeros_like(embed(*args)))
+    monkeypatch.setattr(lcm, "embed_guidance", lambda *args: torch.zeros_like(embed(*args)))
     assert not same(guided, train(tiny_lcm, lcm_bundle, tmp_path / "zeroed", "--lcm_loss", loss))
 
 
@@ -176,7 +181,7 @@ def test_the_guidance_embedding_reaches_the_unet(loss, tiny_lcm, lcm_bundle, tmp
 
 def test_the_solver_grid_is_the_schedulers(tiny_lcm):
     scheduler = LCMScheduler.from_pretrained(tiny_lcm, subfolder="scheduler")
-    assert trainer.solver_grid(scheduler) == GRID
+    assert lcm.solver_grid(scheduler) == GRID
     for steps in (1, 2, 4, 8):
         scheduler.set_timesteps(steps)
         assert set(scheduler.timesteps.tolist()) <= set(GRID)
@@ -185,13 +190,13 @@ def test_the_solver_grid_is_the_schedulers(tiny_lcm):
 @pytest.mark.parametrize("timesteps", [JOINT, "nearest"])
 def test_drawn_timesteps_lie_on_the_grid(timesteps, tiny_lcm, lcm_bundle, tmp_path, monkeypatch):
     drawn, selected = [], []
-    loss, select = trainer.LOSSES["x0"], trainer.NullSpaceProjector.select
+    loss, select = lcm.latents_loss, trainer.NullSpaceProjector.select
 
-    def record(*args):
-        drawn.append(set(args[4].tolist()))
-        return loss(*args)
+    def record(*args, **conditions):
+        drawn.append(set(args[3].tolist()))
+        return loss(*args, **conditions)
 
-    monkeypatch.setitem(trainer.LOSSES, "x0", record)
+    monkeypatch.setattr(lcm, "latents_loss", record)
     monkeypatch.setattr(
         trainer.NullSpaceProjector, "select", lambda self, group: (selected.append(group), select(self, group))
     )
@@ -261,25 +266,25 @@ def test_the_consistency_function_is_what_the_scheduler_samples_with(kind):
         assert 0 < c_skip < 1 and 0 < c_out < 1
         scheduler.set_timesteps(timesteps=[timestep])
         expected = scheduler.step(0.7 * noisy, timestep, noisy).denoised
-        actual = trainer.consistency_function(unet, scheduler, noisy, torch.tensor([timestep] * 3), None)
+        actual = lcm.consistency_function(unet, scheduler, noisy, torch.tensor([timestep] * 3))
         torch.testing.assert_close(actual, expected)
-    assert torch.equal(trainer.consistency_function(unet, scheduler, noisy, torch.tensor([0] * 3), None), noisy)
+    assert torch.equal(lcm.consistency_function(unet, scheduler, noisy, torch.tensor([0] * 3)), noisy)
 
 
 def test_the_consistency_target_is_earlier_and_carries_no_gradient():
     scheduler = LCMScheduler(original_inference_steps=SOLVER_STEPS)
     (latents, noise), unet = one_batch(), Stub()
     timesteps = torch.tensor([49, 499, 999])
-    trainer.consistency_loss(unet, scheduler, latents, None, timesteps, noise).backward()
+    lcm.consistency_loss(unet, scheduler, latents, timesteps, noise, apart=4).backward()
     earlier = torch.tensor([0, 249, 749])  # a quarter of the grid of 20 steps
     assert unet.calls == [(earlier.tolist(), False), (timesteps.tolist(), True)]
     actual, unet.scale.grad = unet.scale.grad.clone(), None
 
     def answer(at):
-        return trainer.consistency_function(unet, scheduler, scheduler.add_noise(latents, noise, at), at, None)
+        return lcm.consistency_function(unet, scheduler, scheduler.add_noise(latents, noise, at), at)
 
     target = answer(earlier).detach()
-    ((answer(timesteps) - target).abs() - trainer.HUBER / 2).mean().backward()  # few errors are as small as HUBER
+    ((answer(timesteps) - target).abs() - lcm.HUBER / 2).mean().backward()  # few errors are as small as HUBER
     torch.testing.assert_close(actual, unet.scale.grad, rtol=1e-3, atol=0)
 
 
@@ -289,8 +294,8 @@ def test_the_x0_loss_is_the_distance_from_the_latents():
     latents, noise = one_batch()
     timesteps = torch.tensor([19, 499, 999])
     truth, blank = (lambda *_, sample=sample: SimpleNamespace(sample=sample) for sample in (noise, 0 * noise))
-    assert trainer.latents_loss(truth, scheduler, latents, None, timesteps, noise) < 1e-3
-    assert trainer.latents_loss(blank, scheduler, latents, None, timesteps, noise) > 0.1
+    assert lcm.latents_loss(truth, scheduler, latents, timesteps, noise) < 1e-3
+    assert lcm.latents_loss(blank, scheduler, latents, timesteps, noise) > 0.1
 
 
 @pytest.mark.parametrize("loss", ["consistency", "epsilon"])

@@ -10,7 +10,8 @@ from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffus
 import build_nullspace
 import shapes
 from distill_lcm import SOLVER_STEPS, consistency_function, guided_ddim_step, make_student, predict_original
-from nullspace_utils import JOINT, Bundle
+from nullspace.bundle import Bundle
+from nullspace.names import JOINT
 from train_shapes import draw
 
 

@@ -21,29 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import build_nullspace
 import nullspace_utils
-from nullspace.fingerprints import fingerprints
-from nullspace_utils import (
-    JOINT,
-    LORA_NAME,
-    TEXT_INPUT,
-    Bundle,
-    LoraLayer,
-    NullSpaceError,
-    NullSpaceProjector,
-    Protected,
-    SecondMoments,
-    Spectrum,
-    attention_inputs,
-    audit,
-    check_files,
-    fingerprint,
-    leakage,
-    load_lora,
-    model_type,
-    predicted_drift,
-    timestep_groups,
-    verdict,
-)
+from nullspace.audit import audit, leakage, predicted_drift, verdict
+from nullspace.bundle import Bundle, check_files
+from nullspace.errors import NullSpaceError
+from nullspace.families import recognise
+from nullspace.fingerprints import fingerprint, fingerprints
+from nullspace.layers import attention_inputs
+from nullspace.lora import LoraLayer, load_lora
+from nullspace.moments import SecondMoments
+from nullspace.names import FORMAT_VERSION, JOINT, LORA_NAME, TEXT_INPUT
+from nullspace.projector import NullSpaceProjector, Protected
+from nullspace.spectrum import Spectrum
+from nullspace.timesteps import timestep_groups
 
 
 LAYERS = {
@@ -258,14 +247,14 @@ def test_inputs_that_share_a_name_are_equal_and_others_are_not(any_world):
 
 def test_models_of_other_kinds_are_refused(tiny_sd1, tmp_path):
     """What is Stable Diffusion and what a Latent Consistency Model is tested in `test_lcm.py`."""
-    assert model_type(tiny_sd1) == "sd"
+    assert recognise(tiny_sd1).name == "sd"
     index = {"_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.35.0"}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(NullSpaceError, match="XLPipeline.*StableDiffusionPipeline and LatentConsistency"):
-        model_type(tmp_path)
+        recognise(tmp_path)
     (tmp_path / "model_index.json").unlink()
     with pytest.raises(NullSpaceError, match=f"The base model {tmp_path} cannot be had"):
-        model_type(tmp_path)
+        recognise(tmp_path)
 
 
 # ---- Second moments --------------------------------------------------------------------------------------------------
@@ -1399,8 +1388,8 @@ def test_every_file_of_a_bundle_but_its_card_is_checked(bundle, saved):
 
 
 def test_a_newer_format_is_refused(saved, bundle):
-    assert bundle.config["format_version"] == nullspace_utils.FORMAT_VERSION
-    newer = {"format_version": nullspace_utils.FORMAT_VERSION + 1, "spectra": "elsewhere"}
+    assert bundle.config["format_version"] == FORMAT_VERSION
+    newer = {"format_version": FORMAT_VERSION + 1, "spectra": "elsewhere"}
     (saved / "nullspace_config.json").write_text(json.dumps(newer))
     with pytest.raises(NullSpaceError, match=r"newer than the .* update this project\.$"):
         Bundle.load(saved)

@@ -15,8 +15,8 @@ from PIL import Image
 import nullspace.pictures as rooms
 import train_dreambooth_nullspace as trainer
 from nullspace.captions import trained_prompts
+from nullspace.errors import NullSpaceError
 from nullspace.pictures import comparison_grid, fit, read_instances, save_picture
-from nullspace_utils import NullSpaceError
 from shapes import DEMO
 
 

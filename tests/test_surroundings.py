@@ -16,7 +16,8 @@ from diffusers.optimization import SchedulerType
 import build_nullspace
 import train_dreambooth_nullspace as trainer
 from nullspace import system
-from nullspace_utils import NullSpaceError, check_launcher
+from nullspace.errors import NullSpaceError
+from nullspace.launch import check_launcher
 from test_train import bundle1, command_line, drawing_in_two_steps, make_bundle, train  # noqa: F401
 
 

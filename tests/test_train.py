@@ -17,41 +17,46 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_leaves
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
+from nullspace import model_card, validation
+from nullspace.audit import leakage
+from nullspace.bundle import Bundle
 from nullspace.checkpoint import checkpoints
-from nullspace_utils import (
-    CONFIG_NAME,
-    JOINT,
-    LORA_NAME,
-    TEXT_INPUT,
-    Bundle,
-    NullSpaceError,
-    attention_inputs,
-    find_module,
-    leakage,
-    load_lora,
-)
+from nullspace.errors import NullSpaceError
+from nullspace.families import stable_diffusion
+from nullspace.families.stable_diffusion import StableDiffusion, diffusion_loss
+from nullspace.layers import attention_inputs, find_module
+from nullspace.lora import load_lora
+from nullspace.names import CONFIG_NAME, JOINT, LORA_NAME, TEXT_INPUT
 from shapes import DEMO
 
 
 INSTANCES = DEMO / "instance_images" / "star"
 README = DEMO.parent / "README.md"
-SD = trainer.KINDS["sd"]
+SD_STEPS = StableDiffusion.num_inference_steps
 
 
 @pytest.fixture(scope="module", autouse=True)
 def drawing_in_two_steps():
     """Rather than 25, which take most of the time of trainings this short."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(trainer.KINDS, "sd", SD._replace(num_inference_steps=2))
+        patch.setattr(StableDiffusion, "num_inference_steps", 2)
         yield
 
 
@@ -435,10 +440,10 @@ def test_revision_and_variant(tiny_sd1, bundle1, reference, tmp_path, monkeypatc
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None).to(dtype=torch.float16)
     pipeline.save_pretrained(tmp_path / "model", variant="fp16")
-    for kind in (DiffusionPipeline, trainer.UNet2DConditionModel):
+    for kind in (DiffusionPipeline, UNet2DConditionModel):
         monkeypatch.setattr(kind, "load_config", answer_config(kind.load_config))
     monkeypatch.setattr(DiffusionPipeline, "download", answer_files)
-    monkeypatch.setattr(trainer, "base_license", lambda *_: None)
+    monkeypatch.setattr(model_card, "base_license", lambda *_: None)
     rounded = train("some/model", bundle1, tmp_path / "lora", "--revision", "v2", "--variant", "fp16")
     *configs, files = asked["some/model"]
     assert {options["revision"] for options in asked["some/model"]} == {"v2"} and files["variant"] == "fp16"
@@ -462,9 +467,9 @@ def test_the_same_command_gives_the_same_lora(tiny_sd1, bundle1, reference, tmp_
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
     enabled = []
-    original = trainer.UNet2DConditionModel.enable_gradient_checkpointing
+    original = UNet2DConditionModel.enable_gradient_checkpointing
     monkeypatch.setattr(
-        trainer.UNet2DConditionModel, "enable_gradient_checkpointing", lambda unet: (enabled.append(1), original(unet))
+        UNet2DConditionModel, "enable_gradient_checkpointing", lambda unet: (enabled.append(1), original(unet))
     )
     tensors = train(tiny_sd1, bundle1, tmp_path / "lora", "--gradient_checkpointing")
     assert enabled
@@ -486,7 +491,7 @@ def test_validation_does_not_disturb_training(precision, tiny_sd1, bundle1, tmp_
 
 
 def test_pictures_are_drawn_in_25_steps_as_the_bundle_was(tiny_sd1, tmp_path, monkeypatch):
-    monkeypatch.setitem(trainer.KINDS, "sd", SD)
+    monkeypatch.setattr(StableDiffusion, "num_inference_steps", SD_STEPS)
     drawn, call = [], StableDiffusionPipeline.__call__
 
     def record(pipeline, *args, **kwargs):
@@ -523,7 +528,7 @@ def test_center_crop_and_random_crop():
     assert torch.equal(first, random[0][0])
     random.set_epoch(1)
     assert not torch.equal(first, random[0][0])
-    expected = trainer.VaeImageProcessor(do_resize=False).preprocess(picture.crop((0, 16, 32, 48)))[0]
+    expected = VaeImageProcessor(do_resize=False).preprocess(picture.crop((0, 16, 32, 48)))[0]
     assert torch.equal(centred[0][0], expected)
     assert centred[0][0].min() >= -1 and centred[0][0].max() <= 1
 
@@ -630,11 +635,11 @@ def test_image_interpolation_mode_random_flip_and_repeats():
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_snr_gamma_weighs_the_loss(kind):
     """Against min(SNR, gamma) / SNR, or / (SNR + 1), on a model that predicts nothing."""
-    scheduler = trainer.DDPMScheduler(prediction_type=kind)
+    scheduler = DDPMScheduler(prediction_type=kind)
     latents, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     timesteps = torch.tensor([10, 500, 990])
-    unet = lambda noisy, timesteps, embeds: SimpleNamespace(sample=torch.zeros_like(noisy))  # noqa: E731
-    actual = trainer.diffusion_loss(unet, scheduler, latents, None, timesteps, noise, snr_gamma=5.0)
+    unet = lambda noisy, timesteps: SimpleNamespace(sample=torch.zeros_like(noisy))  # noqa: E731
+    actual = diffusion_loss(unet, scheduler, latents, timesteps, noise, snr_gamma=5.0)
     kept = scheduler.alphas_cumprod[timesteps].double()
     snr = kept / (1 - kept)
     assert snr.max() > 5 > snr.min()
@@ -664,7 +669,7 @@ def test_lora_alpha_scales_the_lora_wherever_it_is_read(tiny_sd1, bundle1, refer
 
 
 def test_tokenizer_name_and_tokenizer_max_length(tiny_sd1, bundle1, reference, tmp_path):
-    tokenizer = trainer.CLIPTokenizer.from_pretrained(tiny_sd1, subfolder="tokenizer", model_max_length=8)
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_sd1, subfolder="tokenizer", model_max_length=8)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     named = train(tiny_sd1, bundle1, tmp_path / "named", "--tokenizer_name", tmp_path / "tokenizer")
     assert not same(named, reference)
@@ -702,14 +707,14 @@ def test_dataloader_num_workers_load_the_same(tiny_sd1, bundle1, reference, tmp_
 def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
     """--pre_compute_text_embeddings and --cache_latents: validation has to load the models anew."""
     kept, encoded, loaded = [], [], {}
-    load_whole = trainer.load_whole
+    load_whole = stable_diffusion.load_whole
 
     def load(kind, *args, **kwargs):
         model = load_whole(kind, *args, **kwargs)
         loaded[kind.__name__] = weakref.ref(model)
         return model
 
-    monkeypatch.setattr(trainer, "load_whole", load)
+    monkeypatch.setattr(stable_diffusion, "load_whole", load)
 
     def alive():
         return {name for name, model in loaded.items() if model() is not None}
@@ -719,9 +724,11 @@ def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, refe
         trainer, "get_scheduler", lambda *args, **kwargs: in_training.append(alive()) or get_scheduler(*args, **kwargs)
     )
     monkeypatch.setattr(trainer, "draw_saved", lambda *args: in_drawing.append(alive()) or draw_saved(*args))
-    load_pipeline, encode = trainer.load_pipeline, trainer.encode_pictures
+    load_pipeline, encode = validation.load_pipeline, trainer.encode_pictures
     monkeypatch.setattr(
-        trainer, "load_pipeline", lambda *args, **kwargs: (kept.append(set(kwargs)), load_pipeline(*args, **kwargs))[1]
+        validation,
+        "load_pipeline",
+        lambda *args, **kwargs: (kept.append(set(kwargs)), load_pipeline(*args, **kwargs))[1],
     )
     monkeypatch.setattr(trainer, "encode_pictures", lambda *args: (encoded.append(1), encode(*args))[1])
     flags = ("--validation_epochs", 1, "--center_crop")
@@ -783,7 +790,7 @@ def test_xformers_is_turned_on(tiny_sd1, bundle1, tmp_path, monkeypatch):
         if len(turned_on) > 1:
             raise ValueError("only available for GPU")
 
-    monkeypatch.setattr(trainer.UNet2DConditionModel, "enable_xformers_memory_efficient_attention", turn_on)
+    monkeypatch.setattr(UNet2DConditionModel, "enable_xformers_memory_efficient_attention", turn_on)
     train(tiny_sd1, bundle1, tmp_path / "lora", "--enable_xformers_memory_efficient_attention")
     assert len(turned_on) == 1
     with pytest.raises(NullSpaceError, match="fails here .only available for GPU"):
@@ -927,9 +934,9 @@ def test_train_text_encoder_leaves_protected_prompts(with_text_encoder, tiny_sd1
 
 def test_train_text_encoder_with_gradient_checkpointing(with_text_encoder, tiny_sd1, bundle1, tmp_path, monkeypatch):
     turned_on = []
-    enable = trainer.CLIPTextModel.gradient_checkpointing_enable
+    enable = CLIPTextModel.gradient_checkpointing_enable
     monkeypatch.setattr(
-        trainer.CLIPTextModel,
+        CLIPTextModel,
         "gradient_checkpointing_enable",
         lambda model, *args: (turned_on.append(1), enable(model, *args))[1],
     )
@@ -950,7 +957,9 @@ def test_the_text_encoders_file_is_read_only_where_it_is_needed(tiny_sd1, bundle
 
 def test_a_bundle_of_another_text_encoder_is_refused(tiny_sd1, bundle1, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
-    find_module("text_encoder.encoder.layers.1.self_attn.v_proj", None, pipeline.text_encoder).weight.data[0, 0] += 1
+    find_module("text_encoder.encoder.layers.1.self_attn.v_proj", None, text_encoder=pipeline.text_encoder).weight.data[
+        0, 0
+    ] += 1
     pipeline.save_pretrained(tmp_path / "finetuned")
     with pytest.raises(NullSpaceError, match="fingerprints differ"):
         train(tmp_path / "finetuned", bundle1, tmp_path / "lora", "--train_text_encoder")

@@ -69,6 +69,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()
 
+
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict
 from nullspace.bundle import Bundle
 from nullspace.kohya import read_report, save_kohya

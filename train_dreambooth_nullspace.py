@@ -23,7 +23,6 @@ import argparse
 import math
 import os
 import random
-import shlex
 import sys
 import tempfile
 from functools import partial
@@ -32,7 +31,6 @@ from pathlib import Path
 from nullspace.checks import (
     HelpFormatter,
     Parser,
-    check_clip_skip,
     check_softness,
     check_threshold,
     check_writable,
@@ -45,17 +43,14 @@ from nullspace.errors import NullSpaceError, reason
 from nullspace.families import FAMILIES, recognise
 from nullspace.flags import resume_help
 from nullspace.names import (
-    COMPARISON_NAME,
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
     JOINT,
     LORA_NAME,
-    REPORT_NAME,
     TEXT_ENCODER,
-    UNPROTECTED_NAME,
     kohya_path,
 )
-from nullspace.pictures import INTERPOLATION, colour, comparison_grid, fit, read_instances, save_picture
+from nullspace.pictures import INTERPOLATION, colour, fit, read_instances, save_picture
 from nullspace.system import hide_package
 
 
@@ -409,13 +404,13 @@ from accelerate.utils import (
     set_seed,
 )
 from diffusers import AutoencoderKL
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from nullspace.adapters import add_lora, lora_targets
+from nullspace.batch_loss import BatchLoss
 from nullspace.captions import trained_prompts
 from nullspace.checkpoint import (
     check_same_run,
@@ -428,19 +423,19 @@ from nullspace.checkpoint import (
 )
 from nullspace.dataset import InstanceDataset, seeded
 from nullspace.divergence import check_weights, sound_vae
-from nullspace.hub import create_repository, hub_repository, push_folder
-from nullspace.kohya import is_ours, save_kohya
-from nullspace.latents import draw_noise, encode_pictures
+from nullspace.families.stable_diffusion import check_clip_skip
+from nullspace.hub import create_repository, hub_repository
+from nullspace.latents import encode_pictures
 from nullspace.launch import PROCESS_TIMEOUT, check_launcher
 from nullspace.logs import ScalarLog, log_audit, log_picture, set_up_logging, start_trackers
-from nullspace.lora import load_lora
-from nullspace.model_card import write_model_card
 from nullspace.models import download_model, loading
+from nullspace.optimizers import make_optimizer, make_schedule
 from nullspace.projector import NullSpaceProjector
 from nullspace.prompt_encoder import PromptEncoder, load_tokenizer
 from nullspace.prompts import prompt_warnings, tokenizer_fault
 from nullspace.protection import add_extra_prompts, closes_any, describe_protection, load_protection, protect
-from nullspace.report import audit_file, make_report, save_audited, write_json
+from nullspace.report import audit_file, save_audited
+from nullspace.results import push, write_results
 from nullspace.timesteps import TimestepSampler
 from nullspace.validation import draw_in_training, draw_saved
 
@@ -598,136 +593,7 @@ def save_memory(unet, text_encoder, args):
             text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def make_optimizer(parameters, args):
-    """The optimizer of --optimizer, with its settings."""
-    settings = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if args.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        return Prodigy(parameters, **settings, use_bias_correction=True, safeguard_warmup=True)
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, **settings)
-
-
-def make_schedule(optimizer, dataloader, accelerator, args):
-    """The learning rate's schedule, and the optimizer steps of an epoch; settles --max_train_steps and the epochs."""
-    batches = math.ceil(len(dataloader) / accelerator.num_processes)
-    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    if args.max_train_steps is None:
-        args.max_train_steps = args.num_train_epochs * steps_per_epoch
-    args.num_train_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
-    schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        # accelerate advances the schedule once for each process
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-    return schedule, steps_per_epoch
-
-
-# ---- Results ---------------------------------------------------------------------------------------------------------
-
-
-def write_kohya(report, args):
-    """Write the saved LoRA for the web UIs as well, if asked for; the file of an earlier LoRA does not stay beside it.
-
-    Raises:
-        NullSpaceError: if it cannot be written.
-    """
-    path = kohya_path(args.output_dir)
-    if args.output_kohya_format:
-        save_kohya(path, load_lora(args.output_dir), report)
-    elif is_ours(path):
-        path.unlink()
-
-
-def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args):
-    """Write what goes with the saved LoRA: report, the web UIs' file, comparison and card."""
-    (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, whose place this one takes
-    report = make_report(found, bundle, lora_dtype, args)
-    write_json(args.output_dir / REPORT_NAME, report)
-    write_kohya(report, args)
-    picture = comparison_grid(rows, prompts, args.seed, step)
-    save_picture(picture, args.output_dir / COMPARISON_NAME)
-    log_picture(accelerator, "comparison", picture, step)
-    write_model_card(bundle, report, prompts, rows["tuned"][0], args)
-    logger.info(f"Wrote {LORA_NAME}, {REPORT_NAME} and {COMPARISON_NAME} to {args.output_dir}")
-
-
-def published_files(args):
-    """Patterns of the files in --output_dir that are pushed to the Hub."""
-    kohya = [kohya_path(args.output_dir).name] if args.output_kohya_format else []
-    return [
-        LORA_NAME, "README.md", REPORT_NAME, COMPARISON_NAME, "pictures/*.png", *kohya, f"{args.logging_dir}/**",
-    ]  # fmt: skip
-
-
-def push(args):
-    """Publish the results."""
-    published = published_files(args)
-    included = [word for pattern in published for word in ("--include", pattern)]
-    base = args.pretrained_model_name_or_path
-    base = Path(base).name if Path(base).is_dir() else base
-    url = push_folder(
-        args.hub_model_id,
-        "model",
-        args.output_dir,
-        published,
-        f"Null-space DreamBooth LoRA of {base}: {args.instance_prompt[0]}",
-        shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *included]),
-        args.hub_token,
-    )
-    logger.info(f"Pushed to {url}")
-
-
 # ---- The job ---------------------------------------------------------------------------------------------------------
-
-
-class BatchLoss:
-    """The loss of a batch: latents and noise are drawn, and the family says what the denoiser made of them.
-
-    Args:
-        family: of the model.
-        unet (`Callable`): the model in training, whatever it is wrapped in.
-        config (`dict`): its configuration.
-        noise_scheduler (`SchedulerMixin`): the noise schedule.
-        vae (`AutoencoderKL` or `None`): not needed where latents are cached.
-        scaling_factor (`float`): of the VAE's latents.
-        dtype (`torch.dtype`): that the models run in.
-    """
-
-    def __init__(self, family, unet, config, noise_scheduler, vae, scaling_factor, dtype, args):
-        self.denoise = family.denoiser(unet, config, args.guidance_scale)
-        self.noise_scheduler, self.loss = noise_scheduler, family.loss(args)
-        self.vae, self.scaling_factor, self.dtype, self.noise_offset = vae, scaling_factor, dtype, args.noise_offset
-
-    def __call__(self, batch, conditions, draw_timesteps, generator):
-        """The loss, and the latents (batch, 4, h, w) as they are without noise.
-
-        Args:
-            batch (`Tensor`): pictures (batch, 3, H, W), or what `encode_pictures` made of them.
-            conditions (`dict`): what the denoiser is told of the captions.
-            draw_timesteps (`Callable`): gives so many timesteps.
-            generator (`torch.Generator`): draws everything else.
-        """
-        moments = batch if self.vae is None else encode_pictures(self.vae, batch).to(self.dtype)
-        mean, std = moments.chunk(2, dim=1)
-        latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
-        latents = latents * self.scaling_factor
-        timesteps = draw_timesteps(len(latents), generator).to(latents.device)
-        noise = draw_noise(latents, self.noise_offset, generator)
-        return self.loss(self.denoise, self.noise_scheduler, latents, timesteps, noise, **conditions), latents
 
 
 def main(args):

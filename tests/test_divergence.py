@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import train_dreambooth_nullspace as trainer
+from nullspace import results
 from nullspace.checkpoint import checkpoints
 from nullspace.divergence import (
     MOST_SKIPPED,
@@ -147,7 +148,7 @@ def test_pictures_that_are_not_finite_put_the_earlier_lora_back(
         train(tiny_sd1, bundle1, output)
     before = {name: sha256(output / name) for name in names if earlier}
     pushed, flags = [], ("--push_to_hub", "--validation_steps", 100)
-    monkeypatch.setattr(trainer, "push_folder", lambda *args: pushed.append(args))
+    monkeypatch.setattr(results, "push_folder", lambda *args: pushed.append(args))
     monkeypatch.setattr(trainer, "hub_repository", lambda *args: "someone/lora")
     monkeypatch.setattr(trainer, "create_repository", lambda *args: None)
     with pytest.raises(DivergedError, match=r"latents of the pictures are not finite \(Drawing with the LoRA\)"):

@@ -13,8 +13,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from test_nullspace_utils import TensorFloat32
 
-import train_dreambooth_nullspace as trainer
 from nullspace import report as report_room
+from nullspace import results
 from nullspace.audit import leakage
 from nullspace.bundle import Bundle
 from nullspace.errors import NullSpaceError
@@ -238,7 +238,7 @@ def test_a_file_above_its_bound_takes_no_good_ones_place(tiny_sd1, bundle1, tmp_
             report_room, "save_lora", lambda *args, dtype, **models: save(*args, **models, dtype=torch.bfloat16)
         )
         pushed = []
-        patch.setattr(trainer, "push_folder", lambda *args, **kwargs: pushed.append(args))
+        patch.setattr(results, "push_folder", lambda *args, **kwargs: pushed.append(args))
         with pytest.raises(NullSpaceError) as error:
             train(tiny_sd1, bundle1, output, "--seed", 1)
     assert not pushed

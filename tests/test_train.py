@@ -34,7 +34,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
-from nullspace import model_card, validation
+from nullspace import batch_loss, model_card, optimizers, validation
 from nullspace.audit import leakage
 from nullspace.bundle import Bundle
 from nullspace.checkpoint import checkpoints
@@ -719,9 +719,9 @@ def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, refe
     def alive():
         return {name for name, model in loaded.items() if model() is not None}
 
-    in_training, in_drawing, get_scheduler, draw_saved = [], [], trainer.get_scheduler, trainer.draw_saved
+    in_training, in_drawing, get_scheduler, draw_saved = [], [], optimizers.get_scheduler, trainer.draw_saved
     monkeypatch.setattr(
-        trainer, "get_scheduler", lambda *args, **kwargs: in_training.append(alive()) or get_scheduler(*args, **kwargs)
+        optimizers, "get_scheduler", lambda *args, **kwargs: in_training.append(alive()) or get_scheduler(*args, **kwargs)
     )
     monkeypatch.setattr(trainer, "draw_saved", lambda *args: in_drawing.append(alive()) or draw_saved(*args))
     load_pipeline, encode = validation.load_pipeline, trainer.encode_pictures
@@ -730,7 +730,8 @@ def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, refe
         "load_pipeline",
         lambda *args, **kwargs: (kept.append(set(kwargs)), load_pipeline(*args, **kwargs))[1],
     )
-    monkeypatch.setattr(trainer, "encode_pictures", lambda *args: (encoded.append(1), encode(*args))[1])
+    for room in (trainer, batch_loss):
+        monkeypatch.setattr(room, "encode_pictures", lambda *args: (encoded.append(1), encode(*args))[1])
     flags = ("--validation_epochs", 1, "--center_crop")
     plain = train(tiny_sd1, bundle1, tmp_path / "plain", *flags)
     assert same(plain, reference)

@@ -1,0 +1,41 @@
+"""The loss of a batch of training."""
+
+import torch
+
+from nullspace.latents import draw_noise, encode_pictures
+
+
+class BatchLoss:
+    """The loss of a batch: latents and noise are drawn, and the family says what the denoiser made of them.
+
+    Args:
+        family: of the model.
+        unet (`Callable`): the model in training, whatever it is wrapped in.
+        config (`dict`): its configuration.
+        noise_scheduler (`SchedulerMixin`): the noise schedule.
+        vae (`AutoencoderKL` or `None`): not needed where latents are cached.
+        scaling_factor (`float`): of the VAE's latents.
+        dtype (`torch.dtype`): that the models run in.
+    """
+
+    def __init__(self, family, unet, config, noise_scheduler, vae, scaling_factor, dtype, args):
+        self.denoise = family.denoiser(unet, config, args.guidance_scale)
+        self.noise_scheduler, self.loss = noise_scheduler, family.loss(args)
+        self.vae, self.scaling_factor, self.dtype, self.noise_offset = vae, scaling_factor, dtype, args.noise_offset
+
+    def __call__(self, batch, conditions, draw_timesteps, generator):
+        """The loss, and the latents (batch, 4, h, w) as they are without noise.
+
+        Args:
+            batch (`Tensor`): pictures (batch, 3, H, W), or what `encode_pictures` made of them.
+            conditions (`dict`): what the denoiser is told of the captions.
+            draw_timesteps (`Callable`): gives so many timesteps.
+            generator (`torch.Generator`): draws everything else.
+        """
+        moments = batch if self.vae is None else encode_pictures(self.vae, batch).to(self.dtype)
+        mean, std = moments.chunk(2, dim=1)
+        latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
+        latents = latents * self.scaling_factor
+        timesteps = draw_timesteps(len(latents), generator).to(latents.device)
+        noise = draw_noise(latents, self.noise_offset, generator)
+        return self.loss(self.denoise, self.noise_scheduler, latents, timesteps, noise, **conditions), latents

@@ -1,0 +1,44 @@
+"""The optimizer and the schedule of its learning rate."""
+
+import math
+
+import torch
+from diffusers.optimization import get_scheduler
+
+
+def make_optimizer(parameters, args):
+    """The optimizer of --optimizer, with its settings."""
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(parameters, **settings, use_bias_correction=True, safeguard_warmup=True)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings)
+
+
+def make_schedule(optimizer, dataloader, accelerator, args):
+    """The learning rate's schedule, and the optimizer steps of an epoch; settles --max_train_steps and the epochs."""
+    batches = math.ceil(len(dataloader) / accelerator.num_processes)
+    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * steps_per_epoch
+    args.num_train_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
+    schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        # accelerate advances the schedule once for each process
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    return schedule, steps_per_epoch

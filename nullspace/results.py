@@ -1,0 +1,70 @@
+"""What lies beside a trained LoRA, and what of it is published."""
+
+import shlex
+from pathlib import Path
+
+from accelerate.logging import get_logger
+
+from nullspace.hub import push_folder
+from nullspace.kohya import is_ours, save_kohya
+from nullspace.logs import log_picture
+from nullspace.lora import load_lora
+from nullspace.model_card import write_model_card
+from nullspace.names import COMPARISON_NAME, LORA_NAME, REPORT_NAME, UNPROTECTED_NAME, kohya_path
+from nullspace.pictures import comparison_grid, save_picture
+from nullspace.report import make_report, write_json
+
+
+logger = get_logger(__name__)
+
+
+def write_kohya(report, args):
+    """Write the saved LoRA for the web UIs as well, if asked for; the file of an earlier LoRA does not stay beside it.
+
+    Raises:
+        NullSpaceError: if it cannot be written.
+    """
+    path = kohya_path(args.output_dir)
+    if args.output_kohya_format:
+        save_kohya(path, load_lora(args.output_dir), report)
+    elif is_ours(path):
+        path.unlink()
+
+
+def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args):
+    """Write what goes with the saved LoRA: report, the web UIs' file, comparison and card."""
+    (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, whose place this one takes
+    report = make_report(found, bundle, lora_dtype, args)
+    write_json(args.output_dir / REPORT_NAME, report)
+    write_kohya(report, args)
+    picture = comparison_grid(rows, prompts, args.seed, step)
+    save_picture(picture, args.output_dir / COMPARISON_NAME)
+    log_picture(accelerator, "comparison", picture, step)
+    write_model_card(bundle, report, prompts, rows["tuned"][0], args)
+    logger.info(f"Wrote {LORA_NAME}, {REPORT_NAME} and {COMPARISON_NAME} to {args.output_dir}")
+
+
+def published_files(args):
+    """Patterns of the files in --output_dir that are pushed to the Hub."""
+    kohya = [kohya_path(args.output_dir).name] if args.output_kohya_format else []
+    return [
+        LORA_NAME, "README.md", REPORT_NAME, COMPARISON_NAME, "pictures/*.png", *kohya, f"{args.logging_dir}/**",
+    ]  # fmt: skip
+
+
+def push(args):
+    """Publish the results."""
+    published = published_files(args)
+    included = [word for pattern in published for word in ("--include", pattern)]
+    base = args.pretrained_model_name_or_path
+    base = Path(base).name if Path(base).is_dir() else base
+    url = push_folder(
+        args.hub_model_id,
+        "model",
+        args.output_dir,
+        published,
+        f"Null-space DreamBooth LoRA of {base}: {args.instance_prompt[0]}",
+        shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *included]),
+        args.hub_token,
+    )
+    logger.info(f"Pushed to {url}")

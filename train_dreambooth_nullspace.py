@@ -93,10 +93,11 @@ from nullspace.checkpoint import (
 )
 from nullspace.checks import Parser, output_folder_fault, resolution_fault, unquoted_prompt
 from nullspace.divergence import (
-    DrawnLatents,
+    Drawn,
     SkippedSteps,
     check_scalars,
     check_weights,
+    naming_what_is_left,
     run_in_float32,
     sound_vae,
 )
@@ -796,21 +797,22 @@ def draw(pipeline, prompts, args, description):
     They are drawn in 25 steps, by an LCM in 4, at the guidance scale that the bundle was built at.
     """
     steps = KINDS[args.model_type].num_inference_steps
-    rows, latents = [], DrawnLatents()
+    rows, drawn = [], Drawn()
     for index in tqdm(range(args.num_validation_images), desc=description, unit="row"):
         seed = (args.seed or 0) + index
-        rows.append(
-            [
-                pipeline(
-                    **prompt_arguments(pipeline, prompt, args.clip_skip),
-                    height=args.resolution, width=args.resolution, num_inference_steps=steps,
-                    guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
-                    callback_on_step_end=latents,
-                ).images[0]
-                for prompt in prompts
-            ]
-        )  # fmt: skip
-        latents.check(description, args.learning_rate)
+        with drawn.decoding(pipeline.vae):
+            rows.append(
+                [
+                    pipeline(
+                        **prompt_arguments(pipeline, prompt, args.clip_skip),
+                        height=args.resolution, width=args.resolution, num_inference_steps=steps,
+                        guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
+                        callback_on_step_end=drawn,
+                    ).images[0]
+                    for prompt in prompts
+                ]
+            )  # fmt: skip
+        drawn.check(description, args.learning_rate)
     return rows
 
 
@@ -1435,6 +1437,7 @@ def draw_saved(folder, prompts, device, dtype, args):
     return rows | {"tuned": draw(pipeline, prompts, args, "Drawing with the LoRA")}
 
 
+@naming_what_is_left
 def main(args):
     if args.local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
@@ -1549,8 +1552,7 @@ def main(args):
     # Data: pictures and captions, encoded once where nothing changes them
     dataset = InstanceDataset(pictures, [[prompts.index(caption) for caption in several] for several in captions], args)
     dataloader = DataLoader(dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers)
-    if weight_dtype == torch.float16:
-        vae = sound_vae(vae, dataset.first_epoch, folder, args.variant, args.learning_rate)
+    vae = sound_vae(vae, dataset.first_epoch, folder, args.variant, args.learning_rate)
     args.vae_in_float32 = weight_dtype != vae.dtype
     prompt_encoder = PromptEncoder(tokenizer, text_encoder, prompts, device, args)
     kept = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae}  # what validation need not load again

@@ -101,7 +101,7 @@ from nullspace.divergence import (
     run_in_float32,
     sound_vae,
 )
-from nullspace.kohya import is_ours, save_kohya
+from nullspace.kohya import check_replaceable, is_ours, save_kohya
 from nullspace.pictures import INTERPOLATION, colour, comparison_grid, fit, read_instances, save_picture
 from nullspace.prompts import length_warnings, tokenizer_fault, word_warnings
 from nullspace.system import follow_umask, sort_header
@@ -1467,6 +1467,8 @@ def main(args):
         raise NullSpaceError(fault)
     if not args.output_dir.is_dir():
         check_writable(args.output_dir)
+    if args.output_kohya_format:
+        check_replaceable(kohya_path(args.output_dir))
     checkpoint = find_checkpoint(args)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, args.hub_token)

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,11 +79,77 @@ def test_encodings_of_prompt_files(encoding, tmp_path):
     assert list(read_lines(path)) == ["a red circle\n", "a blue star\n"]
 
 
-@pytest.mark.parametrize("text", ['{"text": "a dog"}\n', "prompt,seed\na dog,1\n", '["a dog"]\n'])
-def test_tables_are_no_prompt_files(text, tmp_path):
-    (tmp_path / "prompts.txt").write_text(text)
-    with pytest.raises(ValueError, match="--prompt_column"):
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('{"text": "a dog"}\n', "JSON (its columns: text)"),
+        ('\n\n{"id": "1"}\n', "JSON (its columns: id)"),
+        ('["a dog"]\n', "JSON,"),
+        ("prompt,seed\na dog,1\n", "CSV (its columns: prompt, seed)"),
+        ("Prompt, Seed\na dog, 1\n", "CSV (its columns: Prompt, Seed)"),
+        ("prompt,seed\na dog, sitting,1\n", "CSV (its columns: prompt, seed)"),
+        ("prompt;seed\na dog;1\n", "CSV with semicolons (its columns: prompt, seed)"),
+        ("seed; prompt; negative prompt\n1; a dog; blurry\n", "CSV with semicolons (its columns: seed, prompt, neg"),
+        ('id;words\n1;"a dog; a cat"\n2;a bird\n', "CSV with semicolons (its columns: id, words)"),
+        ("prompt|seed\na dog|1\n", "a table with bars (its columns: prompt, seed)"),
+        ("prompt\tseed\na dog\t1\n", "a table with tabs (its columns: prompt, seed)"),
+        ("a dog\t1\na cat\t2\n", "a table with tabs, not"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_are_no_prompt_files(encoding, text, kind, tmp_path):
+    (tmp_path / "prompts.txt").write_text(text, encoding=encoding)
+    with pytest.raises(ValueError, match=f"^it is {re.escape(kind)}.*--prompt_column") as caught:
         list(read_lines(tmp_path / "prompts.txt"))
+    assert ("with commas as .csv" in str(caught.value)) == ("semicolons" in kind or "bars" in kind)
+
+
+def test_a_json_string_on_each_line_is_no_prompt_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text('"a dog"\n\n"a cat"\n')
+    with pytest.raises(ValueError, match="JSON string; take the quotation marks away"):
+        list(read_lines(tmp_path / "prompts.txt"))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["a red star; blue sky"],
+        ["a red star; blue sky", "a green ring; night"],
+        ["star;moon", "a dog; a cat; a bird"],
+        ["dog;cat", "red;blue"],
+        ["text, a neon sign", "a dog", "caption, speech bubble, cat"],
+        ["a car, 1960", "a man, 1950"],
+        ['"Hello" on a wall', '"Guernica"', "a dog"],
+        ["a red star | 4k", "a dog"],
+        ["\ta dog", "a cat\t"],
+        ["text"],
+        ["1984", "2001"],
+    ],
+)
+def test_prompts_with_signs_of_tables_are_prompts(lines, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    assert [line.removesuffix("\n") for line in read_lines(tmp_path / "prompts.txt")] == lines
+
+
+def test_prompt_files_of_other_encodings_say_how_to_convert_them(tmp_path):
+    path = tmp_path / "a b.txt"
+    path.write_bytes("a dog\na café in Orléansville\r\n".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"is not UTF-8 \(as Latin-1 it would read 'a café in Orléans'\); save"
+    ) as caught:
+        list(read_lines(path))
+    command = str(caught.value).partition(": ")[2]
+    assert command == f"iconv -f windows-1252 -t utf-8 '{path}' > utf8.txt"
+    if shutil.which("iconv"):
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert list(read_lines(tmp_path / "utf8.txt")) == ["a dog\n", "a café in Orléansville\n"]
+    path.write_bytes("a dog\r\nÉtoile\r\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="would read 'Étoile'"):
+        list(read_lines(path))
+    for encoding in ("utf-32", "utf-32-le", "utf-32-be"):
+        path.write_bytes("a dog\na cat\n".encode(encoding))
+        with pytest.raises(ValueError, match="save it as plain text in UTF-8"):
+            list(read_lines(path))
 
 
 def test_empty_and_repeated_lines_are_counted():
@@ -272,6 +339,7 @@ def test_a_prompts_file_of_other_encodings_is_built_from(encoding, tiny_sd1, pro
     [
         ("p.csv", "caption\na dog\n", "CSV (its columns: caption)"),
         ("p.jsonl", '{"text": "a dog"}\n', "JSON (its columns: text)"),
+        ("p.txt", "prompt;seed\na dog;1\n", "CSV with semicolons (its columns: prompt, seed)"),
     ],
 )
 def test_a_table_is_refused_as_prompts_file(name, text, kind, tiny_sd1, tmp_path, nothing_loads):
@@ -279,6 +347,13 @@ def test_a_table_is_refused_as_prompts_file(name, text, kind, tiny_sd1, tmp_path
     sentence = refusal(*build(tiny_sd1, tmp_path / "o", tmp_path / name))
     assert sentence.startswith(f"--prompts_file {tmp_path / name} cannot be read: it is {kind}, not a prompt on each")
     assert "--prompt_column" in sentence
+
+
+def test_a_prompts_file_in_latin_1_is_refused(tiny_sd1, tmp_path, nothing_loads):
+    (tmp_path / "p.txt").write_bytes(b"a dog\n" * 9000 + "a café\n".encode("latin-1"))
+    sentence = refusal(*build(tiny_sd1, tmp_path / "o", tmp_path / "p.txt"))
+    assert sentence.startswith(f"--prompts_file {tmp_path / 'p.txt'} cannot be read: it is not UTF-8 (as Latin-1 it")
+    assert "'a café'); save it as plain text in UTF-8, or convert it: iconv" in sentence
 
 
 PARTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}

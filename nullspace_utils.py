@@ -1054,10 +1054,12 @@ def check_output_folder(folder):
 
 def check_writable(folder):
     """Raise `NullSpaceError` if a folder, which may not exist yet, cannot be made or written to."""
-    folder = Path(folder).resolve()
-    probe = folder.with_name(f"{folder.name}.probe-{os.getpid()}")
+    folder = first = Path(folder).resolve()
     try:
-        probe.mkdir(parents=True)
+        while not first.parent.exists():
+            first = first.parent
+        probe = first.with_name(f"{first.name}.probe-{os.getpid()}")  # of what would be made, the uppermost
+        probe.mkdir()
         probe.rmdir()
     except OSError as error:
         raise NullSpaceError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir.") from error

@@ -91,7 +91,7 @@ from nullspace.checkpoint import (
     resume_help,
     save_checkpoint,
 )
-from nullspace.checks import Parser, output_folder_fault, resolution_fault, unquoted_prompt
+from nullspace.checks import Parser, output_folder_fault, rank_fault, resolution_fault, unquoted_prompt
 from nullspace.divergence import (
     Drawn,
     SkippedSteps,
@@ -271,7 +271,7 @@ def parse_args(argv=None):
         type=int,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="Protect only these training timesteps, out of 0 to 999 (default: all that the bundle has).",
+        help="Protect only these training timesteps (default: all that the bundle has).",
     )
     group.add_argument(
         "--allow_unprotected",
@@ -1133,7 +1133,8 @@ def lora_targets(unet, text_encoder, bundle, args):
     """Names of the layers to train: those of the UNet that the bundle covers, or --lora_layers, and the text encoder's.
 
     Raises:
-        NullSpaceError: if --lora_layers names no layer, or the bundle does not cover all without --allow_unprotected.
+        NullSpaceError: if --lora_layers names no layer, the bundle does not cover all without --allow_unprotected, or a
+            layer is smaller than --rank.
     """
     targets = dict.fromkeys(bundle.config["modules"])
     if args.lora_layers is not None:
@@ -1155,6 +1156,9 @@ def lora_targets(unet, text_encoder, bundle, args):
         )
     if unprotected:
         logger.warning(f"{len(unprotected)} of {len(targets)} layers train unprotected: {kinds_of(unprotected)}.")
+    weights = {name: find_module(name, unet, text_encoder).weight.flatten(1) for name in targets}
+    if fault := rank_fault(args.rank, {name: tuple(weight.shape) for name, weight in weights.items()}):
+        raise NullSpaceError(fault)
     return list(targets)
 
 
@@ -1463,7 +1467,7 @@ def main(args):
             need_captions=True,
         )
     given_prompts, args.instance_prompt = args.instance_prompt, trained_prompts(captions, args.instance_prompt)
-    if fault := output_folder_fault(args.output_dir, args.instance_data_dir):
+    if fault := output_folder_fault(args.output_dir, args.instance_data_dir, args.dataset_name):
         raise NullSpaceError(fault)
     if not args.output_dir.is_dir():
         check_writable(args.output_dir)

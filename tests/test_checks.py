@@ -1,5 +1,6 @@
 """What the scripts refuse at once: values, folders, prompts and tokenizers."""
 
+import argparse
 import errno
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
-from nullspace.checks import RANGES, Parser, output_folder_fault, resolution_fault, unquoted_prompt
+from nullspace.checks import Parser, is_number, output_folder_fault, rank_fault, resolution_fault, unquoted_prompt
 from nullspace.prompts import Counted, length_warnings, read_lines, tokenizer_fault, word_warnings
-from nullspace_utils import CONFIG_NAME, Bundle, NullSpaceError, load_audited_models
+from nullspace_utils import CONFIG_NAME, Bundle, NullSpaceError, check_writable, load_audited_models
 from test_train import INSTANCES, bundle1, command_line  # noqa: F401
 
 
@@ -28,13 +30,56 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("script", LINES)
-def test_every_number_has_a_range(script, monkeypatch):
+def parsers_of(script, words, monkeypatch):
+    """The parser of a script and its subparsers."""
     parsers, parse = [], Parser.parse_known_args
-    monkeypatch.setattr(Parser, "parse_known_args", lambda self, *a: parsers.append(self) or parse(self, *a))
-    script.parse_args(LINES[script].split())
-    numeric = [action.dest for action in parsers[0]._actions if action.type in (int, float)]
-    assert numeric and not [name for name in numeric if name not in RANGES]
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_known_args", lambda self, *a: parsers.append(self) or parse(self, *a))
+        script.parse_args(words.split())
+    return parsers
+
+
+def gives_number(action):
+    """Whether a flag is a number, whatever function makes it one."""
+    try:
+        return is_number(action.default) or (action.type is not None and is_number(action.type("1")))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("script", LINES)
+def test_every_number_has_a_range_that_the_help_shows(script, monkeypatch):
+    parsers = parsers_of(script, LINES[script], monkeypatch)
+    assert parsers
+    for parser in parsers:
+        numeric = [action for action in parser._actions if gives_number(action)]
+        shown, again = parser.format_help(), parser.format_help()
+        assert shown == again
+        entries = {entry.split()[0]: " ".join(entry.split()) for entry in re.split(r"\n  (?=-)", shown)[1:]}
+        for action in numeric:
+            entry, words = entries[action.option_strings[0]], parser.ranges[action.dest]
+            assert f"({words}; default" in entry or re.search(rf"\({re.escape(str(words))}\)\.(?= |$)", entry), entry
+        assert numeric or parser is not parsers[-1]
+
+
+@pytest.mark.parametrize("kind", [int, float, lambda text: int(text, 16), Fraction])
+def test_numbers_of_any_type_are_held_to_their_range(kind, capsys):
+    parser = Parser()
+    parser.add_argument("--rank", type=kind, nargs="*")
+    assert parser.parse_args(["--rank", "1", "3"]).rank == [1, 3]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--rank", "1", "0"])
+    assert capsys.readouterr().err == "error: --rank must be at least 1, not 0.\n".replace("0.", f"{kind('0')}.")
+
+
+def test_help_says_a_range_before_the_default(capsys):
+    parser = Parser()
+    parser.add_argument("--seed", type=int, default=3, help="Of (arXiv 1) all (default: %(default)s).")
+    parser.add_argument("--rank", type=int, help="Of it.")
+    parser.add_argument("--repeats", type=int, help=argparse.SUPPRESS)
+    text = " ".join(parser.format_help().split())
+    assert "Of (arXiv 1) all (at least 0 and below 4294967296; default: 3)." in text
+    assert "Of it (at least 1)." in text and "--repeats" not in text
 
 
 @pytest.mark.parametrize(
@@ -64,7 +109,17 @@ def test_output_folder(tmp_path):
     assert "is a file" in output_folder_fault(tmp_path / "file")
     assert "is or holds" in output_folder_fault(tmp_path, tmp_path)
     assert "is or holds" in output_folder_fault(tmp_path, tmp_path / "pictures")
-    assert output_folder_fault(tmp_path / "new", tmp_path) is None
+    assert output_folder_fault(tmp_path / "new", tmp_path / "pictures") is None
+    assert "is inside --instance_data_dir" in output_folder_fault(tmp_path / "new", tmp_path)
+    assert "is inside --dataset_name" in output_folder_fault(tmp_path / "a" / "b", None, tmp_path)
+    assert "is or holds --dataset_name" in output_folder_fault(tmp_path, None, tmp_path)
+    assert output_folder_fault(Path("someone/data/lora"), None, "someone/data") is None  # of the Hub
+
+
+def test_rank():
+    shapes = {"a": (8, 64), "b": (64, 6), "c": (64, 64)}
+    assert rank_fault(6, shapes) is None
+    assert rank_fault(7, shapes) == "--rank 7 is more than b can have, whose weights are 64 x 6; choose at most 6."
 
 
 def test_resolution():
@@ -292,6 +347,35 @@ def test_an_output_folder_that_is_the_instance_folder(tiny_sd1, bundle1, prompts
         assert refusal(*argv).startswith(f"--output_dir {folder} is or holds --instance_data_dir {pictures}")
     assert "holds something that is not a bundle" in refusal(*build(tiny_sd1, pictures, prompts))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_folder_inside_the_pictures(tiny_sd1, bundle1, tmp_path, nothing_loads):
+    pictures = shutil.copytree(INSTANCES, tmp_path / "pictures")
+    before = sorted(tmp_path.rglob("*"))
+    argv = train(tiny_sd1, bundle1, pictures / "out" / "lora", "--instance_data_dir", pictures)
+    assert refusal(*argv).startswith(f"--output_dir {pictures}/out/lora is inside --instance_data_dir {pictures}, so")
+    flags = ("--dataset_name", pictures, "--cache_dir", tmp_path / "cache")
+    argv = command_line(tiny_sd1, bundle1, pictures / "lora", *flags, without=["--instance_data_dir"])
+    assert refusal(trainer, *argv).startswith(f"--output_dir {pictures}/lora is inside --dataset_name {pictures}, so")
+    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in str(path)) == before
+
+
+def test_a_rank_above_a_layers_size_is_refused_before_the_training(tiny_sd1, bundle1, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "add_lora", lambda *args: pytest.fail("a LoRA was added"))
+    sentence = refusal(*train(tiny_sd1, bundle1, tmp_path / "o", "--rank", 1000000))
+    assert re.fullmatch(
+        r"--rank 1000000 is more than \S+attn2\.to_\S+ can have, whose weights are 16 x \d+; choose at most 16\.",
+        sentence,
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_looking_whether_a_folder_can_be_written_leaves_nothing(tmp_path):
+    check_writable(tmp_path / "a" / "b" / "c")
+    check_writable(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(NullSpaceError, match="File name too long"):
+        check_writable(tmp_path / ("a" * 300) / "b")
 
 
 @pytest.mark.parametrize("exists", [True, False])

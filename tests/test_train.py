@@ -1007,6 +1007,12 @@ def worst_leakage(folder, bundle):
     return max(leakage(layer, protected[name]) for name, layer in layers.items())
 
 
+@pytest.fixture
+def any_rank(monkeypatch):
+    """The tiny model's layers are too small for as many numbers as 8-bit optimizers begin at."""
+    monkeypatch.setattr(trainer, "rank_fault", lambda rank, shapes: None)
+
+
 OPTIMIZERS = {
     "adamw": [],
     # Only from 4,096 numbers on are its states of 8 bits
@@ -1024,7 +1030,9 @@ OPTIMIZERS = {
         pytest.param("prodigy", marks=needs("prodigyopt")),
     ],
 )
-def test_every_optimizer_in_every_precision_keeps_the_guarantee(optimizer, precision, tiny_sd1, bundle1, tmp_path):
+def test_every_optimizer_in_every_precision_keeps_the_guarantee(
+    optimizer, precision, tiny_sd1, bundle1, tmp_path, any_rank
+):
     """UNet and text encoder, from the file; the checkpoint shows that the optimizer was that one.
 
     Without a GPU, accelerate's fp16 does not scale the loss: the next test does.
@@ -1109,7 +1117,7 @@ def test_a_compiled_unet_stays_in_the_null_space(tiny_sd1, bundle1, reference, t
     ],
     ids=lambda flags: " ".join(map(str, flags)) or "plain",
 )
-def test_resuming_gives_what_an_undisturbed_run_gives(flags, tiny_sd1, bundle1, tmp_path):
+def test_resuming_gives_what_an_undisturbed_run_gives(flags, tiny_sd1, bundle1, tmp_path, any_rank):
     """Bit for bit, with a checkpoint in the middle of an epoch and a decaying learning rate."""
     flags = [*flags, "--checkpointing_steps", 4, "--lr_scheduler", "linear", "--max_train_steps", 8]
     undisturbed = train(tiny_sd1, bundle1, tmp_path / "whole", *flags)

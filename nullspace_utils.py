@@ -44,6 +44,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nullspace.checks import RANGES, SHARE, Parser
 from nullspace.errors import DamagedError, NullSpaceError
 from nullspace.fingerprints import fingerprints
 from nullspace.hub import (  # noqa: F401  # some for who imports them from here
@@ -1518,15 +1519,14 @@ def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Tools for LoRAs and null-space bundles.", formatter_class=HelpFormatter
-    )
+    parser = Parser(description="Tools for LoRAs and null-space bundles.", formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "audit",
         help="Tell what any LoRA does to what a bundle protects, without drawing a picture.",
         formatter_class=HelpFormatter,
     )
+    command.ranges = RANGES | {"nullspace_threshold": SHARE}
     command.add_argument("--lora", required=True, help="Folder, file or Hub id of the LoRA.")
     command.add_argument("--nullspace", required=True, help="Folder or Hub dataset id of the base model's bundle.")
     command.add_argument(
@@ -1547,14 +1547,8 @@ def parse_args(argv=None):
     command.add_argument("--format", choices=["kohya"], default="kohya", help="Of the file (default: %(default)s).")
     command.add_argument("--output", required=True, help="The file, *.safetensors, which it replaces if there is one.")
     args = parser.parse_args(argv)
-    if args.command == "export":
-        if Path(args.output).suffix != ".safetensors":
-            parser.error(f"--output {args.output} must end in .safetensors, by which the programs find it.")
-        return args
-    try:
-        check_threshold("energy", args.nullspace_threshold)
-    except NullSpaceError as error:
-        parser.error(str(error))
+    if args.command == "export" and Path(args.output).suffix != ".safetensors":
+        parser.error(f"--output {args.output} must end in .safetensors, by which the programs find it.")
     return args
 
 
@@ -1608,7 +1602,7 @@ def verdict(found, unknown=()):
 
 def export(args):
     """Write a LoRA for the web UIs."""
-    output, lora = Path(args.output).expanduser(), Path(args.lora)
+    output, lora = Path(args.output), Path(args.lora)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise NullSpaceError(f"--output {output} is no file in a folder that there is; name one.")
     if output.exists() and any(source.exists() and output.samefile(source) for source in (lora, lora / LORA_NAME)):

@@ -15,25 +15,23 @@ Run as a script, it audits any LoRA, in closed form, with no GPU and no picture:
     python nullspace_utils.py audit --lora lora --nullspace <your-username>/nullspace-sd15
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from nullspace.checks import HelpFormatter, check_threshold
+from nullspace.checks import RANGES, SHARE, HelpFormatter, Parser
 from nullspace.errors import NullSpaceError
 from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Tools for LoRAs and null-space bundles.", formatter_class=HelpFormatter
-    )
+    parser = Parser(description="Tools for LoRAs and null-space bundles.", formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "audit",
         help="Tell what any LoRA does to what a bundle protects, without drawing a picture.",
         formatter_class=HelpFormatter,
     )
+    command.ranges = RANGES | {"nullspace_threshold": SHARE}
     command.add_argument("--lora", required=True, help="Folder, file or Hub id of the LoRA.")
     command.add_argument("--nullspace", required=True, help="Folder or Hub dataset id of the base model's bundle.")
     command.add_argument(
@@ -54,14 +52,8 @@ def parse_args(argv=None):
     command.add_argument("--format", choices=["kohya"], default="kohya", help="Of the file (default: %(default)s).")
     command.add_argument("--output", required=True, help="The file, *.safetensors, which it replaces if there is one.")
     args = parser.parse_args(argv)
-    if args.command == "export":
-        if Path(args.output).suffix != ".safetensors":
-            parser.error(f"--output {args.output} must end in .safetensors, by which the programs find it.")
-        return args
-    try:
-        check_threshold("energy", args.nullspace_threshold)
-    except NullSpaceError as error:
-        parser.error(str(error))
+    if args.command == "export" and Path(args.output).suffix != ".safetensors":
+        parser.error(f"--output {args.output} must end in .safetensors, by which the programs find it.")
     return args
 
 
@@ -90,7 +82,7 @@ __all__ = [
 
 def export(args):
     """Write a LoRA for the web UIs."""
-    output, lora = Path(args.output).expanduser(), Path(args.lora)
+    output, lora = Path(args.output), Path(args.lora)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise NullSpaceError(f"--output {output} is no file in a folder that there is; name one.")
     if output.exists() and any(source.exists() and output.samefile(source) for source in (lora, lora / LORA_NAME)):

@@ -155,7 +155,7 @@ def parse_args(argv=None):
         type=int,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="Protect only these training timesteps, out of 0 to 999 (default: all that the bundle has).",
+        help="Protect only these training timesteps (default: all that the bundle has).",
     )
     group.add_argument(
         "--allow_unprotected",
@@ -422,9 +422,10 @@ from nullspace.checkpoint import (
     save_checkpoint,
 )
 from nullspace.dataset import InstanceDataset, seeded
-from nullspace.divergence import check_weights, sound_vae
+from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
 from nullspace.families.stable_diffusion import check_clip_skip
 from nullspace.hub import create_repository, hub_repository
+from nullspace.kohya import check_replaceable
 from nullspace.latents import encode_pictures
 from nullspace.launch import PROCESS_TIMEOUT, check_launcher
 from nullspace.logs import ScalarLog, log_audit, log_picture, set_up_logging, start_trackers
@@ -498,10 +499,12 @@ def read_subject(accelerator, args):
 
 def check_output(args):
     """Raise `NullSpaceError` unless the results can be written to --output_dir."""
-    if fault := output_folder_fault(args.output_dir, args.instance_data_dir):
+    if fault := output_folder_fault(args.output_dir, args.instance_data_dir, args.dataset_name):
         raise NullSpaceError(fault)
     if not args.output_dir.is_dir():
         check_writable(args.output_dir)
+    if args.output_kohya_format:
+        check_replaceable(kohya_path(args.output_dir))
 
 
 def find_out(accelerator, captions, pictures, args):
@@ -596,6 +599,7 @@ def save_memory(unet, text_encoder, args):
 # ---- The job ---------------------------------------------------------------------------------------------------------
 
 
+@naming_what_is_left
 def main(args):
     accelerator = make_accelerator(args)
     set_up_logging(accelerator)
@@ -644,8 +648,7 @@ def main(args):
     # Data: pictures and captions, encoded once where nothing changes them
     dataset = InstanceDataset(pictures, [[prompts.index(caption) for caption in several] for several in captions], args)
     dataloader = DataLoader(dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers)
-    if weight_dtype == torch.float16:
-        vae = sound_vae(vae, dataset.first_epoch, args.model_folder, args.variant, args.learning_rate)
+    vae = sound_vae(vae, dataset.first_epoch, args.model_folder, args.variant, args.learning_rate)
     args.vae_in_float32 = weight_dtype != vae.dtype
     prompt_encoder = PromptEncoder(tokenizer, text_encoder, prompts, device, args)
     kept = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae}  # what validation need not load again

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from nullspace.adapters import add_lora
 from nullspace.bundle import Bundle
 from nullspace.families import get_family, latent_consistency
-from nullspace.names import JOINT
+from nullspace.names import JOINT, REPORT_NAME
 from nullspace.projector import NullSpaceProjector
 
 
@@ -232,7 +232,7 @@ def main():
         folder = args.work_dir / key.replace(", ", "-").replace(" ", "-")
         flags = METHODS[method] | {"lcm_loss": loss, "seed": seed, "max_train_steps": args.max_train_steps}
         train(folder, bundle, subject, **flags)
-        report = json.loads((folder / trainer.REPORT_NAME).read_text())
+        report = json.loads((folder / REPORT_NAME).read_text())
         results["runs"][key] = {
             "loss": loss, "method": method, "subject": subject, "seed": seed,
             "drift": report["predicted_drift"]["rms"], "leakage": report["leakage"]["max"],

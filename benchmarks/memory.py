@@ -25,10 +25,11 @@ from nullspace.bundle import Bundle
 from nullspace.families.stable_diffusion import diffusion_loss
 from nullspace.layers import attention_inputs
 from nullspace.names import JOINT, TEXT_INPUT
+from nullspace.optimizers import make_optimizer
 from nullspace.projector import NullSpaceProjector
 from nullspace.protection import load_protection
 from nullspace.spectrum import Spectrum
-from train_dreambooth_nullspace import make_optimizer, parse_args
+from train_dreambooth_nullspace import parse_args
 
 
 ROUNDS = 1  # memory hardly varies

@@ -19,8 +19,8 @@ from nullspace.adapters import add_lora
 from nullspace.families.stable_diffusion import diffusion_loss
 from nullspace.layers import attention_inputs
 from nullspace.names import JOINT
+from nullspace.optimizers import make_optimizer
 from nullspace.projector import NullSpaceProjector, Protected
-from train_dreambooth_nullspace import make_optimizer
 
 
 RANKS = (4, 64)

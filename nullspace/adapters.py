@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
+from nullspace.checks import rank_fault
 from nullspace.errors import NullSpaceError
 from nullspace.layers import find_module, text_encoder_inputs, without_skipped
 from nullspace.lora import load_lora
@@ -28,7 +29,8 @@ def lora_targets(unet, text_encoder, bundle, args):
     """Names of the layers to train: those of the UNet that the bundle covers, or --lora_layers, and the text encoder's.
 
     Raises:
-        NullSpaceError: if --lora_layers names no layer, or the bundle does not cover all without --allow_unprotected.
+        NullSpaceError: if --lora_layers names no layer, the bundle does not cover all without --allow_unprotected, or a
+            layer is smaller than --rank.
     """
     targets = dict.fromkeys(bundle.config["modules"])
     if args.lora_layers is not None:
@@ -50,6 +52,9 @@ def lora_targets(unet, text_encoder, bundle, args):
         )
     if unprotected:
         logger.warning(f"{len(unprotected)} of {len(targets)} layers train unprotected: {kinds_of(unprotected)}.")
+    weights = {name: find_module(name, unet, text_encoder=text_encoder).weight.flatten(1) for name in targets}
+    if fault := rank_fault(args.rank, {name: tuple(weight.shape) for name, weight in weights.items()}):
+        raise NullSpaceError(fault)
     return list(targets)
 
 

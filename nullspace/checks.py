@@ -4,7 +4,9 @@ import argparse
 import importlib.util
 import math
 import os
+import re
 import shlex
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +29,15 @@ class Range(NamedTuple):
     def __str__(self):
         words = []
         if self.low > -math.inf:
-            words.append(f"{'above' if self.open_low else 'at least'} {self.low:g}")
+            words.append(f"{'above' if self.open_low else 'at least'} {self.low:.10g}")
         if self.high < math.inf:
-            words.append(f"{'below' if self.open_high else 'at most'} {self.high:g}")
+            words.append(f"{'below' if self.open_high else 'at most'} {self.high:.10g}")
         return " and ".join(words) or "a finite number"
 
 
 COUNT, NATURAL = Range(1), Range(0)
 POSITIVE, SHARE = Range(0, open_low=True), Range(0, 1, open_high=True)
-# Every numeric flag of trainer and builder; None: `check_threshold` and `check_softness` decide.
+# Every numeric flag of the scripts; a text: other code decides, and this is what the help says of it.
 RANGES = {
     **dict.fromkeys(
         "adam_epsilon learning_rate lr_power max_grad_norm snr_gamma".split(),
@@ -55,16 +57,32 @@ RANGES = {
     "noise_offset": Range(),
     "nullspace_timestep_range": Range(0, 999),
     "seed": Range(0, 2**32, open_high=True),  # what numpy's generator takes
-    "nullspace_threshold": None,
-    "nullspace_softness": None,
+    "nullspace_threshold": "energy at least 0 and below 1, eigenvalue above 0, percentile above 0 and at most 100",
+    "nullspace_softness": "above 0 and below 0.01, or inf",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses in one sentence, expands `~` in paths and knows the range of every number."""
+    """A parser that refuses in one sentence, expands `~` in paths, and knows and shows the range of every number.
+
+    Its subparsers are of this kind too; `ranges` may be set where a flag has another range there.
+    """
+
+    ranges = RANGES
 
     def error(self, message):
         self.exit(1, f"error: {message}\n")
+
+    def format_help(self):
+        plain = {action: action.help for action in self._actions}
+        for action in plain:
+            if action.dest in self.ranges and action.help not in (None, argparse.SUPPRESS):
+                action.help = _with_range(action.help, self.ranges[action.dest])
+        try:
+            return super().format_help()
+        finally:
+            for action, text in plain.items():
+                action.help = text
 
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)
@@ -72,15 +90,27 @@ class Parser(argparse.ArgumentParser):
             value = getattr(found, action.dest, None)
             if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~")):
                 setattr(found, action.dest, type(value)(os.path.expanduser(value)))
-            if value is None or action.type not in (int, float) or RANGES[action.dest] is None:
+            numbers = [one for one in (value if isinstance(value, list) else [value]) if is_number(one)]
+            if not numbers or isinstance(self.ranges[action.dest], str):
                 continue
-            wrong = [one for one in (value if isinstance(value, list) else [value]) if one not in RANGES[action.dest]]
+            wrong = [one for one in numbers if one not in self.ranges[action.dest]]
             if wrong:
-                self.error(f"--{action.dest} must be {RANGES[action.dest]}, not {wrong[0]}.")
+                self.error(f"--{action.dest} must be {self.ranges[action.dest]}, not {wrong[0]}.")
         first, last = getattr(found, "nullspace_timestep_range", None) or (0, 0)
         if first > last:
             self.error(f"--nullspace_timestep_range {first} {last} is empty; give the smaller number first.")
         return found, rest
+
+
+def is_number(value):
+    """Whether a value of a flag is a number that needs a range."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _with_range(text, words):
+    """A flag's help that says its range, before the default that ends it where one does."""
+    shown, count = re.subn(r"(?<!%)\((?=defaults?:)", f"({words}; ", text)
+    return shown if count else f"{text.removesuffix('.')} ({words})."
 
 
 def unquoted_prompt(prompts):
@@ -95,13 +125,24 @@ def unquoted_prompt(prompts):
     return None
 
 
-def output_folder_fault(output_dir, instance_dir=None):
-    """What keeps the trainer from writing into a folder, or None; tried inside it where it is there already."""
+def output_folder_fault(output_dir, instance_dir=None, dataset=None):
+    """What keeps the trainer from writing into a folder, or None; tried inside it where it is there already.
+
+    Args:
+        instance_dir, dataset: --instance_data_dir and --dataset_name, in which what is written would be trained on.
+    """
     folder = Path(output_dir).resolve()
     if folder.exists() and not folder.is_dir():
         return f"--output_dir {folder} is a file; choose a folder."
-    if instance_dir is not None and Path(instance_dir).resolve().is_relative_to(folder):
-        return f"--output_dir {folder} is or holds --instance_data_dir {instance_dir}; choose a folder of its own."
+    dataset = dataset if dataset is not None and Path(dataset).is_dir() else None  # otherwise of the Hub
+    for flag, source in (("--instance_data_dir", instance_dir), ("--dataset_name", dataset)):
+        if source is not None and Path(source).resolve().is_relative_to(folder):
+            return f"--output_dir {folder} is or holds {flag} {source}; choose a folder of its own."
+        if source is not None and folder.is_relative_to(Path(source).resolve()):
+            return (
+                f"--output_dir {folder} is inside {flag} {source}, so that its pictures could be trained on; choose a "
+                "folder outside of it."
+            )
     for name, what in (("nullspace_config.json", "a bundle"), ("model_index.json", "a model")):
         if (folder / name).exists():
             return f"--output_dir {folder} holds {what}, whose card would be replaced; choose a folder of its own."
@@ -160,10 +201,12 @@ def check_softness(softness):
 
 def check_writable(folder):
     """Raise `NullSpaceError` if a folder, which may not exist yet, cannot be made or written to."""
-    folder = Path(folder).resolve()
-    probe = folder.with_name(f"{folder.name}.probe-{os.getpid()}")
+    folder = first = Path(folder).resolve()
     try:
-        probe.mkdir(parents=True)
+        while not first.parent.exists():
+            first = first.parent
+        probe = first.with_name(f"{first.name}.probe-{os.getpid()}")  # of what would be made, the uppermost
+        probe.mkdir()
         probe.rmdir()
     except OSError as error:
         raise NullSpaceError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir.") from error
@@ -181,3 +224,14 @@ def check_clip_skip(clip_skip, layers):
         raise NullSpaceError(
             f"--clip_skip {clip_skip} leaves nothing of the text encoder, which has {layers} layers; skip fewer."
         )
+
+
+def rank_fault(rank, shapes):
+    """What is wrong with a rank for layers of the given shapes, `dict[str, (outputs, inputs)]`, or None."""
+    name, shape = min(shapes.items(), key=lambda item: min(item[1]))
+    if rank > min(shape):
+        return (
+            f"--rank {rank} is more than {name} can have, whose weights are {shape[0]} x {shape[1]}; choose at most "
+            f"{min(shape)}."
+        )
+    return None

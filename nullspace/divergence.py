@@ -1,13 +1,18 @@
 """Notices that a training has diverged: NaN or infinity in latents, loss, gradients, weights or pictures."""
 
 import math
+from contextlib import contextmanager
+from functools import wraps
+from itertools import islice
 
 import torch
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL
 
+from nullspace.checkpoint import checkpoints, damage
 from nullspace.errors import NullSpaceError
 from nullspace.models import loading
+from nullspace.names import LORA_NAME
 
 
 logger = get_logger(__name__)
@@ -23,9 +28,28 @@ def diverged(what, when, learning_rate):
     """The `DivergedError` that says what is not finite, when it was found so, and what usually mends it."""
     return DivergedError(
         f"The training diverged: {what} {when}; what usually mends it is a lower --learning_rate (it is "
-        f"{learning_rate:g}), --mixed_precision bf16 where it is fp16, or a VAE that does not overflow in it. The LoRA "
-        "and the checkpoints that --output_dir holds are good ones, and were left alone."
+        f"{learning_rate:g}), --mixed_precision bf16 where it is fp16, or a VAE that does not overflow in it"
     )
+
+
+def naming_what_is_left(main):
+    """Have the sentence of a `DivergedError` from `main(args)` end with what --output_dir still holds, if anything."""
+
+    @wraps(main)
+    def run(args):
+        try:
+            return main(args)
+        except DivergedError as error:
+            raise DivergedError(f"{error}{what_is_left(args.output_dir)}.") from error.__cause__
+
+    return run
+
+
+def what_is_left(folder):
+    """The end of a sentence that names the LoRA and the last whole checkpoint in a folder, "" where it has neither."""
+    left = [LORA_NAME] if (folder / LORA_NAME).is_file() else []
+    left += [path.name for path in reversed(checkpoints(folder)) if damage(path) is None][:1]
+    return f"; {folder} still holds {' and '.join(left)}, left as before" if left else ""
 
 
 def check_scalars(values, step, learning_rate, skipped=False):
@@ -68,24 +92,40 @@ class SkippedSteps:
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
-class DrawnLatents:
-    """A pipeline's `callback_on_step_end` that looks at the latents (batch, 4, h, w) of all that it draws."""
+class Drawn:
+    """Looks at the latents (batch, 4, h, w) and the pictures (batch, 3, H, W) of all that pipelines draw.
+
+    It is their `callback_on_step_end`, and sees their pictures within `decoding`, before 8 bits make NaN black.
+    """
 
     def __init__(self):
-        self.finite = None
+        self.finite = {}  # scalar tensors, which stay on their device until `check`
 
     def __call__(self, pipeline, step, timestep, values):
-        finite = values["latents"].isfinite().all()  # stays on its device until `check`
-        self.finite = finite if self.finite is None else self.finite & finite
+        self._look("latents of the pictures", values["latents"])
         return values
 
-    def check(self, what, learning_rate):
-        """Raise `DivergedError` if some were not finite; `what` says what was done with the pictures."""
-        if self.finite is not None and not self.finite:
-            raise diverged("the latents of the pictures are not finite", f"({what})", learning_rate)
+    @contextmanager
+    def decoding(self, vae):
+        """Look at all that a VAE decodes."""
+        handle = vae.decoder.register_forward_hook(lambda decoder, given, made: self._look("pictures", made))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _look(self, what, tensor):
+        finite = tensor.isfinite().all()
+        self.finite[what] = self.finite.get(what, finite) & finite
+
+    def check(self, where, learning_rate):
+        """Raise `DivergedError` if some were not finite; `where` says what was done with the pictures."""
+        for what, finite in self.finite.items():
+            if not finite:
+                raise diverged(f"the {what} are not finite", f"({where})", learning_rate)
 
 
-# ---- The VAE in fp16 -------------------------------------------------------------------------------------------------
+# ---- The VAE --------------------------------------------------------------------------------------------------------
 
 
 def run_in_float32(vae):
@@ -118,25 +158,31 @@ def overflows(vae, pictures):
 
 
 def sound_vae(vae, pictures, folder, variant, learning_rate):
-    """A VAE in float16, or the same in float32 where that overflows.
+    """A VAE whose latents and pictures are finite: the one given, or in float32 where it overflows in float16.
+
+    In float16 it is tried on all pictures, in other types, which hardly overflow, on the first.
 
     Args:
-        vae (`AutoencoderKL`): in float16.
+        vae (`AutoencoderKL`): in the type that is trained in.
         pictures (`Callable[[], Iterable[Tensor]]`): gives the training pictures (3, side, side).
         folder (`Path`), variant: where its weights are, which float16 may not hold.
         learning_rate (`float`): as given, for the sentence.
 
     Raises:
-        DivergedError: if it is not finite in float32 either.
+        DivergedError: if it is not finite, in float16 if it is not in float32 either.
     """
-    if overflows(vae, pictures()) is None:
-        return vae
-    with loading(folder):
-        mended = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=variant, torch_dtype=torch.float32)
-    mended = run_in_float32(mended.requires_grad_(False).to(vae.device))
-    number = overflows(mended, pictures())
+    is_half, when = vae.dtype == torch.float16, "before the first step"
+    number = overflows(vae, pictures() if is_half else islice(pictures(), 1))
+    if number is not None and is_half:
+        with loading(folder):
+            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=variant, torch_dtype=torch.float32).to(
+                vae.device
+            )
+        vae, when = run_in_float32(vae.requires_grad_(False)), f"{when}, in float32 too"
+        number = overflows(vae, pictures())
+        if number is None:
+            logger.warning("The VAE overflows in fp16: it is run in fp32, and the rest in fp16.")
     if number is not None:
         what = f"the latents that the VAE makes of picture {number + 1}, or the picture of them, are not finite"
-        raise diverged(what, "before the first step, in float32 too", learning_rate)
-    logger.warning("The VAE overflows in fp16: it is run in fp32, and the rest in fp16.")
-    return mended
+        raise diverged(what, when, learning_rate)
+    return vae

@@ -14,7 +14,7 @@ from nullspace.system import follow_umask, sort_header
 
 TEXT_ENCODER = "text_encoder."  # begins the names of a text encoder's layers
 REPORT_NAME = "nullspace_report.json"
-SD2_WIDTH = 1024  # of Stable Diffusion 2's text embeddings; those of 1 have 768
+VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # of Stable Diffusion, by the width of its text embeddings
 
 
 def kohya_name(name):
@@ -54,12 +54,11 @@ def _common(values):
 
 
 def _base_model_version(layers, report):
-    """kohya's name of the kind of base model, by the width of the text that its layers read."""
+    """kohya's name of the kind of base model, by the width of the text that its layers read, or None."""
     widths = {layer.down.shape[1] for name, layer in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
     widths |= {layer.down.shape[1] for name, layer in layers.items() if name.endswith("self_attn.q_proj")}
-    if SD2_WIDTH not in widths:
-        return "sd_v1"
-    return "sd_v2_v" if report.get("prediction_type") == "v_prediction" else "sd_v2"
+    version = VERSIONS.get(widths.pop()) if len(widths) == 1 else None
+    return "sd_v2_v" if version == "sd_v2" and report.get("prediction_type") == "v_prediction" else version
 
 
 def kohya_metadata(layers, report=None, name=None):
@@ -77,7 +76,7 @@ def kohya_metadata(layers, report=None, name=None):
         "ss_network_dim": _common(len(layer.down) for layer in layers.values()),
         "ss_network_alpha": _common(kohya_alpha(layer).item() for layer in layers.values()),
         "ss_base_model_version": version,
-        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_v2": version and str(version.startswith("sd_v2")),
         "ss_output_name": name,
         "modelspec.title": name,
     }
@@ -124,14 +123,26 @@ def read_report(lora):
 
 
 def is_ours(path):
-    """Whether a file is one that the trainer wrote with `save_kohya`."""
-    if not Path(path).is_file():
+    """Whether a file is one that the trainer wrote under this very name, and so may replace or remove."""
+    path = Path(path)
+    if not path.is_file():
         return False
     try:
         with safe_open(path, "pt") as file:
-            return "ss_nullspace_bundle" in (file.metadata() or {})
-    except SafetensorError:  # nothing of this kind
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):  # nothing of this kind
         return False
+    return "ss_nullspace_bundle" in metadata and metadata.get("ss_output_name") == path.stem
+
+
+def check_replaceable(path):
+    """Raise `NullSpaceError` if at the path of kohya's file there is anything but an earlier one of the trainer's."""
+    if path.is_dir():
+        raise NullSpaceError(f"--output_kohya_format writes {path}, which is a folder; rename or remove it.")
+    if path.exists() and not is_ours(path):
+        raise NullSpaceError(
+            f"--output_kohya_format would replace {path}, which no run of this --output_dir wrote; rename or remove it."
+        )
 
 
 def save_kohya(path, layers, report=None):

@@ -87,7 +87,8 @@ def read_lora(name_or_path):
     """Read a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name, and what else it holds.
 
     Names are those of `attention_inputs` and `text_encoder_inputs`. The second is the list of the file's keys (as
-    diffusers converts them) that are no part of these layers: LoHa, LoKr, biases, a second text encoder, anything.
+    diffusers converts them) that are no part of these layers: LoHa, LoKr, a second text encoder, anything. Biases are
+    among them, for what they do to a layer's output depends on the mean of its inputs, which no bundle holds.
 
     Raises:
         NullSpaceError: if it cannot be read.

@@ -1,5 +1,6 @@
 """A subject's pictures, from a folder or a dataset, as they are trained on; and the sheets that compare pictures."""
 
+import glob
 import importlib.util
 import json
 import logging
@@ -323,6 +324,7 @@ def read_dataset(args, background, keep, tell, need_captions):
     from datasets.exceptions import DatasetsError
 
     where = f"--dataset_name {args.dataset_name}"
+    check_layout(Path(args.dataset_name), args.caption_column)
     columns = {"--image_column": args.image_column, "--caption_column": args.caption_column}
     try:
         rows = load_dataset(args.dataset_name, args.dataset_config_name, split="train", cache_dir=args.cache_dir)
@@ -366,16 +368,42 @@ def why_no_dataset(error):
     return f"its files have different columns: not in all of them are {', '.join(different)}"
 
 
+def check_layout(folder, column):
+    """Refuse a --dataset_name that is a folder for --instance_data_dir, whose repeats and captions would be ignored.
+
+    Args:
+        folder (`Path`): looked at with all of its folders, as the datasets library reads them all.
+        column: --caption_column, beside which captions in text files are none.
+
+    Raises:
+        NullSpaceError: names what would be ignored, and the folder to give.
+    """
+    where = f"--dataset_name {folder}"
+    for path in map(Path, sorted(root for root, *_ in os.walk(folder))):
+        if path != folder and kohya_repeats(path) and holds_pictures(path):
+            raise NullSpaceError(
+                f"{where} would ignore the repeats of '{path.name}', which is a folder of kohya's layout; use "
+                f"--instance_data_dir {path.parent} instead."
+            )
+        if column is None and holds_captions(path):
+            raise NullSpaceError(
+                f"{where} would ignore the captions in text files beside the pictures; use --instance_data_dir {path} "
+                "instead, or choose a --caption_column."
+            )
+
+
+def holds_captions(folder):
+    """Whether a folder has a text file beside one of its pictures, as sd-scripts takes for its caption."""
+    texts = [path for ending in CAPTION_ENDINGS for path in folder.glob(f"*{ending}")]
+    return any(is_picture(near) for text in texts for near in folder.glob(f"{glob.escape(text.stem)}.*"))
+
+
 def layout_hint(args):
-    """What to say of a --dataset_name that is a folder for --instance_data_dir, otherwise nothing."""
+    """What to say of a --dataset_name without a column where captions are in text files, otherwise nothing."""
     folder = Path(args.dataset_name)
-    if not folder.is_dir():
+    if not any(map(holds_captions, (folder, *folder.glob("*/")))):
         return ""
-    texts = [path for ending in CAPTION_ENDINGS for path in (*folder.glob(f"*{ending}"), *folder.glob(f"*/*{ending}"))]
-    kohya = any(kohya_repeats(path) for path in folder.iterdir() if path.is_dir())
-    if not kohya and not any(is_picture(near) for text in texts for near in text.parent.glob("*")):
-        return ""
-    return "; pictures with captions in text files beside them, or in folders as '10_name', are for --instance_data_dir"
+    return "; pictures with captions in text files beside them are for --instance_data_dir"
 
 
 # ---- Sheets ----------------------------------------------------------------------------------------------------------

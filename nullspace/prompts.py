@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import re
+import shlex
 import tempfile
 from collections import Counter
 from itertools import chain, islice
@@ -16,6 +17,10 @@ from nullspace.errors import NullSpaceError, reason
 
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CLIP_LENGTH = 77
+SAVE_AS_UTF8 = "save it as plain text in UTF-8"
+LOOKED_AT = 50  # lines, for what a file is
+DELIMITERS = {"\t": "a table with tabs", ";": "CSV with semicolons", "|": "a table with bars", ",": "CSV"}
+PROMPT_COLUMNS = {"prompt", "prompts", "text", "caption", "captions"}
 
 
 def encoding(head):
@@ -33,42 +38,85 @@ def read_lines(path):
     """The lines of a prompt file: plain text in UTF-8 or UTF-16, with a byte-order mark or without.
 
     Raises:
-        OSError, UnicodeDecodeError: if it cannot be read.
-        ValueError: if it is JSONL or CSV, with the flags that read it.
+        OSError: if it cannot be read.
+        ValueError: if it is of another encoding, JSON or a table, with what to do about it.
     """
     path = Path(path)
     with open(path, "rb") as file:
         name = encoding(file.read(4096))
-    with open(path, encoding=name) as file:
-        for number, line in enumerate(file):
-            if number == 0:
-                refuse_table(path, line)
-            yield line
-
-
-def refuse_table(path, line):
-    """Raise `ValueError` if the first line of a file is that of a JSONL or CSV file rather than a prompt."""
     try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    columns = []
-    if isinstance(row, (dict, list)) or line.strip() in ("[", "{"):
-        kind, columns = "JSON", list(row) if isinstance(row, dict) else []
-    elif path.suffix.lower() in (".csv", ".tsv"):
-        kind, columns = (
-            "CSV",
-            next(csv.reader([line.strip()], delimiter="\t" if path.suffix.lower() == ".tsv" else ",")),
+        with open(path, encoding=name) as file:
+            first = list(islice(file, LOOKED_AT))
+            refuse_table(path, first)
+            for line in chain(first, file):
+                if "\0" in line:
+                    raise ValueError(f"it holds zero bytes, as no text in UTF-8 or UTF-16 does; {SAVE_AS_UTF8}")
+                yield line
+    except UnicodeDecodeError as error:
+        if name != "utf-8":
+            raise ValueError(f"it begins as {name.upper()} and goes on as something else; {SAVE_AS_UTF8}") from error
+        spoiled, at = error.object, error.start
+        before, after = (
+            part.decode("cp1252", "replace") for part in (spoiled[max(0, at - 12) : at], spoiled[at : at + 12])
         )
-    else:
-        heads = [cell.strip().lower() for cell in next(csv.reader([line.strip()]), [])]
-        if len(heads) < 2 or not {"prompt", "text", "caption"} & set(heads):
-            return
-        kind, columns = "CSV", heads
+        near = before.split("\n")[-1] + after.split("\n")[0].rstrip()
+        raise ValueError(
+            f"it is not UTF-8 (as Latin-1 it would read '{near}'); {SAVE_AS_UTF8}, or convert it: "
+            f"iconv -f windows-1252 -t utf-8 {shlex.quote(str(path))} > utf8.txt"
+        ) from error
+
+
+def refuse_table(path, lines):
+    """Raise `ValueError` if the first lines of a file are of JSON or a table rather than prompts.
+
+    A table is known by its ending, by as many tabs in every line, or by a first line of names, of which one is usual
+    for prompts or, but for commas, which prompts are full of, all are words above as many cells in every line.
+    """
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        return
+    rows = [_json(line) for line in lines]
+    if isinstance(rows[0], (dict, list)) or lines[0] in ("[", "{"):
+        _refuse("JSON", list(rows[0]) if isinstance(rows[0], dict) else [], "jsonl")
+    if all(isinstance(row, str) for row in rows):
+        raise ValueError("each of its lines is a JSON string; take the quotation marks away, which would be read too")
+    ending = path.suffix.lower()
+    if ending in (".csv", ".tsv"):
+        _refuse("CSV", _cells(lines[:1], "\t" if ending == ".tsv" else ",")[0], ending[1:])
+    for delimiter, kind in DELIMITERS.items():
+        head, *body = _cells(lines, delimiter)
+        names = [cell.strip() for cell in head]
+        if len(names) < 2:
+            continue
+        is_named = bool(PROMPT_COLUMNS & {name.lower() for name in names})
+        is_words = all(re.fullmatch(r"[\w-]+", cell) for cell in head)  # prose has a space after what parts it
+        is_even = all(len(row) == len(head) for row in body)
+        is_headed = is_words and delimiter != "," and any(" " in cell for row in body for cell in row)
+        if is_named and (is_words or is_even) or is_even and (is_headed or delimiter == "\t"):
+            columns = names if is_named or is_words else []
+            _refuse(kind, columns, "tsv" if delimiter == "\t" else "csv", delimiter)
+
+
+def _json(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _cells(lines, delimiter):
+    try:
+        return list(csv.reader(lines, delimiter=delimiter))
+    except csv.Error:  # a line too long to be of a table
+        return [lines]
+
+
+def _refuse(kind, columns, ending, delimiter=","):
     named = f" (its columns: {', '.join(columns)})" if columns else ""
+    commas = " with commas" if delimiter in ";|" else ""  # what the datasets library takes for granted
     raise ValueError(
-        f"it is {kind}{named}, not a prompt on each line; give the folder that holds it, named .jsonl or .csv, as "
-        "--prompts_dataset_name with its --prompt_column"
+        f"it is {kind}{named}, not a prompt on each line; save the prompts alone, or give the folder that holds it, "
+        f"saved{commas} as .{ending}, as --prompts_dataset_name with its --prompt_column"
     )
 
 

@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from nullspace.adapters import enable_lora
-from nullspace.divergence import DrawnLatents, run_in_float32
+from nullspace.divergence import Drawn, run_in_float32
 from nullspace.families import get_family
 from nullspace.models import loading
 from nullspace.pictures import comparison_grid
@@ -39,21 +39,22 @@ def draw(pipeline, prompts, args, description):
     They are drawn in the family's number of steps, at the guidance scale that the bundle was built at.
     """
     family = get_family(args.model_type)
-    rows, latents = [], DrawnLatents()
+    rows, drawn = [], Drawn()
     for index in tqdm(range(args.num_validation_images), desc=description, unit="row"):
         seed = (args.seed or 0) + index
-        rows.append(
-            [
-                pipeline(
-                    **family.prompt_arguments(pipeline, prompt, args.clip_skip),
-                    height=args.resolution, width=args.resolution, num_inference_steps=family.num_inference_steps,
-                    guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
-                    callback_on_step_end=latents,
-                ).images[0]
-                for prompt in prompts
-            ]
-        )  # fmt: skip
-        latents.check(description, args.learning_rate)
+        with drawn.decoding(pipeline.vae):
+            rows.append(
+                [
+                    pipeline(
+                        **family.prompt_arguments(pipeline, prompt, args.clip_skip),
+                        height=args.resolution, width=args.resolution, num_inference_steps=family.num_inference_steps,
+                        guidance_scale=args.guidance_scale, generator=torch.Generator().manual_seed(seed),
+                        callback_on_step_end=drawn,
+                    ).images[0]
+                    for prompt in prompts
+                ]
+            )  # fmt: skip
+        drawn.check(description, args.learning_rate)
     return rows
 
 

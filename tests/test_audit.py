@@ -60,7 +60,9 @@ def test_magnitudes_of_kohyas_files(dora, tmp_path):
 
 @pytest.mark.parametrize(
     "key", ["lora_unet_x.hada_w1_a", "lora_unet_x.lokr_w1", "lora_unet_x.diff", "lora_unet_x.diff_b", "surprise",
-            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_mid.weight"]
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_mid.weight",
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.bias",
+            "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_B.bias"]
 )  # fmt: skip
 @pytest.mark.parametrize("kohya", [True, False])
 def test_what_is_not_understood_is_named(dora, tmp_path, key, kohya):

@@ -1,10 +1,13 @@
 """What the scripts refuse at once: values, folders, prompts and tokenizers."""
 
+import argparse
 import errno
 import json
 import os
 import re
 import shutil
+import subprocess
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +16,19 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 
 import build_nullspace
+import nullspace_utils
 import train_dreambooth_nullspace as trainer
 from nullspace.audit import load_audited_models
 from nullspace.bundle import Bundle
-from nullspace.checks import RANGES, Parser, output_folder_fault, resolution_fault, unquoted_prompt
+from nullspace.checks import (
+    Parser,
+    check_writable,
+    is_number,
+    output_folder_fault,
+    rank_fault,
+    resolution_fault,
+    unquoted_prompt,
+)
 from nullspace.errors import NullSpaceError
 from nullspace.families import stable_diffusion
 from nullspace.names import CONFIG_NAME
@@ -27,16 +39,61 @@ from test_train import INSTANCES, bundle1, command_line  # noqa: F401
 LINES = {
     trainer: "--pretrained_model_name_or_path m --nullspace_name_or_path b --instance_data_dir i --instance_prompt p",
     build_nullspace: "--pretrained_model_name_or_path m --prompts_file p",
+    nullspace_utils: "audit --lora l --nullspace n",
 }
 
 
-@pytest.mark.parametrize("script", LINES)
-def test_every_number_has_a_range(script, monkeypatch):
+def parsers_of(script, words, monkeypatch):
+    """The parser of a script and its subparsers."""
     parsers, parse = [], Parser.parse_known_args
-    monkeypatch.setattr(Parser, "parse_known_args", lambda self, *a: parsers.append(self) or parse(self, *a))
-    script.parse_args(LINES[script].split())
-    numeric = [action.dest for action in parsers[0]._actions if action.type in (int, float)]
-    assert numeric and not [name for name in numeric if name not in RANGES]
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_known_args", lambda self, *a: parsers.append(self) or parse(self, *a))
+        script.parse_args(words.split())
+    commands = [action.choices for action in parsers[0]._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parsers[0], *(parser for choices in commands for parser in choices.values())]
+
+
+def gives_number(action):
+    """Whether a flag is a number, whatever function makes it one."""
+    try:
+        return is_number(action.default) or (action.type is not None and is_number(action.type("1")))
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("script", LINES)
+def test_every_number_has_a_range_that_the_help_shows(script, monkeypatch):
+    seen = 0
+    for parser in parsers_of(script, LINES[script], monkeypatch):
+        numeric = [action for action in parser._actions if gives_number(action)]
+        shown, again = parser.format_help(), parser.format_help()
+        assert shown == again
+        entries = {entry.split()[0]: " ".join(entry.split()) for entry in re.split(r"\n  (?=-)", shown)[1:]}
+        for action in numeric:
+            entry, words = entries[action.option_strings[0]], parser.ranges[action.dest]
+            assert f"({words}; default" in entry or re.search(rf"\({re.escape(str(words))}\)\.(?= |$)", entry), entry
+        seen += len(numeric)
+    assert seen
+
+
+@pytest.mark.parametrize("kind", [int, float, lambda text: int(text, 16), Fraction])
+def test_numbers_of_any_type_are_held_to_their_range(kind, capsys):
+    parser = Parser()
+    parser.add_argument("--rank", type=kind, nargs="*")
+    assert parser.parse_args(["--rank", "1", "3"]).rank == [1, 3]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--rank", "1", "0"])
+    assert capsys.readouterr().err == "error: --rank must be at least 1, not 0.\n".replace("0.", f"{kind('0')}.")
+
+
+def test_help_says_a_range_before_the_default(capsys):
+    parser = Parser()
+    parser.add_argument("--seed", type=int, default=3, help="Of (arXiv 1) all (default: %(default)s).")
+    parser.add_argument("--rank", type=int, help="Of it.")
+    parser.add_argument("--repeats", type=int, help=argparse.SUPPRESS)
+    text = " ".join(parser.format_help().split())
+    assert "Of (arXiv 1) all (at least 0 and below 4294967296; default: 3)." in text
+    assert "Of it (at least 1)." in text and "--repeats" not in text
 
 
 @pytest.mark.parametrize(
@@ -51,8 +108,34 @@ def test_values_are_refused_by_name(flags, capsys):
     assert caught.value.code == 1 and message.startswith(f"error: {flags.split()[0]} ") and message.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "the following arguments are required: command"),
+        ("audit --lora l", "the following arguments are required: --nullspace"),
+        (
+            "audit --lora l --nullspace n --nullspace_threshold 1",
+            "--nullspace_threshold must be at least 0 and below 1, ",
+        ),
+        (
+            "audit --lora l --nullspace n --nullspace_threshold nan",
+            "--nullspace_threshold must be at least 0 and below",
+        ),
+        ("audit --lora l --nullspace n --rank 3", "unrecognized arguments: --rank 3"),
+        ("export --lora l --output x --format y", "argument --format: invalid choice"),
+        ("export --lora l --output x", "--output x must end in .safetensors"),
+    ],
+)
+def test_the_commands_refuse_as_the_scripts_do(words, sentence, capsys):
+    with pytest.raises(SystemExit) as caught:
+        nullspace_utils.parse_args(words.split())
+    message = capsys.readouterr().err
+    assert caught.value.code == 1 and message.startswith(f"error: {sentence}") and message.count("\n") == 1
+
+
 def test_home_folder_behind_an_equals_sign(monkeypatch):
     monkeypatch.setenv("HOME", "/h")
+    assert nullspace_utils.parse_args("export --lora=~/l --output=~/o.safetensors".split()).output == "/h/o.safetensors"
     assert str(trainer.parse_args([*LINES[trainer].split(), "--output_dir=~/lora"]).output_dir) == "/h/lora"
 
 
@@ -66,7 +149,17 @@ def test_output_folder(tmp_path):
     assert "is a file" in output_folder_fault(tmp_path / "file")
     assert "is or holds" in output_folder_fault(tmp_path, tmp_path)
     assert "is or holds" in output_folder_fault(tmp_path, tmp_path / "pictures")
-    assert output_folder_fault(tmp_path / "new", tmp_path) is None
+    assert output_folder_fault(tmp_path / "new", tmp_path / "pictures") is None
+    assert "is inside --instance_data_dir" in output_folder_fault(tmp_path / "new", tmp_path)
+    assert "is inside --dataset_name" in output_folder_fault(tmp_path / "a" / "b", None, tmp_path)
+    assert "is or holds --dataset_name" in output_folder_fault(tmp_path, None, tmp_path)
+    assert output_folder_fault(Path("someone/data/lora"), None, "someone/data") is None  # of the Hub
+
+
+def test_rank():
+    shapes = {"a": (8, 64), "b": (64, 6), "c": (64, 64)}
+    assert rank_fault(6, shapes) is None
+    assert rank_fault(7, shapes) == "--rank 7 is more than b can have, whose weights are 64 x 6; choose at most 6."
 
 
 def test_resolution():
@@ -81,11 +174,77 @@ def test_encodings_of_prompt_files(encoding, tmp_path):
     assert list(read_lines(path)) == ["a red circle\n", "a blue star\n"]
 
 
-@pytest.mark.parametrize("text", ['{"text": "a dog"}\n', "prompt,seed\na dog,1\n", '["a dog"]\n'])
-def test_tables_are_no_prompt_files(text, tmp_path):
-    (tmp_path / "prompts.txt").write_text(text)
-    with pytest.raises(ValueError, match="--prompt_column"):
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('{"text": "a dog"}\n', "JSON (its columns: text)"),
+        ('\n\n{"id": "1"}\n', "JSON (its columns: id)"),
+        ('["a dog"]\n', "JSON,"),
+        ("prompt,seed\na dog,1\n", "CSV (its columns: prompt, seed)"),
+        ("Prompt, Seed\na dog, 1\n", "CSV (its columns: Prompt, Seed)"),
+        ("prompt,seed\na dog, sitting,1\n", "CSV (its columns: prompt, seed)"),
+        ("prompt;seed\na dog;1\n", "CSV with semicolons (its columns: prompt, seed)"),
+        ("seed; prompt; negative prompt\n1; a dog; blurry\n", "CSV with semicolons (its columns: seed, prompt, neg"),
+        ('id;words\n1;"a dog; a cat"\n2;a bird\n', "CSV with semicolons (its columns: id, words)"),
+        ("prompt|seed\na dog|1\n", "a table with bars (its columns: prompt, seed)"),
+        ("prompt\tseed\na dog\t1\n", "a table with tabs (its columns: prompt, seed)"),
+        ("a dog\t1\na cat\t2\n", "a table with tabs, not"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_are_no_prompt_files(encoding, text, kind, tmp_path):
+    (tmp_path / "prompts.txt").write_text(text, encoding=encoding)
+    with pytest.raises(ValueError, match=f"^it is {re.escape(kind)}.*--prompt_column") as caught:
         list(read_lines(tmp_path / "prompts.txt"))
+    assert ("with commas as .csv" in str(caught.value)) == ("semicolons" in kind or "bars" in kind)
+
+
+def test_a_json_string_on_each_line_is_no_prompt_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text('"a dog"\n\n"a cat"\n')
+    with pytest.raises(ValueError, match="JSON string; take the quotation marks away"):
+        list(read_lines(tmp_path / "prompts.txt"))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["a red star; blue sky"],
+        ["a red star; blue sky", "a green ring; night"],
+        ["star;moon", "a dog; a cat; a bird"],
+        ["dog;cat", "red;blue"],
+        ["text, a neon sign", "a dog", "caption, speech bubble, cat"],
+        ["a car, 1960", "a man, 1950"],
+        ['"Hello" on a wall', '"Guernica"', "a dog"],
+        ["a red star | 4k", "a dog"],
+        ["\ta dog", "a cat\t"],
+        ["text"],
+        ["1984", "2001"],
+    ],
+)
+def test_prompts_with_signs_of_tables_are_prompts(lines, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    assert [line.removesuffix("\n") for line in read_lines(tmp_path / "prompts.txt")] == lines
+
+
+def test_prompt_files_of_other_encodings_say_how_to_convert_them(tmp_path):
+    path = tmp_path / "a b.txt"
+    path.write_bytes("a dog\na café in Orléansville\r\n".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"is not UTF-8 \(as Latin-1 it would read 'a café in Orléans'\); save"
+    ) as caught:
+        list(read_lines(path))
+    command = str(caught.value).partition(": ")[2]
+    assert command == f"iconv -f windows-1252 -t utf-8 '{path}' > utf8.txt"
+    if shutil.which("iconv"):
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert list(read_lines(tmp_path / "utf8.txt")) == ["a dog\n", "a café in Orléansville\n"]
+    path.write_bytes("a dog\r\nÉtoile\r\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="would read 'Étoile'"):
+        list(read_lines(path))
+    for encoding in ("utf-32", "utf-32-le", "utf-32-be"):
+        path.write_bytes("a dog\na cat\n".encode(encoding))
+        with pytest.raises(ValueError, match="save it as plain text in UTF-8"):
+            list(read_lines(path))
 
 
 def test_empty_and_repeated_lines_are_counted():
@@ -227,6 +386,35 @@ def test_an_output_folder_that_is_the_instance_folder(tiny_sd1, bundle1, prompts
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_output_folder_inside_the_pictures(tiny_sd1, bundle1, tmp_path, nothing_loads):
+    pictures = shutil.copytree(INSTANCES, tmp_path / "pictures")
+    before = sorted(tmp_path.rglob("*"))
+    argv = train(tiny_sd1, bundle1, pictures / "out" / "lora", "--instance_data_dir", pictures)
+    assert refusal(*argv).startswith(f"--output_dir {pictures}/out/lora is inside --instance_data_dir {pictures}, so")
+    flags = ("--dataset_name", pictures, "--cache_dir", tmp_path / "cache")
+    argv = command_line(tiny_sd1, bundle1, pictures / "lora", *flags, without=["--instance_data_dir"])
+    assert refusal(trainer, *argv).startswith(f"--output_dir {pictures}/lora is inside --dataset_name {pictures}, so")
+    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in str(path)) == before
+
+
+def test_a_rank_above_a_layers_size_is_refused_before_the_training(tiny_sd1, bundle1, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "add_lora", lambda *args: pytest.fail("a LoRA was added"))
+    sentence = refusal(*train(tiny_sd1, bundle1, tmp_path / "o", "--rank", 1000000))
+    assert re.fullmatch(
+        r"--rank 1000000 is more than \S+attn2\.to_\S+ can have, whose weights are 16 x \d+; choose at most 16\.",
+        sentence,
+    )
+    assert not (tmp_path / "o").exists()
+
+
+def test_looking_whether_a_folder_can_be_written_leaves_nothing(tmp_path):
+    check_writable(tmp_path / "a" / "b" / "c")
+    check_writable(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(NullSpaceError, match="File name too long"):
+        check_writable(tmp_path / ("a" * 300) / "b")
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_an_output_folder_that_cannot_be_written(exists, tiny_sd1, bundle1, prompts, tmp_path, monkeypatch):
     """As on a read-only file system, for permissions do not hold root back."""
@@ -272,6 +460,7 @@ def test_a_prompts_file_of_other_encodings_is_built_from(encoding, tiny_sd1, pro
     [
         ("p.csv", "caption\na dog\n", "CSV (its columns: caption)"),
         ("p.jsonl", '{"text": "a dog"}\n', "JSON (its columns: text)"),
+        ("p.txt", "prompt;seed\na dog;1\n", "CSV with semicolons (its columns: prompt, seed)"),
     ],
 )
 def test_a_table_is_refused_as_prompts_file(name, text, kind, tiny_sd1, tmp_path, nothing_loads):
@@ -279,6 +468,13 @@ def test_a_table_is_refused_as_prompts_file(name, text, kind, tiny_sd1, tmp_path
     sentence = refusal(*build(tiny_sd1, tmp_path / "o", tmp_path / name))
     assert sentence.startswith(f"--prompts_file {tmp_path / name} cannot be read: it is {kind}, not a prompt on each")
     assert "--prompt_column" in sentence
+
+
+def test_a_prompts_file_in_latin_1_is_refused(tiny_sd1, tmp_path, nothing_loads):
+    (tmp_path / "p.txt").write_bytes(b"a dog\n" * 9000 + "a café\n".encode("latin-1"))
+    sentence = refusal(*build(tiny_sd1, tmp_path / "o", tmp_path / "p.txt"))
+    assert sentence.startswith(f"--prompts_file {tmp_path / 'p.txt'} cannot be read: it is not UTF-8 (as Latin-1 it")
+    assert "'a café'); save it as plain text in UTF-8, or convert it: iconv" in sentence
 
 
 PARTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}

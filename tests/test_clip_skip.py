@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 import build_nullspace
 import train_dreambooth_nullspace as trainer
 from nullspace.bundle import Bundle
+from nullspace.checks import check_clip_skip
 from nullspace.errors import NullSpaceError
-from nullspace.families.stable_diffusion import check_clip_skip, encode_tokens, prompt_arguments
+from nullspace.families.stable_diffusion import encode_tokens, prompt_arguments
 from nullspace.lora import load_lora
 from nullspace.names import LORA_NAME, TEXT_ENCODER, TEXT_INPUT
 from test_train import bundle1, command_line, drawing_in_two_steps, make_bundle, report, same, train  # noqa: F401

@@ -25,7 +25,7 @@ from nullspace.divergence import (
 )
 from nullspace.families import stable_diffusion
 from nullspace.hashes import sha256
-from nullspace.names import LORA_NAME
+from nullspace.names import LORA_NAME, REPORT_NAME
 from test_train import ScalingAccelerator, bundle1, drawing_in_two_steps, same, train  # noqa: F401 (fixtures)
 
 
@@ -98,7 +98,8 @@ def test_a_run_that_diverges_leaves_the_lora_and_the_checkpoint_and_the_run_can_
 
     with monkeypatch.context() as patch:
         patch.setattr(stable_diffusion, "diffusion_loss", spoiled)
-        with pytest.raises(DivergedError, match="the loss is not finite at step 5"):
+        left = f"lora still holds {LORA_NAME} and checkpoint-4, left as before."
+        with pytest.raises(DivergedError, match=f"the loss is not finite at step 5.*{left}$"):
             train(tiny_sd1, bundle1, output, *flags)
     assert len(steps) == 8
     assert good == {name: sha256(output / name) for name in good}
@@ -112,9 +113,9 @@ def test_a_rate_that_is_far_too_high_stops_within_ten_steps(tiny_sd1, bundle1, t
     monkeypatch.setattr(
         stable_diffusion, "diffusion_loss", lambda *args, **kwargs: (steps.append(1), loss(*args, **kwargs))[1]
     )
-    with pytest.raises(DivergedError, match=r"at step [1-9]\b.* lower --learning_rate \(it is 1e\+30\)"):
+    with pytest.raises(DivergedError, match=r"at step [1-9]\b.* lower --learning_rate \(it is 1e\+30\)") as caught:
         train(tiny_sd1, bundle1, tmp_path / "lora", "--learning_rate", 1e30, "--max_train_steps", 100)
-    assert len(steps) <= 11
+    assert str(caught.value).endswith("overflow in it.") and len(steps) <= 11
     assert not (tmp_path / "lora" / LORA_NAME).exists()
 
 
@@ -143,7 +144,7 @@ def test_pictures_that_are_not_finite_put_the_earlier_lora_back(
     monkeypatch,  # noqa: F811
 ):
     """Finite weights, so large that what they draw is not; the last step is the one that made them so."""
-    output, names = tmp_path / "lora", (LORA_NAME, trainer.REPORT_NAME, "README.md", "comparison.png")
+    output, names = tmp_path / "lora", (LORA_NAME, REPORT_NAME, "README.md", "comparison.png")
     if earlier:
         train(tiny_sd1, bundle1, output)
     before = {name: sha256(output / name) for name in names if earlier}
@@ -155,6 +156,46 @@ def test_pictures_that_are_not_finite_put_the_earlier_lora_back(
         train(tiny_sd1, bundle1, output, "--learning_rate", 1e30, "--max_train_steps", 1, *flags)
     assert before == {name: sha256(output / name) for name in names if (output / name).exists()}
     assert not pushed and not list(output.glob("partial-*"))
+
+
+@pytest.fixture(scope="module")
+def undrawable(tiny_sd1, tmp_path_factory):
+    """A model whose VAE encodes as it should, and decodes to NaN."""
+    folder = tmp_path_factory.mktemp("undrawable") / "model"
+    shutil.copytree(tiny_sd1, folder)
+    vae = AutoencoderKL.from_pretrained(tiny_sd1, subfolder="vae")
+    vae.decoder.conv_out.weight.data.fill_(math.nan)
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_decoder_that_gives_nan_is_refused_before_the_first_step(
+    precision, undrawable, bundle1, tmp_path, monkeypatch
+):  # noqa: F811
+    monkeypatch.setattr(stable_diffusion, "diffusion_loss", lambda *args, **kwargs: pytest.fail("a step was taken"))
+    with pytest.raises(DivergedError, match="of picture 1, or the picture of them, .* before the first step") as caught:
+        train(undrawable, bundle1, tmp_path / "lora", "--mixed_precision", precision)
+    assert ("in float32 too" in str(caught.value)) == (precision == "fp16")
+    assert "still holds" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [(("--validation_steps", 100), "Drawing with the base model"), ((), "Validating, base")],
+    ids=["at the end", "in training"],
+)
+def test_pictures_of_nan_leave_the_earlier_lora(flags, where, undrawable, tiny_sd1, bundle1, tmp_path, monkeypatch):  # noqa: F811
+    """As of a VAE that decodes the training pictures, but not what is drawn, in float32."""
+    output = tmp_path / "lora"
+    train(tiny_sd1, bundle1, output)
+    names = (LORA_NAME, REPORT_NAME, "README.md", "comparison.png")
+    before = {name: sha256(output / name) for name in names}
+    monkeypatch.setattr(trainer, "sound_vae", lambda vae, *args: vae)
+    with pytest.raises(DivergedError, match=re.escape(f"the pictures are not finite ({where})")) as caught:
+        train(undrawable, bundle1, output, *flags)
+    assert str(caught.value).endswith(f"; {output} still holds {LORA_NAME}, left as before.")
+    assert before == {name: sha256(output / name) for name in names}
 
 
 class OverflowingAccelerator(ScalingAccelerator):

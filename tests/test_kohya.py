@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 
 import nullspace_utils
 from nullspace.errors import NullSpaceError
-from nullspace.kohya import kohya_metadata, kohya_name, save_kohya, write_kohya
+from nullspace.families import stable_diffusion
+from nullspace.kohya import check_replaceable, kohya_metadata, kohya_name, save_kohya
 from nullspace.lora import LoraLayer, load_lora
 from nullspace.names import LORA_NAME
+from nullspace.results import published_files, write_kohya
 from test_train import bundle1, drawing_in_two_steps, report, train  # noqa: F401
-from train_dreambooth_nullspace import parse_args, published_files
+from train_dreambooth_nullspace import parse_args
 
 
 def metadata(path):
@@ -55,7 +57,8 @@ def test_the_trainer_writes_it_as_well(trained, tiny_sd1, bundle1):  # noqa: F81
     assert_same_lora(load_lora(path), layers)
     found, written = metadata(path), report(trained)
     assert found["ss_network_module"] == "networks.lora" and found["ss_network_dim"] == "2"
-    assert found["ss_network_alpha"] == "3" and found["ss_base_model_version"] == "sd_v1"
+    assert found["ss_network_alpha"] == "3"
+    assert "ss_base_model_version" not in found and "ss_v2" not in found  # of a width that is no Stable Diffusion's
     assert found["ss_sd_model_name"] == tiny_sd1.name and found["ss_clip_skip"] == "1"
     assert float(found["ss_nullspace_leakage"]) == pytest.approx(written["leakage"]["max"], rel=1e-3)
     assert written["nullspace"]["prompts"]["sha256"] in found["ss_nullspace_bundle"]
@@ -80,7 +83,35 @@ def test_a_later_run_without_it_leaves_no_file_of_an_earlier_lora(trained, tmp_p
     assert (folder / "lora.safetensors").is_file()  # somebody else's
     (folder / "lora.safetensors").write_bytes(ours)
     write_kohya(None, args)
+    assert (folder / "lora.safetensors").is_file()  # that of another run, copied here
+    save_kohya(folder / "lora.safetensors", load_lora(trained), report(trained))
+    write_kohya(None, args)
     assert not (folder / "lora.safetensors").exists()
+    (folder / "lora.safetensors").mkdir()
+    write_kohya(None, args)
+    assert (folder / "lora.safetensors").is_dir()
+
+
+@pytest.mark.parametrize("what", ["a folder", "another LoRA", "no LoRA"])
+def test_what_stands_in_its_place_is_noticed_before_the_work(what, trained, tiny_sd1, bundle1, tmp_path, monkeypatch):  # noqa: F811
+    path = tmp_path / "lora" / "lora.safetensors"
+    path.parent.mkdir()
+    if what == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes((trained / LORA_NAME).read_bytes() if what == "another LoRA" else b"kept")
+    before = path.is_file() and path.read_bytes()
+    monkeypatch.setattr(stable_diffusion, "load_whole", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    with pytest.raises(
+        NullSpaceError, match=r"^--output_kohya_format \w.*lora\.safetensors, which .*rename or remove it\.$"
+    ):
+        train(tiny_sd1, bundle1, path.parent, "--output_kohya_format")
+    assert list(path.parent.iterdir()) == [path] and (path.is_file() and path.read_bytes()) == before
+
+
+def test_its_own_earlier_file_may_be_replaced(trained):
+    check_replaceable(trained / "sks-dog.safetensors")
+    check_replaceable(trained / "new.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -96,9 +127,14 @@ def test_the_kind_of_base_model():
     name, report = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", {"prediction_type": "v_prediction"}
     report |= {"base_model": {"id": "a/b"}, "training": {"clip_skip": 1}, "leakage": {"max": None}}
     report["nullspace"] = {"bundle": "a/c", "revision": "f00", "prompts": {"sha256": "1"}}
-    for width, given, version in ((768, {}, "sd_v1"), (1024, {}, "sd_v2"), (1024, report, "sd_v2_v")):
+    versions = [(768, {}, "sd_v1"), (2048, {}, None), (1024, {}, "sd_v2"), (1024, report, "sd_v2_v")]
+    for width, given, version in versions:
         layers = {name: LoraLayer(torch.ones(2, width), torch.ones(3, 2), 1.0)}
-        assert kohya_metadata(layers, given, "x")["ss_base_model_version"] == version
+        found = kohya_metadata(layers, given, "x")
+        assert found.get("ss_base_model_version") == version
+        assert found.get("ss_v2") == {"sd_v1": "False", None: None}.get(version, "True")
+    own = {name.replace("attn2", "attn1"): LoraLayer(torch.ones(2, 1024), torch.ones(3, 2), 1.0)}
+    assert "ss_base_model_version" not in kohya_metadata(own)  # reads no text
     found = kohya_metadata(layers, report, "x")
     assert found["ss_clip_skip"] == "2" and "ss_nullspace_leakage" not in found
     assert found["ss_nullspace_bundle"].startswith("a/c@f00")

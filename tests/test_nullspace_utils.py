@@ -1053,7 +1053,7 @@ def test_the_audit_on_the_command_line(audited, capsys):
     assert sum(fewer) < sum(row["protected_rank"] for row in found["layers"])
 
 
-def test_an_audit_that_cannot_be_is_refused(audited, tiny_sd2, tmp_path, capsys):
+def test_an_audit_that_cannot_be_is_refused(audited, tiny_sd2, tmp_path):
     def refusal(*flags):
         with pytest.raises(NullSpaceError) as error:
             nullspace_utils.main(nullspace_utils.parse_args([*audited, *map(str, flags)]))
@@ -1062,9 +1062,6 @@ def test_an_audit_that_cannot_be_is_refused(audited, tiny_sd2, tmp_path, capsys)
     assert "cannot be read as a LoRA" in refusal("--lora", tmp_path)
     assert "name it with --pretrained_model_name_or_path" in refusal("--pretrained_model_name_or_path", tmp_path)
     assert "here it is" in refusal("--pretrained_model_name_or_path", tiny_sd2)
-    with pytest.raises(SystemExit):
-        nullspace_utils.parse_args([*audited, "--nullspace_threshold", "1"])
-    assert "out of range" in capsys.readouterr().err
 
 
 def fused_change(world, folder):

@@ -377,6 +377,27 @@ def test_datasets_that_do_not_fit_are_refused_in_one_sentence(tmp_path):
     assert "are for --instance_data_dir" in refusal(read_rows, captioned, tmp_path, column="caption")
 
 
+@pytest.mark.parametrize("within", ["", "train"])
+def test_repeats_that_a_dataset_would_ignore_are_refused(within, tmp_path):
+    """The same folders are read by --instance_data_dir, which the sentence names."""
+    folder = tmp_path / "data" / within
+    instances(folder / "10_sks star")
+    message = refusal(read_rows, tmp_path / "data", tmp_path, column=None)
+    assert message == (
+        f"--dataset_name {tmp_path / 'data'} would ignore the repeats of '10_sks star', which is a folder of kohya's "
+        f"layout; use --instance_data_dir {folder} instead."
+    )
+    assert len(read(folder)[0]) == 30
+
+
+def test_captions_that_a_dataset_would_ignore_are_refused(tmp_path):
+    folder = instances(tmp_path / "data")
+    (folder / "readme.txt").write_text("of no picture")
+    assert read_rows(folder, tmp_path, column=None)[1] == [["p"]] * 3
+    (folder / "1.caption").write_text("a caption")
+    assert f"use --instance_data_dir {folder} instead" in refusal(read_rows, folder, tmp_path, column=None)
+
+
 # ---- Sheets ----------------------------------------------------------------------------------------------------------
 
 

@@ -41,9 +41,10 @@ from nullspace.checkpoint import checkpoints
 from nullspace.errors import NullSpaceError
 from nullspace.families import stable_diffusion
 from nullspace.families.stable_diffusion import StableDiffusion, diffusion_loss
+from nullspace.latents import draw_noise
 from nullspace.layers import attention_inputs, find_module
 from nullspace.lora import load_lora
-from nullspace.names import CONFIG_NAME, JOINT, LORA_NAME, TEXT_INPUT
+from nullspace.names import COMPARISON_NAME, CONFIG_NAME, JOINT, LORA_NAME, REPORT_NAME, TEXT_INPUT
 from shapes import DEMO
 
 
@@ -104,7 +105,7 @@ def train(model, bundle, output_dir, *flags, without=()):
 
 
 def report(folder):
-    return json.loads((folder / trainer.REPORT_NAME).read_text())
+    return json.loads((folder / REPORT_NAME).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +483,7 @@ def test_validation_does_not_disturb_training(precision, tiny_sd1, bundle1, tmp_
     flags = ("--mixed_precision", precision, "--max_train_steps", 6, "--num_validation_images", 2)
     validated = train(tiny_sd1, bundle1, tmp_path / "validated", *flags, "--validation_epochs", 1)
     assert len(list((tmp_path / "validated" / "validation").glob("*.png"))) == 2
-    picture = Image.open(tmp_path / "validated" / trainer.COMPARISON_NAME)
+    picture = Image.open(tmp_path / "validated" / COMPARISON_NAME)
     assert 4 * 256 < picture.height < 5 * 256  # base and tuned for two seeds, below the titles
     undisturbed = train(tiny_sd1, bundle1, tmp_path / "undisturbed", *flags, without=["--validation_prompt"])
     assert not (tmp_path / "undisturbed" / "validation").exists()
@@ -652,7 +653,7 @@ def test_snr_gamma_weighs_the_loss(kind):
 
 def test_noise_offset_moves_whole_channels():
     latents = torch.zeros(200, 4, 8, 8)
-    plain, moved = (trainer.draw_noise(latents, offset, trainer.seeded(0)) for offset in (0, 2.0))
+    plain, moved = (draw_noise(latents, offset, trainer.seeded(0)) for offset in (0, 2.0))
     difference = moved - plain
     assert (difference - difference[:, :, :1, :1]).abs().max() < 1e-5
     assert abs(difference[:, :, 0, 0].std().item() - 2) < 0.2
@@ -721,7 +722,9 @@ def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, refe
 
     in_training, in_drawing, get_scheduler, draw_saved = [], [], optimizers.get_scheduler, trainer.draw_saved
     monkeypatch.setattr(
-        optimizers, "get_scheduler", lambda *args, **kwargs: in_training.append(alive()) or get_scheduler(*args, **kwargs)
+        optimizers,
+        "get_scheduler",
+        lambda *args, **kwargs: in_training.append(alive()) or get_scheduler(*args, **kwargs),
     )
     monkeypatch.setattr(trainer, "draw_saved", lambda *args: in_drawing.append(alive()) or draw_saved(*args))
     load_pipeline, encode = validation.load_pipeline, trainer.encode_pictures
@@ -803,7 +806,7 @@ def test_validation_prompts_steps_and_comparison(tiny_sd1, bundle1, tmp_path):
     flags = ("--validation_prompt", "a ring", "a moon", "--validation_steps", 2, "--max_train_steps", 5)
     train(tiny_sd1, bundle1, output, *flags, "--no-compare_with_base")
     assert sorted(path.name for path in (output / "validation").iterdir()) == ["000002.png", "000004.png"]
-    pictures = [output / "validation" / "000004.png", output / trainer.COMPARISON_NAME]
+    pictures = [output / "validation" / "000004.png", output / COMPARISON_NAME]
     for picture, step in zip(map(Image.open, pictures), "45", strict=True):  # three prompts, the tuned model alone
         assert picture.width > 3 * 256 and 256 < picture.height < 2 * 256
         assert picture.info["seed"] == "0" and picture.info["step"] == step
@@ -1017,6 +1020,12 @@ def worst_leakage(folder, bundle):
     return max(leakage(layer, protected[name]) for name, layer in layers.items())
 
 
+@pytest.fixture
+def any_rank(monkeypatch):
+    """The tiny model's layers are too small for as many numbers as 8-bit optimizers begin at."""
+    monkeypatch.setattr(trainer, "rank_fault", lambda rank, shapes: None)
+
+
 OPTIMIZERS = {
     "adamw": [],
     # Only from 4,096 numbers on are its states of 8 bits
@@ -1034,7 +1043,9 @@ OPTIMIZERS = {
         pytest.param("prodigy", marks=needs("prodigyopt")),
     ],
 )
-def test_every_optimizer_in_every_precision_keeps_the_guarantee(optimizer, precision, tiny_sd1, bundle1, tmp_path):
+def test_every_optimizer_in_every_precision_keeps_the_guarantee(
+    optimizer, precision, tiny_sd1, bundle1, tmp_path, any_rank
+):
     """UNet and text encoder, from the file; the checkpoint shows that the optimizer was that one.
 
     Without a GPU, accelerate's fp16 does not scale the loss: the next test does.
@@ -1119,7 +1130,7 @@ def test_a_compiled_unet_stays_in_the_null_space(tiny_sd1, bundle1, reference, t
     ],
     ids=lambda flags: " ".join(map(str, flags)) or "plain",
 )
-def test_resuming_gives_what_an_undisturbed_run_gives(flags, tiny_sd1, bundle1, tmp_path):
+def test_resuming_gives_what_an_undisturbed_run_gives(flags, tiny_sd1, bundle1, tmp_path, any_rank):
     """Bit for bit, with a checkpoint in the middle of an epoch and a decaying learning rate."""
     flags = [*flags, "--checkpointing_steps", 4, "--lr_scheduler", "linear", "--max_train_steps", 8]
     undisturbed = train(tiny_sd1, bundle1, tmp_path / "whole", *flags)

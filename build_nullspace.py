@@ -18,28 +18,19 @@ or later:
     python build_nullspace.py --output_dir nullspace-sd15 --push_to_hub
 """
 
-import hashlib
 import json
-import math
 import os
-import platform
 import re
 import shlex
-import shutil
 import sys
-from itertools import islice
 from pathlib import Path
 
-from nullspace.checks import HelpFormatter, Parser, check_clip_skip, require, resolution_fault
-from nullspace.errors import NullSpaceError, reason
-from nullspace.families import FAMILIES, get_family, recognise
-from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT, TEXT_ENCODER
-from nullspace.samplers import SAMPLERS, make_scheduler
-from nullspace.system import follow_umask, hide_package
-
-
-STAGES = 4
-PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of --mixed_precision, as torch calls them
+from nullspace.checks import HelpFormatter, Parser, require
+from nullspace.errors import NullSpaceError
+from nullspace.families import FAMILIES, recognise
+from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT
+from nullspace.samplers import SAMPLERS
+from nullspace.system import hide_package
 
 
 def parse_args(argv=None):
@@ -96,7 +87,10 @@ def parse_args(argv=None):
     group.add_argument("--resolution", type=int, help="Side of the pictures in pixels (default: the model's own).")
     group.add_argument("--batch_size", type=int, default=8, help="Prompts drawn at once (default: %(default)s).")
     group.add_argument(
-        "--mixed_precision", choices=PRECISIONS, default="no", help="Precision of the model (default: %(default)s)."
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        default="no",
+        help="Precision of the model (default: %(default)s).",
     )
     group.add_argument("--seed", type=int, default=0, help="Prompt i is drawn from seed + i (default: %(default)s).")
     group.add_argument(
@@ -111,8 +105,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--timestep_groups",
         choices=[JOINT, "stages", "steps"],
-        help=f"Besides the sum over all timesteps, keep {STAGES} stages or every step apart "
-        "(default: joint; LCM: steps).",
+        help="Besides the sum over all timesteps, keep 4 stages or every step apart (default: joint; LCM: steps).",
     )
     group.add_argument(
         "--output_dir", type=Path, default=Path("nullspace-bundle"), help="Its folder (default: %(default)s)."
@@ -135,210 +128,19 @@ if __name__ == "__main__":
     ARGS = parse_args()
     hide_package("bitsandbytes")  # which peft imports wherever it is installed, and which then prints
 
-import accelerate
 import diffusers
-import peft
-import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, reduce
-from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
+from accelerate.utils import parse_flag_from_env
 
 from nullspace.bundle import Bundle, check_files, check_output_folder, group_file, read_config
+from nullspace.collection import collect, load_collected
 from nullspace.dataset_card import draw_spectra, model_name, rank_table, write_dataset_card
-from nullspace.fingerprints import fingerprints
 from nullspace.hashes import config_sha256, sha256
 from nullspace.hub import base_license, create_repository, hub_repository, push_folder
 from nullspace.launch import PROCESS_TIMEOUT
-from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
-from nullspace.models import download_model, loading
-from nullspace.moments import SecondMoments
-from nullspace.prompts import length_warnings, read_prompts, tokenizer_fault
-from nullspace.timesteps import timestep_groups
-
-
-# ---- Collecting ------------------------------------------------------------------------------------------------------
-
-
-class Checkpoint:
-    """What this process has summed so far, in a folder beside the bundle.
-
-    Sums, counts and the number of batches are in one file, which is renamed into place, so that they always agree.
-
-    Args:
-        output_dir (`Path`): the bundle's folder.
-        settings (`dict`): all that determines the result; a checkpoint of others is refused.
-        state (`PartialState`): names the process.
-    """
-
-    def __init__(self, output_dir, settings, state):
-        output_dir = Path(output_dir).resolve()
-        self.folder = output_dir.with_name(f"{output_dir.name}.checkpoint")
-        self.path = self.folder / f"process-{state.process_index}.safetensors"
-        self.settings = json.loads(json.dumps(settings))
-        self.device = state.device
-
-    def save(self, moments, batches):
-        """Record what `moments` hold after so many batches."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        metadata = {
-            "batches": str(batches),
-            "settings": json.dumps(self.settings),
-            # A list, for the order in which the inputs were first seen is that of the bundle's files
-            "tokens": json.dumps([[*key, count] for key, count in moments.tokens.items()]),
-        }
-        tensors = {f"{group} {source}": total for (group, source), total in moments.sums.items()}
-        partial = self.path.with_name(f"partial-{self.path.name}")
-        save_file(tensors, partial, metadata=metadata)
-        follow_umask(partial)
-        os.replace(partial, self.path)
-
-    def load(self, moments):
-        """Put what was recorded, if anything, into `moments`, and return the number of batches that it holds.
-
-        Raises:
-            NullSpaceError: if it was recorded with other settings, or cannot be read.
-        """
-        if not self.path.is_file():
-            return 0
-        try:
-            with safe_open(self.path, "pt") as file:  # on the CPU: not every name of a device is one that it takes
-                metadata = file.metadata()
-                settings = json.loads(metadata["settings"])
-                differing = [key for key in self.settings if settings.get(key) != self.settings[key]]
-                if differing:
-                    raise NullSpaceError(
-                        f"{self.folder} is the checkpoint of another build ({', '.join(differing)}); run that "
-                        "command again, or delete the folder to start anew."
-                    )
-                for group, source, tokens in json.loads(metadata["tokens"]):
-                    moments.sums[group, source] = file.get_tensor(f"{group} {source}").to(self.device)
-                    moments.tokens[group, source] = tokens
-        except (OSError, SafetensorError) as error:
-            raise NullSpaceError(f"{self.path} cannot be read ({error}); delete it to start anew.") from error
-        return int(metadata["batches"])
-
-    def remove(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
-    """Draw this process's share of the prompts and return the `SecondMoments` over all processes."""
-    group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
-    inputs = attention_inputs(pipeline.unet, args.attention)
-    if args.with_text_encoder:
-        inputs |= text_encoder_inputs(pipeline.text_encoder)
-    family = get_family(args.model_type)
-    moments = SecondMoments(pipeline.unet, inputs, group_of, text_encoder=pipeline.text_encoder)
-    done = checkpoint.load(moments)
-    steps_per_batch = sum(args.num_inference_steps)
-    share = range(state.process_index, len(prompts), state.num_processes)
-    progress = tqdm(
-        total=math.ceil(len(share) / args.batch_size) * steps_per_batch,
-        initial=done * steps_per_batch,
-        desc="Collecting",
-        unit="step",
-        disable=not state.is_local_main_process,
-    )
-
-    def advance(pipeline, step, timestep, values):
-        progress.update()
-        return values
-
-    numbered = islice(enumerate(prompts), share.start, None, share.step)
-    batches = iter(lambda: list(islice(numbered, args.batch_size)), [])
-    with moments.collect():
-        for number, batch in enumerate(islice(batches, done, None), done + 1):
-            moments.start_batch()
-            family.sample(
-                pipeline,
-                [prompt for _, prompt in batch],
-                [args.seed + index for index, _ in batch],
-                args.num_inference_steps,
-                args.guidance_scale,
-                args.resolution,
-                advance,
-                args.clip_skip,
-            )
-            if number % args.checkpointing_steps == 0:
-                checkpoint.save(moments, number)
-    progress.close()
-    moments.reduce(lambda tensor: reduce(tensor, "sum"))
-    return moments
-
-
-def describe(pipeline, prompts, revision, args):
-    """The bundle's configuration: all that one needs to know to use it or to build it again."""
-    unet, text_encoder = pipeline.unet, pipeline.text_encoder
-    inputs = attention_inputs(unet, args.attention)
-
-    def describe_modules(inputs):
-        layers = {name: find_module(name, unet, text_encoder=text_encoder) for name in inputs}
-        return {
-            name: {"input": inputs[name], "in_features": layer.in_features, "out_features": layer.out_features}
-            for name, layer in layers.items()
-        }
-
-    covered = {"modules": describe_modules(inputs)}
-    if args.with_text_encoder:
-        text_inputs = text_encoder_inputs(text_encoder)
-        covered[TEXT_ENCODER] = {"modules": describe_modules(text_inputs)}
-    source = args.prompts_file.name if args.prompts_file else args.prompts_dataset_name
-    return {
-        "base_model": {
-            "id": args.pretrained_model_name_or_path,
-            "revision": revision,
-            "variant": args.variant,
-            "fingerprint": fingerprints(
-                unet=unet, text_encoder=text_encoder, tokenizer=pipeline.tokenizer, noise_scheduler=pipeline.scheduler
-            ),
-        },
-        "model_type": args.model_type,
-        "prediction_type": pipeline.scheduler.config.prediction_type,
-        "sampler": args.sampler,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "clip_skip": args.clip_skip,
-        "resolution": args.resolution,
-        "attention": args.attention,
-        **covered,
-        "prompts": {
-            "source": source,
-            "count": len(prompts),
-            "sha256": prompts.sha256,
-            "examples": prompts.examples,
-        },
-        "seed": args.seed,
-        "mixed_precision": args.mixed_precision,
-        "command": shlex.join(["accelerate", "launch", Path(sys.argv[0]).name, *without_token(sys.argv[1:])]),
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, diffusers, transformers, accelerate, peft)},
-        },
-    }
-
-
-def weights_sha256(*models):
-    """Hex digest of all weights of models in float32."""
-    digest = hashlib.sha256()
-    for model in models:
-        for tensor in model.state_dict().values():
-            digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-def without_token(argv):
-    """A command line without the secret that may be in it."""
-    kept, words = [], iter(argv)
-    for word in words:
-        if not word.startswith("--hub_t"):  # argparse takes a beginning of --hub_token for it
-            kept.append(word)
-        elif "=" not in word:
-            next(words, None)
-    return kept
+from nullspace.models import download_model
+from nullspace.prompts import read_prompts
 
 
 def print_table(header, rows):
@@ -448,44 +250,8 @@ def main(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    with loading(model):
-        vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
-    if args.resolution and (fault := resolution_fault(args.resolution, vae_config["block_out_channels"])):
-        raise NullSpaceError(fault)
-    with loading(model):
-        tokenizer = family.load_tokenizer(folder)
-    if fault := tokenizer_fault(tokenizer, model):
-        raise NullSpaceError(fault)
-    for sentence in length_warnings(tokenizer, prompts, "the prompts"):
-        tell(sentence)
-
-    # Load the model with the sampler
-    with loading(model):
-        models = family.load_models(folder, args.variant)
-        pipeline = family.load_pipeline(folder, args.variant, tokenizer=tokenizer, **models)
-    check_clip_skip(args.clip_skip, pipeline.text_encoder.config.num_hidden_layers)
-    pipeline.to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)
-    args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    config = describe(pipeline, prompts, revision, args)
-    weights = weights_sha256(pipeline.unet, pipeline.text_encoder)
-    pipeline.to(state.device, getattr(torch, PRECISIONS[args.mixed_precision]))
-
-    # Draw the prompts and sum what the layers read
-    visited = []
-    for steps in args.num_inference_steps:
-        try:
-            pipeline.scheduler.set_timesteps(steps)
-        except ValueError as error:  # more steps than the sampler has
-            raise NullSpaceError(f"--num_inference_steps {steps} is too many ({reason(error)}).") from error
-        visited += pipeline.scheduler.timesteps.tolist()
-    count = {JOINT: 1, "stages": STAGES, "steps": len(visited)}[args.timestep_groups]
-    groups = timestep_groups(visited, count, pipeline.scheduler.config.num_train_timesteps)
-    settings = {key: value for key, value in config.items() if key != "command"}
-    settings |= {"groups": groups, "weights": weights, "batch_size": args.batch_size, "processes": state.num_processes}
-    checkpoint = Checkpoint(args.output_dir, settings, state)
-    moments = collect_moments(pipeline, prompts, groups, checkpoint, args, state)
+    pipeline = load_collected(family, folder, prompts, tell, args)
+    moments, groups, config, checkpoint = collect(pipeline, prompts, revision, args, state)
 
     # Decompose, write and publish
     if state.is_main_process:

@@ -16,7 +16,8 @@ from common import TEXT, alternate, median, ratio, sd1_unet, write
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from build_nullspace import Checkpoint, collect_moments, parse_args
+from build_nullspace import parse_args
+from nullspace.collection import Checkpoint, collect_moments
 from nullspace.moments import SecondMoments
 from nullspace.names import JOINT
 from nullspace.timesteps import timestep_groups

@@ -15,12 +15,14 @@ from safetensors import safe_open
 
 import build_nullspace
 from nullspace.bundle import Bundle
+from nullspace.collection import STAGES, Checkpoint, collect_moments
 from nullspace.errors import NullSpaceError
 from nullspace.hashes import sha256
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
 from nullspace.moments import SecondMoments
 from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT
 from nullspace.prompts import Prompts
+from nullspace.samplers import make_scheduler
 
 
 PROMPTS = ["a red star", "a photo of a large blue heart on a white background", "a ring", "a moon on black", "a cross"]
@@ -61,7 +63,7 @@ def test_launched_as_a_user_does(run_script, tiny_sd1, prompts_file, tmp_path):
     assert "rank at 0.999" in done.stdout and f"Wrote {bundle}" in done.stdout
     assert "Collecting" in done.stderr  # the progress bar
     config = json.loads((bundle / "nullspace_config.json").read_text())
-    assert len(config["groups"]) == 1 + build_nullspace.STAGES
+    assert len(config["groups"]) == 1 + STAGES
     assert config["prompts"]["count"] == len(PROMPTS) + 1  # and the empty one
     rows = list(csv.DictReader(open(bundle / "modules.csv")))
     assert {row["group"] for row in rows} == {TEXT_INPUT} | {group["name"] for group in config["groups"]}
@@ -72,7 +74,7 @@ def test_collects_what_the_pipeline_reads(tiny_sd2, prompts_file, tmp_path):
     """Against inputs gathered by hooks of this test while the pipeline draws the prompts one by one."""
     build(tmp_path / "bundle", tiny_sd2, prompts_file, "--seed", 5, "--guidance_scale", 3, "--timestep_groups", "steps")
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd2, safety_checker=None)
-    pipeline.scheduler = build_nullspace.make_scheduler("ddim", pipeline.scheduler.config)
+    pipeline.scheduler = make_scheduler("ddim", pipeline.scheduler.config)
     queries, name = {}, "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
     texts, timesteps = [], []
     pipeline.unet.get_submodule(name).register_forward_pre_hook(
@@ -121,15 +123,15 @@ def test_sums_before_rounding_do_not_depend_on_the_batch(tiny_sd1, tmp_path):
     for size in (1, 3):
         pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler = build_nullspace.make_scheduler("euler_a", pipeline.scheduler.config)
+        pipeline.scheduler = make_scheduler("euler_a", pipeline.scheduler.config)
         argv = ["--pretrained_model_name_or_path", "x", "--prompts_file", "x", "--batch_size", str(size)]
         args = build_nullspace.parse_args(argv + ["--num_inference_steps", "3", "--resolution", "32"])
         args.guidance_scale = 5.0
         pipeline.scheduler.set_timesteps(3)
         groups = [{"name": JOINT, "timesteps": [round(t) for t in pipeline.scheduler.timesteps.tolist()]}]
         state = build_nullspace.PartialState()
-        checkpoint = build_nullspace.Checkpoint(tmp_path / str(size), {}, state)
-        moments = build_nullspace.collect_moments(pipeline, ["", *PROMPTS], groups, checkpoint, args, state)
+        checkpoint = Checkpoint(tmp_path / str(size), {}, state)
+        moments = collect_moments(pipeline, ["", *PROMPTS], groups, checkpoint, args, state)
         collected.append(moments.sums)
     assert collected[0].keys() == collected[1].keys()
     assert max(relative(collected[1][key], collected[0][key]) for key in collected[0]) < 1e-5
@@ -196,8 +198,8 @@ def test_each_process_goes_on_with_its_own_share(tiny_sd1, tmp_path):
         state = SimpleNamespace(
             process_index=rank, num_processes=2, device=torch.device("cpu", 0), is_local_main_process=False
         )
-        checkpoint = build_nullspace.Checkpoint(tmp_path / folder, {}, state)
-        return build_nullspace.collect_moments(drawing(**vars(models)), ["", *PROMPTS], groups, checkpoint, args, state)
+        checkpoint = Checkpoint(tmp_path / folder, {}, state)
+        return collect_moments(drawing(**vars(models)), ["", *PROMPTS], groups, checkpoint, args, state)
 
     for rank in (0, 1):
         whole, first, rest = [], [], []

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import build_nullspace
 import train_dreambooth_nullspace as trainer
 from nullspace.bundle import Bundle, check_files
+from nullspace.collection import without_token
 from nullspace.hashes import config_sha256
 from nullspace.names import COMPARISON_NAME, CONFIG_NAME, LORA_NAME, REPORT_NAME, TABLE_NAME, TEXT_INPUT
 from shapes import DEMO
@@ -706,5 +707,5 @@ def test_trackers_that_record_the_command_line_are_refused_with_a_token(tracker,
 
 def test_a_token_is_left_out_of_the_command_line():
     for given in (["--hub_token", WRITE], [f"--hub_token={WRITE}"], ["--hub_tok", WRITE], [f"--hub_t={WRITE}"]):
-        words = build_nullspace.without_token(["--push_to_hub", *given, "--hub_dataset_id", "a/b"])
+        words = without_token(["--push_to_hub", *given, "--hub_dataset_id", "a/b"])
         assert words == ["--push_to_hub", "--hub_dataset_id", "a/b"]

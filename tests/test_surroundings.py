@@ -16,6 +16,7 @@ from diffusers.optimization import SchedulerType
 import build_nullspace
 import train_dreambooth_nullspace as trainer
 from nullspace import system
+from nullspace.collection import Checkpoint
 from nullspace.errors import NullSpaceError
 from nullspace.launch import check_launcher
 from test_train import bundle1, command_line, drawing_in_two_steps, make_bundle, train  # noqa: F401
@@ -41,7 +42,7 @@ def modes(folder):
 
 
 def test_a_bundle_has_the_users_umask(umask, tiny_sd1, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_nullspace.Checkpoint, "remove", lambda self: None)
+    monkeypatch.setattr(Checkpoint, "remove", lambda self: None)
     bundle = make_bundle(tiny_sd1, tmp_path / "bundle", "--checkpointing_steps", 1, "--batch_size", 1)
     for folder in (bundle, tmp_path / "bundle.checkpoint"):
         assert modes(folder) == ({"0o640"}, {"0o750"})

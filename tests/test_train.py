@@ -34,7 +34,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
-from nullspace import batch_loss, model_card, optimizers, validation
+from nullspace import adapters, batch_loss, model_card, optimizers, validation
 from nullspace.audit import leakage
 from nullspace.bundle import Bundle
 from nullspace.checkpoint import checkpoints
@@ -1023,7 +1023,7 @@ def worst_leakage(folder, bundle):
 @pytest.fixture
 def any_rank(monkeypatch):
     """The tiny model's layers are too small for as many numbers as 8-bit optimizers begin at."""
-    monkeypatch.setattr(trainer, "rank_fault", lambda rank, shapes: None)
+    monkeypatch.setattr(adapters, "rank_fault", lambda rank, shapes: None)
 
 
 OPTIMIZERS = {

@@ -126,7 +126,7 @@ def test_sums_before_rounding_do_not_depend_on_the_batch(tiny_sd1, tmp_path):
         pipeline.scheduler = make_scheduler("euler_a", pipeline.scheduler.config)
         argv = ["--pretrained_model_name_or_path", "x", "--prompts_file", "x", "--batch_size", str(size)]
         args = build_nullspace.parse_args(argv + ["--num_inference_steps", "3", "--resolution", "32"])
-        args.guidance_scale = 5.0
+        args.guidance_scale, args.model_type = 5.0, "sd"
         pipeline.scheduler.set_timesteps(3)
         groups = [{"name": JOINT, "timesteps": [round(t) for t in pipeline.scheduler.timesteps.tolist()]}]
         state = build_nullspace.PartialState()

@@ -181,6 +181,7 @@ def test_each_process_goes_on_with_its_own_share(tiny_sd1, tmp_path):
     """
     args = build_nullspace.parse_args(["--pretrained_model_name_or_path", "x", "--prompts_file", "x"])
     args.num_inference_steps, args.guidance_scale, args.batch_size, args.checkpointing_steps = [2], 5.0, 1, 1
+    args.model_type = "sd"
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler.set_timesteps(2)

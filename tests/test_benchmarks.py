@@ -160,10 +160,10 @@ def test_instance_prompts_take_turns(method, count, monkeypatch):
     monkeypatch.setattr(preservation.Bundle, "load", lambda folder: None)
     world, seen, loss = preservation.World(None), [], preservation.diffusion_loss
 
-    def watch(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise):
-        seen.extend(prompt_embeds[:5])
-        assert len(latents) == len(prompt_embeds) == (10 if "prior" in method else 5)
-        return loss(unet, noise_scheduler, latents, prompt_embeds, timesteps, noise)
+    def watch(unet, noise_scheduler, latents, timesteps, noise, encoder_hidden_states):
+        seen.extend(encoder_hidden_states[:5])
+        assert len(latents) == len(encoder_hidden_states) == (10 if "prior" in method else 5)
+        return loss(unet, noise_scheduler, latents, timesteps, noise, encoder_hidden_states=encoder_hidden_states)
 
     monkeypatch.setattr(preservation, "diffusion_loss", watch)
     for _ in preservation.train(world, preservation.METHODS[method], "star", 0, 1e-3, (6,)):

@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "matplotlib",
-#     "peft>=0.19,<1", "safetensors>=0.5,<1", "torch>=2.6,<2.14", "tqdm", "transformers>=5.6,<6",
+#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.40,<1", "huggingface_hub>=1.23,<3", "matplotlib",
+#     "peft>=0.19,<1", "safetensors>=0.8,<1", "torch>=2.6,<2.14", "tqdm", "transformers>=5.6,<6",
 # ]
 # ///
 """Build the null-space bundle of a Stable Diffusion or LCM model, once for all who train on it.

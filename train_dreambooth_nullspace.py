@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "numpy",
-#     "peft>=0.19,<1", "pillow>=10.1", "safetensors>=0.5,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm",
+#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.40,<1", "huggingface_hub>=1.23,<3", "numpy",
+#     "peft>=0.19,<1", "pillow>=10.3", "safetensors>=0.8,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm",
 #     "transformers>=5.6,<6",
 # ]
 # ///

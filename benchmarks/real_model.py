@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, LatentConsistencyModelPipeline
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -61,7 +61,7 @@ class Features:
 
     def __init__(self, dino, clip, device):
         self.device = device
-        self.dino_processor, self.dino = AutoImageProcessor.from_pretrained(dino), AutoModel.from_pretrained(dino)
+        self.dino_processor, self.dino = AutoProcessor.from_pretrained(dino), AutoModel.from_pretrained(dino)
         self.clip_processor, self.clip = AutoProcessor.from_pretrained(clip), AutoModel.from_pretrained(clip)
         self.dino.to(device).eval()
         self.clip.to(device).eval()

@@ -30,7 +30,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES, recognise
 from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT
 from nullspace.samplers import SAMPLERS
-from nullspace.system import hide_package
+from nullspace.system import quiet_imports
 
 
 def parse_args(argv=None):
@@ -126,7 +126,7 @@ def parse_args(argv=None):
 # Flags come before libraries, which take seconds to import: neither help nor a wrong flag needs them.
 if __name__ == "__main__":
     ARGS = parse_args()
-    hide_package("bitsandbytes")  # which peft imports wherever it is installed, and which then prints
+    quiet_imports(hidden=["bitsandbytes"])
 
 import diffusers
 import transformers

@@ -21,6 +21,7 @@ from pathlib import Path
 from nullspace.checks import RANGES, SHARE, HelpFormatter, Parser
 from nullspace.errors import NullSpaceError
 from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER
+from nullspace.system import quiet_imports
 
 
 def parse_args(argv=None):
@@ -60,6 +61,7 @@ def parse_args(argv=None):
 # Flags come before libraries, which take seconds to import: neither help nor a wrong flag needs them.
 if __name__ == "__main__":
     ARGS = parse_args()
+    quiet_imports(hidden=["bitsandbytes"])
 
 
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict

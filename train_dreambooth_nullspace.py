@@ -35,6 +35,7 @@ from nullspace.checks import (
     check_softness,
     check_threshold,
     check_writable,
+    colour,
     output_folder_fault,
     require,
     resolution_fault,
@@ -46,13 +47,13 @@ from nullspace.flags import resume_help
 from nullspace.names import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
+    INTERPOLATION,
     JOINT,
     LORA_NAME,
     TEXT_ENCODER,
     kohya_path,
 )
-from nullspace.pictures import INTERPOLATION, colour, fit, read_instances, save_picture
-from nullspace.system import hide_package
+from nullspace.system import quiet_imports
 
 
 # All of diffusers' `SchedulerType` but piecewise_constant, which needs rules of its own.
@@ -209,9 +210,9 @@ def parse_args(argv=None):
     group.add_argument(
         "--background",
         type=colour,
-        default="white",
+        default=(255, 255, 255),
         metavar="COLOUR",
-        help="What transparent pictures are laid on, a name or #rrggbb (default: %(default)s).",
+        help="What transparent pictures are laid on, a name or #rrggbb (default: white).",
     )
     group.add_argument("--cache_dir", help="Where that dataset is stored (default: the datasets library's cache).")
     group.add_argument(
@@ -391,8 +392,7 @@ def parse_args(argv=None):
 # Flags come before libraries, which take seconds to import: neither help nor a wrong flag needs them.
 if __name__ == "__main__":
     ARGS = parse_args()
-    if not ARGS.use_8bit_adam:
-        hide_package("bitsandbytes")  # which peft imports wherever it is installed, and which then prints
+    quiet_imports(hidden=[] if ARGS.use_8bit_adam else ["bitsandbytes"])
 
 import torch
 from accelerate import Accelerator
@@ -431,6 +431,7 @@ from nullspace.launch import PROCESS_TIMEOUT, check_launcher
 from nullspace.logs import ScalarLog, log_audit, log_picture, set_up_logging, start_trackers
 from nullspace.models import download_model, loading
 from nullspace.optimizers import make_optimizer, make_schedule
+from nullspace.pictures import fit, read_instances, save_picture
 from nullspace.projector import NullSpaceProjector
 from nullspace.prompt_encoder import PromptEncoder, load_tokenizer
 from nullspace.prompts import prompt_warnings, tokenizer_fault

@@ -235,3 +235,12 @@ def rank_fault(rank, shapes):
             f"{min(shape)}."
         )
     return None
+
+
+def colour(text):
+    """An (r, g, b) of 0 to 255 from a colour's name or #rrggbb, for argparse."""
+    from PIL import ImageColor  # which only who names a colour waits for
+
+    if ImageColor.getcolor(text, "RGBA")[3] in range(255):
+        raise ValueError(f"{text} is transparent itself.")
+    return ImageColor.getcolor(text, "RGB")

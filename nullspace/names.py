@@ -15,6 +15,9 @@ REPORT_NAME = "nullspace_report.json"
 COMPARISON_NAME = "comparison.png"
 UNPROTECTED_NAME = f"unprotected_{LORA_NAME}"
 CARD_NAME = "README.md"
+# --image_interpolation_mode, by diffusers' names: Pillow's own
+INTERPOLATION = {name: name.upper() for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")}
+INTERPOLATION["nearest_exact"] = "NEAREST"
 
 
 def kohya_path(output_dir):

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from nullspace.captions import (
@@ -27,11 +27,9 @@ from nullspace.captions import (
     kohya_repeats,
 )
 from nullspace.errors import NullSpaceError, listed, reason
+from nullspace.names import INTERPOLATION
 
 
-INTERPOLATION = {
-    name: Image.Resampling[name.upper()] for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
-} | {"nearest_exact": Image.Resampling.NEAREST}
 # A square crop of a picture longer than this shows too little of it, and enlarging the short side takes memory without
 # bounds: 4000 x 1 at 512 would be 2,048,000 x 512 pixels.
 MAX_ASPECT = 10
@@ -58,13 +56,6 @@ MIN_TILE, MAX_TILE = 256, 512  # pixels of a picture on a sheet
 
 
 # ---- One picture -----------------------------------------------------------------------------------------------------
-
-
-def colour(text):
-    """An (r, g, b) of 0 to 255 from a colour's name or #rrggbb, for argparse."""
-    if ImageColor.getcolor(text, "RGBA")[3] in range(255):
-        raise ValueError(f"{text} is transparent itself.")
-    return ImageColor.getcolor(text, "RGB")
 
 
 def eight_bit(picture):
@@ -128,7 +119,7 @@ def fit(picture, resolution, interpolation):
     """A picture whose shorter side is `resolution`; itself where that is so already."""
     scale = resolution / min(picture.size)
     size = tuple(max(resolution, round(side * scale)) for side in picture.size)
-    return picture if picture.size == size else picture.resize(size, INTERPOLATION[interpolation])
+    return picture if picture.size == size else picture.resize(size, Image.Resampling[INTERPOLATION[interpolation]])
 
 
 def register_heic():

@@ -61,6 +61,12 @@ def sort_header(path):
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[end:])
 
 
-def hide_package(name):
-    """Have imports of a package find none, unless it has been imported already."""
-    sys.modules.setdefault(name, None)
+def quiet_imports(hidden=()):
+    """Have the libraries import and tell only what is needed: call it before they are imported.
+
+    Args:
+        hidden (`Iterable[str]`): packages that they import wherever they are installed, and which then print.
+    """
+    for package in hidden:
+        sys.modules.setdefault(package, None)  # which Python takes for "not installed"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of packages that are not needed

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -28,16 +28,24 @@ def alone(path, tell, state):
         return
     path = Path(path).resolve()
     made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(path), path.with_name(f"{path.name}-holder")
+    lock, holder, told = FileLock(path), path.with_name(f"{path.name}-holder"), False
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            tell(f"Waiting for {_describe(holder)}, which is at work in this folder (its lock is {path}).")
-            lock.acquire(poll_interval=0.5)
-        except (OSError, NotImplementedError) as error:  # some network file systems have no locks
-            tell(f"{path} cannot be locked ({error}): see to it that no other run writes to this folder.")
+        while not lock.is_locked:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+                if not path.exists():  # who held it has just removed it with its folder
+                    lock.release()
+            except Timeout:
+                if not told:
+                    tell(f"Waiting for {_describe(holder)}, which is at work in this folder (its lock is {path}).")
+                told = True
+                time.sleep(0.5)
+            except FileNotFoundError:  # its folder
+                continue
+            except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+                tell(f"{path} cannot be locked ({error}): see to it that no other run writes to this folder.")
+                break
         if lock.is_locked:
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
             holder.write_text(json.dumps(me), encoding="utf-8")
@@ -46,11 +54,12 @@ def alone(path, tell, state):
     finally:
         if lock.is_locked:
             holder.unlink(missing_ok=True)
-            lock.release()
         for folder in made:
             if folder.is_dir() and set(folder.iterdir()) <= {path}:
-                path.unlink(missing_ok=True)
-                folder.rmdir()
+                with suppress(OSError):  # Windows removes no file that is open, and it can stay
+                    path.unlink(missing_ok=True)
+                    folder.rmdir()
+        lock.release()
 
 
 def _describe(holder):

@@ -24,7 +24,7 @@ DAY = 24 * 60 * 60  # seconds
 # What a disk, or who looks after it, says no with; anything else is a fault of the code.
 REFUSALS = {
     getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOENT", "EIO", "ESTALE", "ENOTDIR")
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENOTDIR")
     if hasattr(errno, name)
 }
 
@@ -102,7 +102,9 @@ def put(source, target):
         if old.exists() and not target.exists():
             rename_folder(old, target)
         raise
-    remove(old)
+    finally:
+        if target.exists():
+            _remove_quietly(old)
 
 
 def make_inside(folder):
@@ -146,11 +148,11 @@ def write_fault(path, partial, error, size=None):
         number = int(found[1])
     if "PytorchStreamWriter failed" in str(error):  # as torch says it, whatever it was
         number = errno.ENOSPC
+    folder = path.parent
+    if isinstance(error, OSError) and not folder.is_dir():
+        return f"{path} cannot be written: {folder} was removed while the run wrote to it; run the command again."
     if number not in REFUSALS:
         return None
-    folder = path.parent
-    if not folder.is_dir():
-        return f"{path} cannot be written: {folder} was removed while the run wrote to it; run the command again."
     written = sum(file.stat().st_size for file in [partial, *partial.rglob("*")] if file.is_file())
     needed = f"{in_bytes(size)} are needed" if size else f"more than {in_bytes(written)} are needed"
     return (

@@ -141,7 +141,7 @@ from nullspace.dataset_card import draw_spectra, model_name, rank_table, write_d
 from nullspace.hashes import config_sha256, sha256
 from nullspace.hub import base_license, create_repository, hub_repository, push_folder
 from nullspace.launch import PROCESS_TIMEOUT
-from nullspace.locks import alone
+from nullspace.locks import alone, beside
 from nullspace.models import download_model
 from nullspace.prompts import read_prompts
 
@@ -213,7 +213,7 @@ def main(args):
     if args.pretrained_model_name_or_path is not None:
         check_output_folder(args.output_dir)
     folder = args.output_dir.resolve()
-    with alone(folder.with_name(f".{folder.name}.lock"), tell, state):
+    with alone(beside(folder), tell, state):
         if state.is_main_process:
             for place, name in ((folder.parent, folder.name), (folder, None), (checkpoint_folder(folder), None)):
                 remove_leftovers(place, tell, name)

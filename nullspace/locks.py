@@ -11,6 +11,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 
+def beside(folder):
+    """The lock of a folder that is replaced as a whole, as a bundle is: in the folder around it."""
+    folder = Path(folder).resolve()
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextmanager
 def alone(path, tell, state):
     """Hold a lock while the block runs; wait for who holds it, and say for whom.

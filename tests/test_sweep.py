@@ -129,7 +129,8 @@ def test_sigterm(script, training, building, tmp_path):
     for number in range(max(1, KILLS // 6)):
         folder = tmp_path / str(number)
         code, said, took = kill_after(script, line(folder), chance.uniform(0.1, 1.0) * seconds, signal.SIGTERM)
-        assert code in (None, 0, 143) and took < 10, said  # 0: it had begun to end
+        assert code in (None, 0, 143), said  # 0: it had begun to end
+        assert took < max(10, seconds / 2), said  # a machine that is busy with other things takes longer for a step
         if "Go on with:" in said:
             process = subprocess.run([sys.executable, *shlex.split(said.splitlines()[-1])[1:]], cwd=ROOT, timeout=600)
             assert process.returncode == 0

@@ -730,6 +730,7 @@ def work(accelerator, args):
         number = agreement.asked()
         if number:
             scalars.flush()
+            progress.close()  # which would write over the sentence that follows
             check_weights(parameters, step, args.learning_rate)
             if saved != step:
                 save_checkpoint(accelerator, step, args, run)

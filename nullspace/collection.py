@@ -150,6 +150,7 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
             if number % args.checkpointing_steps == 0 or number == last or number_asked:
                 checkpoint.save(moments, number)
             if number_asked:
+                progress.close()  # which would write over the sentence that follows
                 raise signals.Stopped(number_asked, f"{number} of {last} batches are in {checkpoint.folder}.")
     progress.close()
     try:

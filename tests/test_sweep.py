@@ -132,7 +132,8 @@ def test_sigterm(script, training, building, tmp_path):
         assert code in (None, 0, 143), said  # 0: it had begun to end
         assert took < max(10, seconds / 2), said  # a machine that is busy with other things takes longer for a step
         if "Go on with:" in said:
-            process = subprocess.run([sys.executable, *shlex.split(said.splitlines()[-1])[1:]], cwd=ROOT, timeout=600)
+            told = said.splitlines()[-1]
+            process = subprocess.run([sys.executable, *shlex.split(told)[1:]], cwd=ROOT, timeout=600)
             assert process.returncode == 0
         elif code:  # while libraries were imported
             run(script, line(folder))

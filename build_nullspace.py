@@ -1,8 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.40,<1", "huggingface_hub>=1.23,<3", "matplotlib",
-#     "peft>=0.19,<1", "safetensors>=0.8,<1", "torch>=2.6,<2.14", "tqdm", "transformers>=5.6,<6",
+#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.40,<1", "filelock>=3.12", "huggingface_hub>=1.23,<3",
+#     "matplotlib", "peft>=0.19,<1", "psutil", "safetensors>=0.8,<1", "torch>=2.6,<2.14", "tqdm",
+#     "transformers>=5.6,<6",
 # ]
 # ///
 """Build the null-space bundle of a Stable Diffusion or LCM model, once for all who train on it.
@@ -19,18 +20,18 @@ or later:
 """
 
 import json
-import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
+from nullspace import signals
 from nullspace.checks import HelpFormatter, Parser, require
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES, recognise
 from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT
 from nullspace.samplers import SAMPLERS
-from nullspace.system import quiet_imports
+from nullspace.system import quiet_imports, remove_leftovers, write_text
 
 
 def parse_args(argv=None):
@@ -126,6 +127,7 @@ def parse_args(argv=None):
 # Flags come before libraries, which take seconds to import: neither help nor a wrong flag needs them.
 if __name__ == "__main__":
     ARGS = parse_args()
+    signals.listen()
     quiet_imports(hidden=["bitsandbytes"])
 
 import diffusers
@@ -134,11 +136,12 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from nullspace.bundle import Bundle, check_files, check_output_folder, group_file, read_config
-from nullspace.collection import collect, load_collected
+from nullspace.collection import checkpoint_folder, collect, load_collected
 from nullspace.dataset_card import draw_spectra, model_name, rank_table, write_dataset_card
 from nullspace.hashes import config_sha256, sha256
 from nullspace.hub import base_license, create_repository, hub_repository, push_folder
 from nullspace.launch import PROCESS_TIMEOUT
+from nullspace.locks import alone, beside
 from nullspace.models import download_model
 from nullspace.prompts import read_prompts
 
@@ -165,17 +168,11 @@ def name_repository(repo_id, folder):
     if card.is_file():  # a bundle that was merged has none
         text = card.read_text(encoding="utf-8")
         text = re.sub(r"(--nullspace_name_or_path ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text, count=1)
-        replace_text(card, text)
+        write_text(card, text)
         config["files"][CARD_NAME] = sha256(card)
         config["sha256"] = config_sha256(config)
-        replace_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+        write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
     return config
-
-
-def replace_text(path, text):
-    partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def push(repo_id, args):
@@ -213,11 +210,22 @@ def main(args):
         if state.is_main_process:
             print(sentence, file=sys.stderr)
 
+    if args.pretrained_model_name_or_path is not None:
+        check_output_folder(args.output_dir)
+    folder = args.output_dir.resolve()
+    with alone(beside(folder), tell, state):
+        if state.is_main_process:
+            for place, name in ((folder.parent, folder.name), (folder, None), (checkpoint_folder(folder), None)):
+                remove_leftovers(place, tell, name)
+        state.wait_for_everyone()
+        work(state, tell, args)
+
+
+def work(state, tell, args):
     # Find out all that can go wrong before the work
     repo_id, retry, model = args.hub_dataset_id, "run this command again", args.pretrained_model_name_or_path
     if model is not None:
         require("matplotlib", "The picture of the spectra")
-        check_output_folder(args.output_dir)
         prompts = read_prompts(args, tell)
         if len(prompts) < state.num_processes:
             raise NullSpaceError(
@@ -267,7 +275,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except NullSpaceError as error:
-        sys.exit(f"error: {error}")
+    signals.run(main, ARGS)

@@ -1,9 +1,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.40,<1", "huggingface_hub>=1.23,<3", "numpy",
-#     "peft>=0.19,<1", "pillow>=10.3", "safetensors>=0.8,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm",
-#     "transformers>=5.6,<6",
+#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.40,<1", "filelock>=3.12", "huggingface_hub>=1.23,<3",
+#     "numpy", "peft>=0.19,<1", "pillow>=10.3", "psutil", "safetensors>=0.8,<1", "tensorboard", "torch>=2.6,<2.14",
+#     "tqdm", "transformers>=5.6,<6",
 # ]
 # ///
 """Teach Stable Diffusion or an LCM a subject from a few pictures, with a LoRA that leaves the rest be.
@@ -23,11 +23,11 @@ import argparse
 import math
 import os
 import random
-import sys
-import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from nullspace import signals
 from nullspace.checks import (
     HelpFormatter,
     Parser,
@@ -53,7 +53,7 @@ from nullspace.names import (
     TEXT_ENCODER,
     kohya_path,
 )
-from nullspace.system import quiet_imports
+from nullspace.system import check_space, put, quiet_imports, remove_leftovers, staging
 
 
 # All of diffusers' `SchedulerType` but piecewise_constant, which needs rules of its own.
@@ -392,6 +392,7 @@ def parse_args(argv=None):
 # Flags come before libraries, which take seconds to import: neither help nor a wrong flag needs them.
 if __name__ == "__main__":
     ARGS = parse_args()
+    signals.listen()
     quiet_imports(hidden=[] if ARGS.use_8bit_adam else ["bitsandbytes"])
 
 import torch
@@ -418,9 +419,12 @@ from nullspace.checkpoint import (
     describe_models,
     describe_run,
     find_checkpoint,
+    going_on_from,
+    how_to_go_on,
     keep_checkpoints_small,
     read_record,
     save_checkpoint,
+    write_state,
 )
 from nullspace.dataset import InstanceDataset, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
@@ -428,6 +432,7 @@ from nullspace.hub import create_repository, hub_repository
 from nullspace.kohya import check_replaceable
 from nullspace.latents import encode_pictures
 from nullspace.launch import PROCESS_TIMEOUT, check_launcher
+from nullspace.locks import alone
 from nullspace.logs import ScalarLog, log_audit, log_picture, set_up_logging, start_trackers
 from nullspace.models import download_model, loading
 from nullspace.optimizers import make_optimizer, make_schedule
@@ -437,7 +442,7 @@ from nullspace.prompt_encoder import PromptEncoder, load_tokenizer
 from nullspace.prompts import prompt_warnings, tokenizer_fault
 from nullspace.protection import add_extra_prompts, closes_any, describe_protection, load_protection, protect
 from nullspace.report import audit_file, save_audited
-from nullspace.results import push, write_results
+from nullspace.results import needed_space, push, write_results
 from nullspace.timesteps import TimestepSampler
 from nullspace.validation import draw_in_training, draw_saved
 
@@ -518,7 +523,6 @@ def find_out(accelerator, captions, pictures, args):
     Raises:
         NullSpaceError: if something is wrong.
     """
-    check_output(args)
     checkpoint = find_checkpoint(args)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, args.hub_token)
@@ -604,6 +608,16 @@ def save_memory(unet, text_encoder, args):
 def main(args):
     accelerator = make_accelerator(args)
     set_up_logging(accelerator)
+    check_output(args)
+    with alone(args.output_dir / ".lock", logger.warning, accelerator):
+        if accelerator.is_main_process:
+            for folder in (args.output_dir, args.output_dir / "pictures", args.output_dir / "validation"):
+                remove_leftovers(folder, logger.info)
+        accelerator.wait_for_everyone()
+        work(accelerator, args)
+
+
+def work(accelerator, args):
     pictures, captions, given_prompts = read_subject(accelerator, args)
     family, checkpoint, bundle, nearest, protected, run = find_out(accelerator, captions, pictures, args)
     settle_seed(accelerator, checkpoint, args)
@@ -615,9 +629,8 @@ def main(args):
     adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
     bundle.check(unet, text_encoder, tokenizer=tokenizer, noise_scheduler=noise_scheduler)
     prompts = list(dict.fromkeys(caption for several in captions for caption in several))
-    if checkpoint or args.max_train_steps is None or args.checkpointing_steps <= args.max_train_steps:
-        encoded = prompts + (args.nullspace_extra_prompts or [])
-        run |= describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, encoded)
+    encoded = prompts + (args.nullspace_extra_prompts or [])
+    run |= describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, encoded)
     check_same_run(checkpoint, run)
     check_clip_skip(args.clip_skip, text_encoder.config.num_hidden_layers)
     targets = lora_targets(unet, text_encoder, bundle, args)
@@ -648,7 +661,13 @@ def main(args):
 
     # Data: pictures and captions, encoded once where nothing changes them
     dataset = InstanceDataset(pictures, [[prompts.index(caption) for caption in several] for several in captions], args)
-    dataloader = DataLoader(dataset, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers)
+    dataloader = DataLoader(
+        dataset,
+        args.train_batch_size,
+        shuffle=True,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=signals.leave_to_parent,
+    )
     vae = sound_vae(vae, dataset.first_epoch, args.model_folder, args.variant, args.learning_rate)
     args.vae_in_float32 = weight_dtype != vae.dtype
     prompt_encoder = PromptEncoder(tokenizer, text_encoder, prompts, device, args)
@@ -674,8 +693,10 @@ def main(args):
     start_trackers(accelerator, args)
     step = 0
     if checkpoint:
-        accelerator.load_state(checkpoint)
         step = read_record(checkpoint)["step"]
+    check_space(args.output_dir, needed_space(parameters, step, args), "what this run will write")
+    if checkpoint:
+        accelerator.load_state(checkpoint)
         logger.info(f"Resuming from {checkpoint} at step {step}")
 
     # Train
@@ -696,15 +717,30 @@ def main(args):
     scalars = ScalarLog(accelerator, progress)
 
     def validate():
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and not signals.asked():
             scalars.flush()
-            picture = draw_in_training(accelerator, adapted, kept, weight_dtype, step, args)
-            save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
-            log_picture(accelerator, "validation", picture, step)
+            with signals.cut_short():
+                picture = draw_in_training(accelerator, adapted, kept, weight_dtype, step, args)
+                save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
+                log_picture(accelerator, "validation", picture, step)
+
+    agreement, saved = signals.Agreement(accelerator.num_processes, PROCESS_TIMEOUT), step if checkpoint else None
+
+    def stop_if_asked():
+        """At the same step in all processes, with a checkpoint of it."""
+        number = agreement.asked()
+        if number:
+            scalars.flush()
+            progress.close()  # which would write over the sentence that follows
+            check_weights(parameters, step, args.learning_rate)
+            if saved != step:
+                save_checkpoint(accelerator, step, args, run)
+            accelerator.end_training()
+            raise signals.Stopped(number, *how_to_go_on(args.output_dir, step))
 
     # Resumed from its last checkpoint, a run has nothing left to do, even in the middle of an epoch
     epochs = range(step // steps_per_epoch, args.num_train_epochs) if step < args.max_train_steps else ()
-    for epoch in epochs:
+    for epoch in signals.noted_during(epochs):
         for model in models:
             model.train()
         dataset.set_epoch(epoch)
@@ -745,46 +781,47 @@ def main(args):
             if step % args.checkpointing_steps == 0:
                 scalars.flush()
                 check_weights(parameters, step, args.learning_rate)
-                folder = save_checkpoint(accelerator, step, args, run)
+                folder, saved = save_checkpoint(accelerator, step, args, run), step
                 if accelerator.trackers:
                     log_audit(accelerator, audit_file(folder, bundle, adapted, args), step)
             if args.validation_prompt and args.validation_steps and step % args.validation_steps == 0:
                 validate()
+            stop_if_asked()
             if step >= args.max_train_steps:
                 break
         if args.validation_prompt and not args.validation_steps and epoch % args.validation_epochs == 0:
             validate()
+            stop_if_asked()
     scalars.flush()
     progress.close()
 
     # Save the LoRA, read it back, and show what it did
     lora_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     check_weights(parameters, step, args.learning_rate, lora_dtype)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        # It takes its place, and that of an earlier one, only once the file and its pictures turn out sound
-        with tempfile.TemporaryDirectory(prefix="partial-lora-", dir=args.output_dir) as staging:
-            found = save_audited(Path(staging), bundle, adapted, lora_dtype, args)
-            log_audit(accelerator, found, step)
-            for key in ("leakage", "predicted_drift"):
-                if found[key]["max"] is not None:
-                    logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
-            del unet, batch_loss, text_encoder, vae, model, models, optimizer, projector, prompt_encoder
-            adapted.clear()
-            kept.clear()
-            accelerator.free_memory()  # it keeps what it prepared
-            free_memory()
-            prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
-            rows = draw_saved(staging, prompts, device, weight_dtype, args)
-            os.replace(Path(staging) / LORA_NAME, args.output_dir / LORA_NAME)
-        write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args)
-    accelerator.end_training()
-    if args.push_to_hub and accelerator.is_main_process:
-        push(args)
+    # It takes its place, and that of an earlier one, only once the file and its pictures turn out sound
+    with staging(args.output_dir / "lora") if accelerator.is_main_process else nullcontext() as staged:
+        if saved != step:  # for a signal that comes while pictures are drawn, without what training needs
+            write_state(accelerator, staged and staged / "checkpoint", step, args, run)
+        with going_on_from(staged, args.output_dir, step):
+            if accelerator.is_main_process:
+                found = save_audited(staged, bundle, adapted, lora_dtype, args)
+                log_audit(accelerator, found, step)
+                for key in ("leakage", "predicted_drift"):
+                    if found[key]["max"] is not None:
+                        logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
+                del unet, batch_loss, text_encoder, vae, model, models, optimizer, projector, prompt_encoder
+                adapted.clear()
+                kept.clear()
+                accelerator.free_memory()  # it keeps what it prepared
+                free_memory()
+                prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
+                rows = draw_saved(staged, prompts, device, weight_dtype, args)
+                put(staged / LORA_NAME, args.output_dir / LORA_NAME)
+                write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args)
+            accelerator.end_training()
+            if args.push_to_hub and accelerator.is_main_process:
+                push(args)
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except NullSpaceError as error:
-        sys.exit(f"error: {error}")
+    signals.run(main, ARGS)

@@ -1,6 +1,5 @@
 """LoRA layers in models: adding, switching, saving and restoring them."""
 
-import os
 import re
 from collections import Counter
 
@@ -19,7 +18,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.layers import find_module, text_encoder_inputs, without_skipped
 from nullspace.lora import load_lora
 from nullspace.names import LORA_NAME, TEXT_ENCODER
-from nullspace.system import follow_umask, sort_header
+from nullspace.system import replacing, sort_header
 
 
 logger = get_logger(__name__)
@@ -117,11 +116,10 @@ def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
         }
         for model, config in ((model, adapted[model].peft_config["default"]) for model in adapted)
     }  # fmt: skip
-    partial = f"partial-{LORA_NAME}"
-    StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial, **layers, **metadata)
-    sort_header(folder / partial)
-    follow_umask(folder / partial)
-    os.replace(folder / partial, folder / LORA_NAME)
+    size = sum(tensor.nbytes for state_dict in layers.values() for tensor in state_dict.values())
+    with replacing(folder / LORA_NAME, size) as partial:
+        StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial.name, **layers, **metadata)
+        sort_header(partial)
 
 
 def restore_lora(folder, unet, text_encoder=None):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from nullspace.names import (
 )
 from nullspace.projector import Protected
 from nullspace.spectrum import Spectrum
-from nullspace.system import follow_umask, rename_folder
+from nullspace.system import replacing
 from nullspace.timesteps import groups_inside, joint_group, split_groups
 
 
@@ -365,14 +364,10 @@ class Bundle:
                 picture) before it is moved into place.
 
         Raises:
-            NullSpaceError: if the folder holds something other than a bundle.
-            OSError: if it cannot be written.
+            NullSpaceError: if the folder holds something other than a bundle, or cannot be written.
         """
         folder = Path(folder).resolve()
         check_output_folder(folder)
-        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         written = ("tokens", "distances", "files", "sha256")
         config = {key: value for key, value in self.config.items() if key not in written}
         config["tokens"] = {
@@ -383,26 +378,30 @@ class Bundle:
             name: {source: spectrum.distance for source, spectrum in spectra.items()}
             for name, spectra in self.spectra.items()
         }
-        for name, spectra in self.spectra.items():
-            tensors = {}
-            for source, spectrum in spectra.items():
-                tensors[f"{source}.eigenvalues"] = spectrum.eigenvalues
-                tensors[f"{source}.eigenvectors"] = spectrum.eigenvectors
-            save_file(tensors, partial / group_file(name), metadata={"format": "pt"})
-            follow_umask(partial / group_file(name))
-        self._write_table(partial / TABLE_NAME)
-        for write in extras:
-            write(self, partial)
-        config["files"] = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        config["sha256"] = config_sha256(config)
-        (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder, self.nbytes()) as partial:
+            partial.mkdir()
+            for name, spectra in self.spectra.items():
+                tensors = {}
+                for source, spectrum in spectra.items():
+                    tensors[f"{source}.eigenvalues"] = spectrum.eigenvalues
+                    tensors[f"{source}.eigenvectors"] = spectrum.eigenvectors
+                save_file(tensors, partial / group_file(name), metadata={"format": "pt"})
+            self._write_table(partial / TABLE_NAME)
+            for write in extras:
+                write(self, partial)
+            config["files"] = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+            config["sha256"] = config_sha256(config)
+            (partial / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         self.config = config
-        old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            rename_folder(folder, old)
-        rename_folder(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+
+    def nbytes(self):
+        """What the tensors of the loaded groups take on the disk, in bytes."""
+        return sum(
+            spectrum.eigenvalues.nbytes + spectrum.eigenvectors.nbytes
+            for spectra in self.spectra.values()
+            for spectrum in spectra.values()
+        )
 
     def table(self):
         """A row (`dict`) for each covered module and group: sizes, tokens, and the rank at each of `ENERGIES`."""

@@ -7,20 +7,22 @@ checkpoint's other files (`files`) and its own (`sha256`), so that one that was 
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 
 from nullspace.adapters import restore_lora, save_lora
 from nullspace.errors import NullSpaceError
 from nullspace.flags import BY_CONTENT, COMPARED, READ_BY
 from nullspace.hashes import config_sha256, sha256
 from nullspace.names import CARD_NAME
-from nullspace.system import rename_folder
+from nullspace.signals import Stopped
+from nullspace.system import put, replacing
 
 
 logger = get_logger(__name__)
@@ -169,17 +171,11 @@ def read_record(folder):
 
 
 def seal(folder, step, seed, run):
-    """Write `training.json`, last: from then on the checkpoint is whole. Its files are on the disk before it is."""
+    """Write `training.json`, last: what it holds of the other files tells whether the checkpoint is whole."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    for name in names:
-        with open(folder / name, "r+b") as file:
-            os.fsync(file.fileno())
     record = {"step": step, "seed": seed, "run": run, "files": {name: sha256(folder / name) for name in names}}
     record["sha256"] = config_sha256(record)
-    with open(folder / RECORD_NAME, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def damage(folder):
@@ -206,23 +202,47 @@ def damage(folder):
 def save_checkpoint(accelerator, step, args, run):
     """Write `checkpoint-<step>`, whole or not at all, drop those beyond --checkpoints_total_limit; return its path."""
     final = args.output_dir / f"checkpoint-{step}"
-    partial = args.output_dir / f"partial-checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(partial)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        seal(partial, step, args.seed, run)
-        shutil.rmtree(final, ignore_errors=True)
-        rename_folder(partial, final)
-        if args.checkpoints_total_limit:
-            # What an earlier run left beyond this step goes first, for this one does not continue it
-            found = sorted(checkpoints(args.output_dir), key=lambda path: step_of(path) <= step)
-            for path in found[: -args.checkpoints_total_limit]:
-                shutil.rmtree(path)
+    with replacing(final) if accelerator.is_main_process else nullcontext() as partial:
+        write_state(accelerator, partial, step, args, run)
+    if accelerator.is_main_process and args.checkpoints_total_limit:
+        # What an earlier run left beyond this step goes first, for this one does not continue it
+        found = sorted(checkpoints(args.output_dir), key=lambda path: step_of(path) <= step)
+        for path in found[: -args.checkpoints_total_limit]:
+            shutil.rmtree(path)
     accelerator.wait_for_everyone()
     return final
+
+
+def write_state(accelerator, folder, step, args, run):
+    """Write the files of a checkpoint into a folder, of which the main process alone knows the name."""
+    folder = broadcast_object_list([folder])[0]
+    accelerator.save_state(folder)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        seal(folder, step, args.seed, run)
+
+
+def how_to_go_on(folder, step):
+    """A sentence on the checkpoint of a step, and what --resume_from_checkpoint says to go on from there."""
+    name = f"checkpoint-{step}"
+    # An earlier run may have left later ones
+    return f"{folder / name} is written.", "latest" if checkpoints(folder)[-1].name == name else name
+
+
+@contextmanager
+def going_on_from(staged, output_dir, step):
+    """Have a run that a signal ends within the block go on from its last step.
+
+    Args:
+        staged (`Path` or `None`): a folder with `checkpoint` in it, unless `checkpoint-<step>` is there already; None
+            in all but the main process.
+    """
+    try:
+        yield
+    except Stopped as stopped:
+        if staged is not None and (staged / "checkpoint").is_dir():
+            put(staged / "checkpoint", output_dir / f"checkpoint-{step}")
+        raise Stopped(stopped.number, *how_to_go_on(output_dir, step)) from None
 
 
 def find_checkpoint(args):
@@ -233,8 +253,6 @@ def find_checkpoint(args):
     """
     if args.resume_from_checkpoint == "latest":
         found = checkpoints(args.output_dir)
-        for path in args.output_dir.glob("partial-checkpoint-*"):
-            logger.warning(f"Passing over {path}, which was cut short while it was written.")
         for path in reversed(found):
             wrong = damage(path)
             if wrong is None:

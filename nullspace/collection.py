@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import shlex
 import shutil
@@ -22,22 +21,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from nullspace import signals
 from nullspace.checks import check_clip_skip, resolution_fault
 from nullspace.errors import NullSpaceError, reason
 from nullspace.families import get_family
 from nullspace.fingerprints import fingerprints
+from nullspace.launch import without_token
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
 from nullspace.models import loading
 from nullspace.moments import SecondMoments
-from nullspace.names import JOINT, TEXT_ENCODER
+from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT
 from nullspace.prompts import length_warnings, tokenizer_fault
 from nullspace.samplers import make_scheduler
-from nullspace.system import follow_umask
+from nullspace.system import check_space, make_inside, replacing
 from nullspace.timesteps import timestep_groups
 
 
 STAGES = 4
+SMALL_FILES = 2**20  # bytes of a bundle's card, picture and tables, more or less
 PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of --mixed_precision, as torch calls them
+
+
+def checkpoint_folder(output_dir):
+    """Where the state of a build is kept: beside the bundle."""
+    output_dir = Path(output_dir).resolve()
+    return output_dir.with_name(f"{output_dir.name}.checkpoint")
 
 
 class Checkpoint:
@@ -52,15 +60,14 @@ class Checkpoint:
     """
 
     def __init__(self, output_dir, settings, state):
-        output_dir = Path(output_dir).resolve()
-        self.folder = output_dir.with_name(f"{output_dir.name}.checkpoint")
+        self.folder = checkpoint_folder(output_dir)
         self.path = self.folder / f"process-{state.process_index}.safetensors"
         self.settings = json.loads(json.dumps(settings))
         self.device = state.device
 
     def save(self, moments, batches):
         """Record what `moments` hold after so many batches."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_inside(self.folder)
         metadata = {
             "batches": str(batches),
             "settings": json.dumps(self.settings),
@@ -68,10 +75,8 @@ class Checkpoint:
             "tokens": json.dumps([[*key, count] for key, count in moments.tokens.items()]),
         }
         tensors = {f"{group} {source}": total for (group, source), total in moments.sums.items()}
-        partial = self.path.with_name(f"partial-{self.path.name}")
-        save_file(tensors, partial, metadata=metadata)
-        follow_umask(partial)
-        os.replace(partial, self.path)
+        with replacing(self.path, sum(tensor.nbytes for tensor in tensors.values())) as partial:
+            save_file(tensors, partial, metadata=metadata)
 
     def load(self, moments):
         """Put what was recorded, if anything, into `moments`, and return the number of batches that it holds.
@@ -127,7 +132,8 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
 
     numbered = islice(enumerate(prompts), share.start, None, share.step)
     batches = iter(lambda: list(islice(numbered, args.batch_size)), [])
-    with moments.collect():
+    last = math.ceil(len(share) / args.batch_size)
+    with moments.collect(), signals.waiting():
         for number, batch in enumerate(islice(batches, done, None), done + 1):
             moments.start_batch()
             family.sample(
@@ -140,10 +146,19 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
                 advance,
                 args.clip_skip,
             )
-            if number % args.checkpointing_steps == 0:
+            number_asked = signals.asked()
+            if number % args.checkpointing_steps == 0 or number == last or number_asked:
                 checkpoint.save(moments, number)
+            if number_asked:
+                progress.close()  # which would write over the sentence that follows
+                raise signals.Stopped(number_asked, f"{number} of {last} batches are in {checkpoint.folder}.")
     progress.close()
-    moments.reduce(lambda tensor: reduce(tensor, "sum"))
+    try:
+        moments.reduce(lambda tensor: reduce(tensor, "sum"))
+    except RuntimeError as error:
+        if signals.asked():  # another process has stopped in the middle of its share, and cannot be waited for
+            raise signals.Stopped(signals.asked(), f"All {last} batches are in {checkpoint.folder}.") from error
+        raise
     return moments
 
 
@@ -207,17 +222,6 @@ def weights_sha256(*models):
     return digest.hexdigest()
 
 
-def without_token(argv):
-    """A command line without the secret that may be in it."""
-    kept, words = [], iter(argv)
-    for word in words:
-        if not word.startswith("--hub_t"):  # argparse takes a beginning of --hub_token for it
-            kept.append(word)
-        elif "=" not in word:
-            next(words, None)
-    return kept
-
-
 def load_collected(family, folder, prompts, tell, args):
     """The pipeline of a base model's folder, whole and in float32; `tell` is called with warnings.
 
@@ -242,6 +246,20 @@ def load_collected(family, folder, prompts, tell, args):
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def needed_space(pipeline, config, groups, processes):
+    """Bytes that a build writes at most: each process's checkpoint twice, as it is replaced, and the bundle."""
+    timeless = {info["input"]: info["in_features"] for info in config.get(TEXT_ENCODER, {}).get("modules", {}).values()}
+    timed = {info["input"]: info["in_features"] for info in config["modules"].values()}
+    timeless |= {name: timed.pop(name) for name in list(timed) if name == TEXT_INPUT}
+
+    def size(groups):
+        return 4 * sum(
+            count * width**2 for inputs, count in ((timed, groups), (timeless, 1)) for width in inputs.values()
+        )
+
+    return 2 * processes * size(groups) + size(groups + 1) + SMALL_FILES
 
 
 def collect(pipeline, prompts, revision, args, state):
@@ -269,5 +287,7 @@ def collect(pipeline, prompts, revision, args, state):
     groups = timestep_groups(visited, count, pipeline.scheduler.config.num_train_timesteps)
     settings = {key: value for key, value in config.items() if key != "command"}
     settings |= {"groups": groups, "weights": weights, "batch_size": args.batch_size, "processes": state.num_processes}
+    needed = needed_space(pipeline, config, len(groups), state.num_processes)
+    check_space(args.output_dir, needed, "the bundle and the checkpoint of its build")
     checkpoint = Checkpoint(args.output_dir, settings, state)
     return collect_moments(pipeline, prompts, groups, checkpoint, args, state), groups, config, checkpoint

@@ -1,7 +1,6 @@
 """A LoRA as kohya's trainer writes it, which is what AUTOMATIC1111, Forge and ComfyUI look for."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nullspace.errors import NullSpaceError
-from nullspace.system import follow_umask, sort_header
+from nullspace.system import replacing, sort_header
 
 
 TEXT_ENCODER = "text_encoder."  # begins the names of a text encoder's layers
@@ -151,16 +150,7 @@ def save_kohya(path, layers, report=None):
     Raises:
         NullSpaceError: if it cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f"partial-{path.name}")
-    try:
-        save_file(kohya_tensors(layers), partial, kohya_metadata(layers, report, path.stem))
+    path, tensors = Path(path), kohya_tensors(layers)
+    with replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as partial:
+        save_file(tensors, partial, kohya_metadata(layers, report, path.stem))
         sort_header(partial)
-        follow_umask(partial)
-        os.replace(partial, path)
-    except (OSError, ValueError) as error:
-        partial.unlink(missing_ok=True)
-        raise NullSpaceError(f"{path} cannot be written ({error}); name another --output.") from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

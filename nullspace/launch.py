@@ -1,12 +1,17 @@
 """How a script is launched: what a process must be able to see, and how long it waits for others."""
 
 import os
+import sys
 from datetime import timedelta
+from pathlib import Path
+
+import psutil
 
 from nullspace.errors import NullSpaceError
 
 
 PROCESS_TIMEOUT = timedelta(days=7)  # how long processes wait for one that draws, decomposes or saves; 10 minutes else
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # in the environment: `accelerate launch` has started this process
 SHARDING = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -31,3 +36,38 @@ def check_launcher(distributed_type=None):
             "nothing could be protected; run `accelerate config` for plain data parallelism, or launch with "
             "--config_file and one such configuration."
         )
+
+
+def without(argv, beginning):
+    """A command line without a flag that has a value, under any of the shorter names that argparse takes for it."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if not word.startswith(beginning):
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return kept
+
+
+def without_token(argv):
+    """A command line without the secret that may be in it."""
+    return without(argv, "--hub_t")
+
+
+def command_line(resume=None):
+    """The command that this process was started with, the launcher's part included, without the token: its words.
+
+    Args:
+        resume (`str`, *optional*): what --resume_from_checkpoint is to say in it.
+    """
+    command, launcher = ["python", *sys.argv], []
+    if LAUNCHED in os.environ:
+        started = psutil.Process().parent().cmdline()
+        launcher = started[: started.index(sys.argv[0])] if sys.argv[0] in started else []
+    for number, word in enumerate(launcher):
+        if word == "accelerate.commands.launch" or Path(word).name == "accelerate":
+            flags = launcher[number + (1 if word == "accelerate.commands.launch" else 2) :]
+            command = ["accelerate", "launch", *flags, *sys.argv]
+            break
+    command = without_token(command)
+    return command if resume is None else [*without(command, "--resu"), "--resume_from_checkpoint", resume]

@@ -1,6 +1,5 @@
 """The card of a trained LoRA."""
 
-import os
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -12,6 +11,7 @@ from nullspace.markdown import code_span, plain, python_string, table_cell, utf8
 from nullspace.names import COMPARISON_NAME, REPORT_NAME
 from nullspace.pictures import save_picture
 from nullspace.protection import describe_setting
+from nullspace.system import write_text
 
 
 def write_model_card(bundle, report, prompts, pictures, args):
@@ -111,6 +111,4 @@ image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip})
 
 `{REPORT_NAME}` has the figures of every layer. Trained with `train_dreambooth_nullspace.py`.
 """
-    partial = args.output_dir / "partial-README.md"
-    partial.write_text(utf8(text), encoding="utf-8")
-    os.replace(partial, args.output_dir / "README.md")
+    write_text(args.output_dir / "README.md", utf8(text))

@@ -28,6 +28,7 @@ from nullspace.captions import (
 )
 from nullspace.errors import NullSpaceError, listed, reason
 from nullspace.names import INTERPOLATION
+from nullspace.system import make_inside, replacing
 
 
 # A square crop of a picture longer than this shows too little of it, and enlarging the short side takes memory without
@@ -478,11 +479,10 @@ def comparison_grid(rows_by_name, prompts, seed=None, step=None):
 
 def save_picture(picture, path):
     """Write a PNG, whole or not at all, with the texts that the picture's `info` holds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_inside(path.parent)
     texts = PngInfo()
     for key, value in picture.info.items():
         if isinstance(value, str):
             texts.add_text(key, value)
-    unfinished = path.with_name(f"partial-{path.name}")
-    picture.save(unfinished, pnginfo=texts)
-    os.replace(unfinished, path)
+    with replacing(path) as partial:
+        picture.save(partial, "PNG", pnginfo=texts)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 
 import torch
 
@@ -11,6 +10,7 @@ from nullspace.audit import audit
 from nullspace.errors import NullSpaceError
 from nullspace.lora import load_lora
 from nullspace.names import JOINT, LORA_NAME, UNPROTECTED_NAME
+from nullspace.system import put, write_text
 
 
 # How much of a layer's change may reach what is protected in a file that is saved, by what it is saved in; 16 bits
@@ -19,9 +19,7 @@ LEAKAGE_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-3
 
 
 def write_json(path, content):
-    partial = path.with_name(f"partial-{path.name}")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def audit_file(folder, bundle, adapted, args):
@@ -44,7 +42,7 @@ def save_audited(folder, bundle, adapted, dtype, args):
     leaking = {name: leakage for name, leakage in leaking.items() if not leakage <= bound}  # nor where it is NaN
     if leaking and args.nullspace_timesteps != "nearest":  # which promises nothing
         target = args.output_dir / UNPROTECTED_NAME
-        os.replace(folder / LORA_NAME, target)
+        put(folder / LORA_NAME, target)
         name = max(leaking, key=lambda name: math.inf if math.isnan(leaking[name]) else leaking[name])
         advice = "report it with your command line" if dtype == torch.float32 else "pass --upcast_before_saving"
         raise NullSpaceError(

@@ -16,6 +16,7 @@ from nullspace.report import make_report, write_json
 
 
 logger = get_logger(__name__)
+SMALL_FILES = 2**20  # bytes of report, card and logs, more or less
 
 
 def write_kohya(report, args):
@@ -29,6 +30,22 @@ def write_kohya(report, args):
         save_kohya(path, load_lora(args.output_dir), report)
     elif is_ours(path):
         path.unlink()
+
+
+def needed_space(parameters, step, args):
+    """Bytes that a run still writes at most, more or less: LoRA, checkpoints and pictures, each twice for a moment.
+
+    Args:
+        parameters (`list[Tensor]`): of the LoRA.
+        step (`int`): that the run goes on from.
+    """
+    lora = 4 * sum(parameter.numel() for parameter in parameters)
+    checkpoint = lora * (5 if args.optimizer == "prodigy" else 3)  # with what the optimizer keeps of each number
+    later = args.max_train_steps // args.checkpointing_steps - step // args.checkpointing_steps
+    kept = min(later, args.checkpoints_total_limit or later)
+    picture = 3 * args.resolution**2 * args.num_validation_images
+    prompts = len(args.validation_prompt or ["its own", *["the bundle's"] * 3])
+    return 3 * lora + (kept + 2) * checkpoint + 3 * prompts * picture + SMALL_FILES
 
 
 def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args):

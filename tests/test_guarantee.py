@@ -232,7 +232,7 @@ def test_a_file_above_its_bound_takes_no_good_ones_place(tiny_sd1, bundle1, tmp_
     output = tmp_path / "lora"
     train(tiny_sd1, bundle1, output)
     good, save = contents(output), report_room.save_lora
-    assert LORA_NAME in good and not (output / "partial-lora").exists()
+    assert LORA_NAME in good and not list(output.glob("*partial*"))
     with monkeypatch.context() as patch:  # a wrong dtype
         patch.setattr(
             report_room, "save_lora", lambda *args, dtype, **models: save(*args, **models, dtype=torch.bfloat16)

@@ -31,6 +31,7 @@ from pathlib import Path
 from nullspace.checks import (
     HelpFormatter,
     Parser,
+    check_clip_skip,
     check_softness,
     check_threshold,
     check_writable,
@@ -48,6 +49,7 @@ from nullspace.names import (
     JOINT,
     LORA_NAME,
     TEXT_ENCODER,
+    UNPROTECTED_NAME,
     kohya_path,
 )
 from nullspace.pictures import INTERPOLATION, colour, fit, read_instances, save_picture
@@ -423,7 +425,6 @@ from nullspace.checkpoint import (
 )
 from nullspace.dataset import InstanceDataset, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
-from nullspace.families.stable_diffusion import check_clip_skip
 from nullspace.hub import create_repository, hub_repository
 from nullspace.kohya import check_replaceable
 from nullspace.latents import encode_pictures
@@ -678,6 +679,7 @@ def main(args):
         logger.info(f"Resuming from {checkpoint} at step {step}")
 
     # Train
+    criterion = args.nullspace_criterion, args.nullspace_threshold
     logger.info(
         f"Training on {len(pictures)} pictures for {args.max_train_steps} steps, {args.num_train_epochs} epochs, "
         f"batch {args.train_batch_size} x {accelerator.num_processes} processes x "
@@ -746,7 +748,7 @@ def main(args):
                 check_weights(parameters, step, args.learning_rate)
                 folder = save_checkpoint(accelerator, step, args, run)
                 if accelerator.trackers:
-                    log_audit(accelerator, audit_file(folder, bundle, adapted, args), step)
+                    log_audit(accelerator, audit_file(folder, bundle, adapted, *criterion), step)
             if args.validation_prompt and args.validation_steps and step % args.validation_steps == 0:
                 validate()
             if step >= args.max_train_steps:
@@ -763,7 +765,9 @@ def main(args):
     if accelerator.is_main_process:
         # It takes its place, and that of an earlier one, only once the file and its pictures turn out sound
         with tempfile.TemporaryDirectory(prefix="partial-lora-", dir=args.output_dir) as staging:
-            found = save_audited(Path(staging), bundle, adapted, lora_dtype, args)
+            # nearest promises nothing
+            unprotected = args.output_dir / UNPROTECTED_NAME if args.nullspace_timesteps == JOINT else None
+            found = save_audited(Path(staging), bundle, adapted, lora_dtype, *criterion, unprotected)
             log_audit(accelerator, found, step)
             for key in ("leakage", "predicted_drift"):
                 if found[key]["max"] is not None:

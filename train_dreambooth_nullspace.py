@@ -35,6 +35,7 @@ from nullspace.checks import (
     check_softness,
     check_threshold,
     check_writable,
+    launched,
     output_folder_fault,
     require,
     resolution_fault,
@@ -82,7 +83,7 @@ class Replaced(argparse.Action):
 
 
 def parse_args(argv=None):
-    parser = Parser(usage="accelerate launch %(prog)s [flags]", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(usage=launched(), description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model (required)."

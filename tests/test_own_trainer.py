@@ -1,7 +1,9 @@
 """The null space in somebody else's training loop: optimizers of all kinds, wrapped ones, and saving."""
 
 import copy
+import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -32,7 +34,7 @@ from nullspace.kohya import read_report
 from nullspace.lora import load_lora
 from nullspace.names import JOINT, LORA_NAME, UNPROTECTED_NAME
 from nullspace.projector import NullSpaceProjector
-from test_train import bundle1, needs  # noqa: F401
+from test_train import INSTANCES, bundle1, needs  # noqa: F401
 
 
 # ---- Optimizers as others have them ----------------------------------------------------------------------------------
@@ -457,3 +459,20 @@ def test_what_was_checked_before_may_be_in_bfloat16(unet_of, text_encoder_of, bu
     altered.get_input_embeddings().weight.data += 0.1
     with pytest.raises(NullSpaceError, match=r"the fingerprints differ \(text encoder\)"):
         NullSpace(bundle1).check(unet_of(), altered)
+
+
+def test_the_example_trains(tiny_sd1, bundle1, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """As it is in the folder, with nothing of the project but the class."""
+    source = (ROOT / "examples" / "own_trainer.py").read_text()
+    assert source.count("\n") <= 60
+    assert set(re.findall(r"^(?:from|import) (\w+)", source, re.M)) == {
+        "argparse", "random", "pathlib", "torch", "diffusers", "peft", "nullspace",
+    }  # fmt: skip
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    own_trainer = importlib.import_module("own_trainer")
+    argv = ["--model", tiny_sd1, "--bundle", bundle1, "--pictures", INSTANCES, "--prompt", "a photo of a sks star"]
+    argv += ["--output", tmp_path / "lora", "--steps", 3, "--size", 32, "--rank", 2]
+    own_trainer.main([str(word) for word in argv])
+    assert "Guaranteed: at most" in capsys.readouterr().out
+    layers = load_lora(tmp_path / "lora")
+    assert len(layers) == 28 and all(layer.up.any() and len(layer.down) == 2 for layer in layers.values())

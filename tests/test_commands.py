@@ -129,7 +129,7 @@ def run_command(installed, name, *flags, tmp_path):
     """Run an installed command, as the script that pip makes of its entry point does, where no library can come in."""
     (package,) = distributions(path=[str(installed)])
     entry = next(each for each in package.entry_points if each.name == name)
-    for library in ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "numpy"):
+    for library in ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub"):
         (tmp_path / f"{library}.py").write_text("raise ImportError('a library was imported')")
     script = tmp_path / name
     script.write_text(f"import sys\nfrom {entry.module} import {entry.attr}\nsys.exit({entry.attr}())\n")

@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 
 from nullspace import signals
-from nullspace.checks import HelpFormatter, Parser, require
+from nullspace.checks import HelpFormatter, Parser, launched, require
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES, recognise
 from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT
@@ -35,7 +35,7 @@ from nullspace.system import quiet_imports, remove_leftovers, write_text
 
 
 def parse_args(argv=None):
-    parser = Parser(usage="accelerate launch %(prog)s [flags]", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(usage=launched(), description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path",
@@ -157,7 +157,8 @@ def print_table(header, rows):
 
 def push_command(repo_id, args):
     """The command that pushes the bundle in --output_dir later."""
-    words = ["python", Path(sys.argv[0]).name, "--output_dir", str(args.output_dir), "--push_to_hub"]
+    script = Path(sys.argv[0]).name
+    words = ["python"] * script.endswith(".py") + [script, "--output_dir", str(args.output_dir), "--push_to_hub"]
     words += ["--hub_dataset_id", repo_id] if repo_id else []
     return shlex.join(words + ["--hub_private_repo"] * args.hub_private_repo)
 

@@ -8,14 +8,16 @@ Adam-NSCL, CVPR 2021, for training).
     bundle = Bundle.load("demo/output/bundle")
     bundle.check(unet)
     projector = NullSpaceProjector(unet, {"joint": bundle.protected("joint", "energy", 0.999)})
-    projector.attach(optimizer)  # and call projector.project_gradients() after each backward pass
+    projector.attach(optimizer)  # and call projector.project_gradients() before gradients are clipped
 
 Run as a script, it audits any LoRA, in closed form, with no GPU and no picture:
 
     python nullspace_utils.py audit --lora lora --nullspace <your-username>/nullspace-sd15
 """
 
+import os
 import sys
+from functools import reduce
 from pathlib import Path
 
 from nullspace.checks import RANGES, SHARE, HelpFormatter, Parser
@@ -52,7 +54,22 @@ def parse_args(argv=None):
     command.add_argument("--lora", required=True, help="Folder, file or Hub id of the LoRA.")
     command.add_argument("--format", choices=["kohya"], default="kohya", help="Of the file (default: %(default)s).")
     command.add_argument("--output", required=True, help="The file, *.safetensors, which it replaces if there is one.")
+    command = commands.add_parser(
+        "merge",
+        help="Add bundles of one model up: a bundle of all their prompts, as if it had been built at once.",
+        formatter_class=HelpFormatter,
+    )
+    command.add_argument(
+        "--nullspace",
+        required=True,
+        action="append",
+        type=os.path.expanduser,
+        help="Folder or Hub dataset id of a bundle; give the flag for each of them.",
+    )
+    command.add_argument("--output_dir", "--output", required=True, help="The folder of the new bundle.")
     args = parser.parse_args(argv)
+    if args.command == "merge" and len(args.nullspace) < 2:
+        parser.error("merge needs --nullspace two times or more, once for each bundle.")
     if args.command == "export" and Path(args.output).suffix != ".safetensors":
         parser.error(f"--output {args.output} must end in .safetensors, by which the programs find it.")
     return args
@@ -65,14 +82,14 @@ if __name__ == "__main__":
 
 
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict
-from nullspace.bundle import Bundle
+from nullspace.bundle import Bundle, check_output_folder
 from nullspace.kohya import read_report, save_kohya
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
 from nullspace.lora import LoraLayer, load_lora, read_lora
 from nullspace.moments import SecondMoments
 from nullspace.projector import NullSpaceProjector, Protected
 from nullspace.spectrum import Spectrum
-from nullspace.timesteps import timestep_groups
+from nullspace.timesteps import split_groups, timestep_groups
 
 
 __all__ = [
@@ -96,9 +113,34 @@ def export(args):
     print(f"Wrote {len(layers)} layers to {output}")
 
 
+def merge(args):
+    """Write the bundle of all that several bundles of one model protect."""
+    output = Path(args.output_dir)
+    check_output_folder(output)
+    for name in args.nullspace:
+        if output.exists() and Path(name).exists() and output.samefile(name):
+            raise NullSpaceError(f"--output_dir {output} is one of the bundles that are merged; name another folder.")
+    bundles = []
+    for name in args.nullspace:
+        bundle = Bundle.load(name, text_encoder=True)
+        if len(split_groups(bundle.config)) > 1:  # all of them, which "nearest" reads besides the joint one
+            bundle = Bundle.load(name, "nearest", text_encoder=True)
+        if twin := next((each for each in bundles if each.config["sha256"] == bundle.config["sha256"]), None):
+            other = args.nullspace[bundles.index(twin)]
+            raise NullSpaceError(
+                f"{name} is the same bundle as {other}, whose prompts would count twice; leave it out."
+            )
+        bundles.append(bundle)
+    merged = reduce(Bundle.merge, bundles)
+    merged.save(output)
+    print(f"Wrote {merged.config['prompts']['count']:,} prompts of {len(bundles)} bundles to {output}")
+
+
 def main(args):
     if args.command == "export":
         return export(args)
+    if args.command == "merge":
+        return merge(args)
     layers, unknown = read_lora(args.lora)
     if not layers:
         print(verdict({}, unknown or ["nothing that is a LoRA layer"]))

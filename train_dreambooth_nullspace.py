@@ -36,6 +36,7 @@ from nullspace.checks import (
     check_threshold,
     check_writable,
     colour,
+    launched,
     output_folder_fault,
     require,
     resolution_fault,
@@ -51,6 +52,7 @@ from nullspace.names import (
     JOINT,
     LORA_NAME,
     TEXT_ENCODER,
+    UNPROTECTED_NAME,
     kohya_path,
 )
 from nullspace.system import check_space, put, quiet_imports, remove_leftovers, staging
@@ -82,7 +84,7 @@ class Replaced(argparse.Action):
 
 
 def parse_args(argv=None):
-    parser = Parser(usage="accelerate launch %(prog)s [flags]", description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(usage=launched(), description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model (required)."
@@ -700,6 +702,7 @@ def work(accelerator, args):
         logger.info(f"Resuming from {checkpoint} at step {step}")
 
     # Train
+    criterion = args.nullspace_criterion, args.nullspace_threshold
     logger.info(
         f"Training on {len(pictures)} pictures for {args.max_train_steps} steps, {args.num_train_epochs} epochs, "
         f"batch {args.train_batch_size} x {accelerator.num_processes} processes x "
@@ -783,7 +786,7 @@ def work(accelerator, args):
                 check_weights(parameters, step, args.learning_rate)
                 folder, saved = save_checkpoint(accelerator, step, args, run), step
                 if accelerator.trackers:
-                    log_audit(accelerator, audit_file(folder, bundle, adapted, args), step)
+                    log_audit(accelerator, audit_file(folder, bundle, adapted, *criterion), step)
             if args.validation_prompt and args.validation_steps and step % args.validation_steps == 0:
                 validate()
             stop_if_asked()
@@ -804,7 +807,9 @@ def work(accelerator, args):
             write_state(accelerator, staged and staged / "checkpoint", step, args, run)
         with going_on_from(staged, args.output_dir, step):
             if accelerator.is_main_process:
-                found = save_audited(staged, bundle, adapted, lora_dtype, args)
+                # nearest promises nothing
+                unprotected = args.output_dir / UNPROTECTED_NAME if args.nullspace_timesteps == JOINT else None
+                found = save_audited(staged, bundle, adapted, lora_dtype, *criterion, unprotected)
                 log_audit(accelerator, found, step)
                 for key in ("leakage", "predicted_drift"):
                     if found[key]["max"] is not None:

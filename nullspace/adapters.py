@@ -93,12 +93,16 @@ def enable_lora(adapted, enabled):
                 module.enable_adapters(enabled)
 
 
-def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
-    """Write the LoRA of a UNet, and of a text encoder that has one, in diffusers' format, whole or not at all."""
-    layers = {"unet": convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))}
+def save_lora(folder, unet, text_encoder=None, dtype=torch.float32, adapter="default"):
+    """Write the LoRA of a UNet, and of a text encoder that has one, in diffusers' format, whole or not at all.
+
+    Args:
+        adapter (`str`): its name.
+    """
+    layers = {"unet": convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=adapter))}
     adapted = {"unet": unet}
     if text_encoder is not None:
-        state_dict = get_peft_model_state_dict(text_encoder, save_embedding_layers=False)
+        state_dict = get_peft_model_state_dict(text_encoder, adapter_name=adapter, save_embedding_layers=False)
         # Files name the module that holds the layers, whether this version of transformers has it or not.
         prefix = "" if hasattr(text_encoder, "text_model") else "text_model."
         state_dict = {f"{prefix}{key}": value for key, value in state_dict.items()}
@@ -111,15 +115,22 @@ def save_lora(folder, unet, text_encoder=None, dtype=torch.float32):
     # Of peft's configuration only what a reader needs and every version knows: an older peft refuses what it does not
     metadata = {
         f"{model}_lora_adapter_metadata": {
-            "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules),
-            "rank_pattern": {}, "alpha_pattern": {},  # diffusers 0.36 looks for them
+            "r": config.r, "lora_alpha": config.lora_alpha, "target_modules": _in_order(config.target_modules),
+            # diffusers 0.36 looks for them
+            "rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern,
+            **({"use_rslora": True} if config.use_rslora else {}),
         }
-        for model, config in ((model, adapted[model].peft_config["default"]) for model in adapted)
+        for model, config in ((model, adapted[model].peft_config[adapter]) for model in adapted)
     }  # fmt: skip
     size = sum(tensor.nbytes for state_dict in layers.values() for tensor in state_dict.values())
     with replacing(folder / LORA_NAME, size) as partial:
         StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial.name, **layers, **metadata)
         sort_header(partial)
+
+
+def _in_order(targets):
+    """peft's target modules as they can be written: names, sorted, or one regular expression."""
+    return targets if isinstance(targets, str) else sorted(targets)
 
 
 def restore_lora(folder, unet, text_encoder=None):

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import sys
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -100,6 +101,11 @@ class Parser(argparse.ArgumentParser):
         if first > last:
             self.error(f"--nullspace_timestep_range {first} {last} is empty; give the smaller number first.")
         return found, rest
+
+
+def launched():
+    """How a script that several processes can run is called: with accelerate, but for the command that pip made."""
+    return f"{'accelerate launch ' if sys.argv[0].endswith('.py') else ''}%(prog)s [flags]"
 
 
 def is_number(value):

@@ -3,10 +3,17 @@
 from typing import NamedTuple
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
+from nullspace.errors import NullSpaceError
 from nullspace.layers import find_module
 from nullspace.names import JOINT
 from nullspace.spectrum import tf32
+
+
+# What optimizers keep of the weights in their state. Schedule-free ones (arXiv 2405.15682) average `z` into the
+# weights, so that it must stay in the null space as they do; Prodigy only measures how far it is from `p0`.
+AVERAGED, REFERENCE = "z", "p0"
 
 
 class Protected(NamedTuple):
@@ -38,16 +45,17 @@ class _Batch(NamedTuple):
         return (inside if self.free else x - inside).view_as(stacked).unbind()
 
 
-def _make_batches(protected, device, soft):
-    """Group modules (`dict[str, Protected]`) into as few batched products as there are kinds of basis.
+def _make_batches(protected, parameters, device, soft):
+    """Group modules (`dict[str, Protected]`) into as few batched products as there are kinds of basis and of rank.
 
-    `soft` says whether the free directions are held back, where they have gains, or given in full.
+    `parameters` are their A (r, in). `soft` says whether the free directions are held back, where they have gains, or
+    given in full.
     """
-    sharing = {}  # one basis -> its modules
+    sharing = {}  # one basis and one rank -> its modules
     for name, item in protected.items():
-        sharing.setdefault(id(item), []).append(name)
+        sharing.setdefault((id(item), len(parameters[name])), []).append(name)
     kinds = {}
-    for names in sharing.values():
+    for (_, lora_rank), names in sharing.items():
         item = protected[names[0]]
         if item.rank:
             if soft and item.gains is not None:
@@ -55,9 +63,9 @@ def _make_batches(protected, device, soft):
             else:
                 free = item.rank > len(item.basis) // 2  # work with whichever half is smaller
                 directions = item.basis[:, item.rank :] if free else item.basis[:, : item.rank]
-            kinds.setdefault((len(item.basis), len(names), free), []).append((names, directions))
+            kinds.setdefault((len(item.basis), lora_rank, len(names), free), []).append((names, directions))
     batches = []
-    for (size, _, free), members in kinds.items():
+    for (size, _, _, free), members in kinds.items():
         padded = torch.zeros(len(members), size, max(directions.shape[1] for _, directions in members))
         for row, (_, directions) in zip(padded, members, strict=True):
             row[:, : directions.shape[1]] = directions
@@ -78,7 +86,7 @@ class NullSpaceProjector:
         projector.attach(optimizer)
         ...
         loss.backward()
-        projector.project_gradients()
+        projector.project_gradients()  # so that the clip sees what is left; the step projects what was not
         optimizer.step()
 
     That is the joint group's way. With others, no null space holds at all times, so the initial value is left as it
@@ -97,23 +105,83 @@ class NullSpaceProjector:
         names = dict.fromkeys(name for protected in groups.values() for name in protected)
         self.parameters = {name: find_module(name, unet, **text_encoders).lora_A[adapter].weight for name in names}
         device = next(unet.parameters()).device
-        self._batches = {group: _make_batches(protected, device, soft=True) for group, protected in groups.items()}
+        self._batches = {
+            group: _make_batches(each, self.parameters, device, soft=True) for group, each in groups.items()
+        }
         self._closed = self._batches  # for the values: holding back is no projection, and would shrink them to nothing
         self._is_soft = any(item.gains is not None for protected in groups.values() for item in protected.values())
         if self._is_soft:
-            self._closed = {group: _make_batches(protected, device, soft=False) for group, protected in groups.items()}
-        self._before = None
+            self._closed = {
+                group: _make_batches(each, self.parameters, device, soft=False) for group, each in groups.items()
+            }
+        self._projected = {}  # parameter -> its gradient, once that is projected
+        self._before = {}  # parameter -> its value before the step, and that of what is averaged into it
+        self._known = {}  # parameter -> names of the tensors in its optimizer's state that are known to be no copies
         if JOINT in groups:
             with torch.no_grad():
                 self._apply(lambda parameter: parameter, self._batches)
 
     def attach(self, optimizer):
-        """Project after each of the optimizer's steps, whichever `torch.optim.Optimizer` it is."""
-        if JOINT in self.groups and not self._is_soft:
-            optimizer.register_step_post_hook(lambda *_: self.project_values())
-        else:
-            optimizer.register_step_pre_hook(lambda *_: self._remember_values())
-            optimizer.register_step_post_hook(lambda *_: self._project_change())
+        """Project in each step of the optimizer, any `torch.optim.Optimizer`, as it is or as accelerate has wrapped it.
+
+        Raises:
+            NullSpaceError: if its steps cannot be followed, it trains no layer that is protected, or it keeps a copy of
+                the weights that is not understood; where it makes the copy later, the step that does so raises it.
+        """
+        while isinstance(optimizer, AcceleratedOptimizer):  # which steps the one below, and has no hooks
+            optimizer = optimizer.optimizer
+        kind = type(optimizer).__name__
+        # What torch's own constructor sets up; wrappers that leave it out take hooks, if at all, and never call them
+        if not (getattr(type(optimizer).step, "hooked", False) and hasattr(optimizer, "_optimizer_step_post_hooks")):
+            raise NullSpaceError(
+                f"The steps of {kind} cannot be followed, since it calls no hooks of torch.optim.Optimizer; attach to "
+                "an optimizer that does."
+            )
+        if self.parameters and not self._trained_by(optimizer):
+            raise NullSpaceError(
+                f"{kind} trains no layer that is protected; attach to the optimizer of this model's LoRA, before "
+                "anything replaces its parameters."
+            )
+        self._check_state(optimizer, self._batches)
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _trained_by(self, optimizer):
+        """Those of the parameters that an optimizer has."""
+        own = set(self.parameters.values())
+        return [each for group in optimizer.param_groups for each in group["params"] if each in own]
+
+    @torch.no_grad()
+    def _check_state(self, optimizer, batches):
+        """Raise `NullSpaceError` if the state of an optimizer holds a copy of the weights that is not understood.
+
+        Each tensor is looked at when it is new: then a copy is near the weights, whatever is done with it later.
+        """
+        copies = {}  # name -> parameter -> the tensor of that name, in float32
+        for parameter in self._trained_by(optimizer):
+            state, known = optimizer.state.get(parameter, {}), self._known.get(parameter, set())
+            if state.keys() <= known:
+                continue
+            self._known[parameter] = set(state)
+            for name, tensor in state.items():
+                fits = torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.numel() == parameter.numel()
+                if (
+                    fits
+                    and name not in known
+                    and name != REFERENCE
+                    and tensor is not self._averaged(optimizer, parameter)
+                ):
+                    copy = tensor.to(parameter.device, torch.float32, copy=True).view_as(parameter)
+                    copies.setdefault(name, {})[parameter] = copy
+        for name, of_name in copies.items():
+            distances = [(copy - parameter).norm() for parameter, copy in of_name.items()]
+            self._apply(of_name.get, batches)  # a copy from before the weights were projected
+            for distance, (parameter, copy) in zip(distances, of_name.items(), strict=True):
+                if min(distance, (copy - parameter).norm()) < parameter.norm() / 2:  # no moment of gradients is so near
+                    raise NullSpaceError(
+                        f"{type(optimizer).__name__} keeps a copy of the weights in its state ('{name}'), which may "
+                        "carry what is protected back into them; choose an optimizer without one."
+                    )
 
     def select(self, group):
         """Project with this group's null space from now on; a name that is none of the groups protects nothing."""
@@ -136,22 +204,54 @@ class NullSpaceProjector:
 
     @torch.no_grad()
     def project_gradients(self):
-        """Project A's gradients; call it after the backward pass and before clipping."""
+        """Project A's gradients: once a step, after its last backward pass and before clipping.
+
+        A step projects those that are not projected yet, after a clip that has seen more than what is left.
+        """
         self._apply(lambda parameter: parameter.grad, self._batches)
+        self._projected = {parameter: parameter.grad for parameter in self.parameters.values()}
 
     @torch.no_grad()
-    def _remember_values(self):
-        self._before = {parameter: parameter.clone() for parameter in self.parameters.values()}
+    def _before_step(self, optimizer, *_):
+        trained = self._trained_by(optimizer)
+        left = {each for each in trained if each.grad is not None and each.grad is not self._projected.pop(each, None)}
+        if left:
+            self._apply(lambda parameter: parameter.grad if parameter in left else None, self._batches)
+        if JOINT not in self.groups or self._is_soft:
+            for parameter in trained:
+                copy = self._averaged(optimizer, parameter)
+                self._before[parameter] = parameter.clone(), None if copy is None else copy.clone()
 
     @torch.no_grad()
-    def _project_change(self):
-        change = {parameter: parameter - before for parameter, before in self._before.items()}
-        self._apply(change.get, self._batches)
-        for parameter, before in self._before.items():
-            parameter.copy_(before + change[parameter])
-        self._before = None
-        if JOINT in self.groups:  # what rounding has added up to
+    def _after_step(self, optimizer, *_):
+        averaged = {parameter: self._averaged(optimizer, parameter) for parameter in self._trained_by(optimizer)}
+        if self._before:
+            self._project_changes([{parameter: parameter for parameter in averaged}, averaged])
+        if JOINT in self.groups:  # with gains, what rounding has added up to
             self.project_values()
+            if any(copy is not None for copy in averaged.values()):
+                self._apply(averaged.get, self._closed)
+        self._check_state(optimizer, self._closed)
+
+    def _project_changes(self, values):
+        """Project what a step has changed, in the weights and in what is averaged into them."""
+        for index, tensors in enumerate(values):
+            change, start = {}, {}
+            for parameter, tensor in tensors.items():
+                if tensor is not None:
+                    before = self._before[parameter]
+                    start[parameter] = before[0] if before[index] is None else before[index]  # copied in this step
+                    change[parameter] = tensor - start[parameter]
+            self._apply(change.get, self._batches)
+            for parameter, before in start.items():
+                tensors[parameter].copy_(before + change[parameter])
+        self._before = {}
+
+    def _averaged(self, optimizer, parameter):
+        """What a schedule-free optimizer averages into a parameter (r, in), or None."""
+        tensor = optimizer.state.get(parameter, {}).get(AVERAGED)
+        fits = torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.shape == parameter.shape
+        return tensor if fits else None
 
     @torch.no_grad()
     def leakage(self):

@@ -9,7 +9,7 @@ from nullspace.adapters import save_lora
 from nullspace.audit import audit
 from nullspace.errors import NullSpaceError
 from nullspace.lora import load_lora
-from nullspace.names import JOINT, LORA_NAME, UNPROTECTED_NAME
+from nullspace.names import JOINT, LORA_NAME
 from nullspace.system import put, write_text
 
 
@@ -22,33 +22,36 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def audit_file(folder, bundle, adapted, args):
+def audit_file(folder, bundle, adapted, criterion, threshold):
     """Read a saved LoRA back and tell what it does to the protected inputs, see `audit`."""
-    return audit(
-        load_lora(folder), bundle, **adapted, criterion=args.nullspace_criterion, threshold=args.nullspace_threshold
-    )
+    return audit(load_lora(folder), bundle, **adapted, criterion=criterion, threshold=threshold)
 
 
-def save_audited(folder, bundle, adapted, dtype, args):
+def save_audited(folder, bundle, adapted, dtype, criterion, threshold, unprotected=None, advice=None, **options):
     """Write the LoRA to a folder, read it back, and return what `audit_file` found.
 
+    Args:
+        unprotected (`Path`, *optional*): where the file is moved to if it leaks; without it, any leakage is let pass.
+        advice (`str`, *optional*): what to do then.
+        options: of `save_lora`.
+
     Raises:
-        NullSpaceError: if a protected layer leaks more than `LEAKAGE_BOUNDS` allow. The file is then
-            `UNPROTECTED_NAME` in --output_dir.
+        NullSpaceError: if a protected layer leaks more than `LEAKAGE_BOUNDS` allow.
     """
-    save_lora(folder, **adapted, dtype=dtype)
-    found, bound = audit_file(folder, bundle, adapted, args), LEAKAGE_BOUNDS[dtype]
+    save_lora(folder, **adapted, dtype=dtype, **options)
+    found, bound = audit_file(folder, bundle, adapted, criterion, threshold), LEAKAGE_BOUNDS[dtype]
     leaking = {row["module"]: row["leakage"] for row in found["layers"] if row["leakage"] is not None}
     leaking = {name: leakage for name, leakage in leaking.items() if not leakage <= bound}  # nor where it is NaN
-    if leaking and args.nullspace_timesteps != "nearest":  # which promises nothing
-        target = args.output_dir / UNPROTECTED_NAME
-        put(folder / LORA_NAME, target)
+    if leaking and unprotected is not None:
+        put(folder / LORA_NAME, unprotected)
         name = max(leaking, key=lambda name: math.inf if math.isnan(leaking[name]) else leaking[name])
-        advice = "report it with your command line" if dtype == torch.float32 else "pass --upcast_before_saving"
+        if advice is None:
+            advice = "report it with your command line" if dtype == torch.float32 else "pass --upcast_before_saving"
         raise NullSpaceError(
             f"The LoRA breaks its promise: {leaking[name]:.1e} of what it changes in {name} reaches what is protected, "
             f"and {bound:g} is the bound of {describe_dtype(dtype)} file ({len(leaking)} of {len(found['layers'])} "
-            f"layers are above it); it was written to {target} only, without a card, and should not be used: {advice}."
+            f"layers are above it); it was written to {unprotected} only, without a card, and should not be used: "
+            f"{advice}."
         )
     return found
 
@@ -57,13 +60,13 @@ def describe_dtype(dtype):
     return "a float32" if dtype == torch.float32 else "a 16-bit"
 
 
-def describe_guarantee(found, bundle, dtype, args):
+def describe_guarantee(found, bundle, dtype, threshold, timesteps=JOINT):
     """The first sentences of report and card: what is guaranteed of the saved LoRA, or that nothing is."""
     leakage, unprotected, total = found["leakage"]["max"], len(found["unprotected"]), len(found["layers"])
     if leakage is None:
-        reason = "--nullspace_threshold 0" if args.nullspace_threshold == 0 else "none of its layers is protected"
+        reason = "--nullspace_threshold 0" if threshold == 0 else "none of its layers is protected"
         return f"Nothing is guaranteed: no direction of any layer was closed ({reason})."
-    if args.nullspace_timesteps == "nearest":
+    if timesteps == "nearest":
         return (
             "Nothing is guaranteed: with --nullspace_timesteps nearest each step is protected at timesteps near its "
             f"own alone, and up to {leakage:.1e} of what the LoRA changes in a layer reaches what is protected."
@@ -87,31 +90,28 @@ def describe_guarantee(found, bundle, dtype, args):
     return text
 
 
-def make_report(found, bundle, dtype, args):
-    """What is written of a run: what is guaranteed, its settings, and what `audit_file` found."""
+def make_report(found, bundle, dtype, name, setting, training):
+    """What is written of a run: what is guaranteed, its settings, and what `audit_file` found.
+
+    Args:
+        dtype (`torch.dtype`): of the saved weights.
+        name (`str`): the folder or Hub id of the bundle.
+        setting (`dict`): how it was used: `criterion`, `threshold`, `softness`, `timesteps` and more.
+        training (`dict`): how the LoRA was trained.
+    """
+    softness = None if setting["softness"] == math.inf else setting["softness"]  # which JSON cannot hold
     return {
-        "guarantee": describe_guarantee(found, bundle, dtype, args),
+        "guarantee": describe_guarantee(found, bundle, dtype, setting["threshold"], setting["timesteps"]),
         "base_model": bundle.config["base_model"],
-        "model_type": args.model_type,
+        "model_type": bundle.config["model_type"],
         "prediction_type": bundle.config.get("prediction_type"),
         "nullspace": {
-            "bundle": str(args.nullspace_name_or_path),
+            "bundle": str(name),
             "revision": bundle.revision,
             "prompts": {key: bundle.config["prompts"][key] for key in ("source", "count", "sha256")},
-            "criterion": args.nullspace_criterion,
-            "threshold": args.nullspace_threshold,
-            "softness": None if args.nullspace_softness == math.inf else args.nullspace_softness,
-            "extra_prompts": args.nullspace_extra_prompts,
-            "timesteps": args.nullspace_timesteps,
-            "timestep_range": args.nullspace_timestep_range,
+            **setting,
+            "softness": softness,
         },
-        "training": {
-            key: getattr(args, key)
-            for key in (
-                "instance_prompt", "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
-                "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed",
-                "mixed_precision", "clip_skip",
-            )
-        },
+        "training": training,
         **found,
-    }  # fmt: skip
+    }

@@ -48,10 +48,27 @@ def needed_space(parameters, step, args):
     return 3 * lora + (kept + 2) * checkpoint + 3 * prompts * picture + SMALL_FILES
 
 
+def report_of(found, bundle, lora_dtype, args):
+    """The report of a run of the trainer, see `make_report`."""
+    setting = {
+        key: getattr(args, f"nullspace_{key}")
+        for key in ("criterion", "threshold", "softness", "extra_prompts", "timesteps", "timestep_range")
+    }
+    training = {
+        key: getattr(args, key)
+        for key in (
+            "instance_prompt", "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
+            "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed",
+            "mixed_precision", "clip_skip",
+        )
+    }  # fmt: skip
+    return make_report(found, bundle, lora_dtype, args.nullspace_name_or_path, setting, training)
+
+
 def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args):
     """Write what goes with the saved LoRA: report, the web UIs' file, comparison and card."""
     (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, whose place this one takes
-    report = make_report(found, bundle, lora_dtype, args)
+    report = report_of(found, bundle, lora_dtype, args)
     write_json(args.output_dir / REPORT_NAME, report)
     write_kohya(report, args)
     picture = comparison_grid(rows, prompts, args.seed, step)

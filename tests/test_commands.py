@@ -1,0 +1,167 @@
+"""The commands: merging bundles, one parser however it is called, and what `pip install` makes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from zipfile import ZipFile
+
+import pytest
+from conftest import ROOT
+from test_nullspace_utils import distance, world_of
+
+from nullspace import console
+from nullspace.bundle import Bundle, check_files
+from nullspace.errors import NullSpaceError
+from nullspace.names import JOINT
+from nullspace_utils import main, parse_args
+
+
+def merge(*flags):
+    main(parse_args(["merge", *map(str, flags)]))
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_sd1, tmp_path_factory):
+    """Bundles of one half of the prompts each, of both, of another model and of all timesteps together."""
+    world, folder = world_of(tiny_sd1), tmp_path_factory.mktemp("bundles")
+    for index, half in enumerate(world.halves):
+        prompts = {"source": f"half {index}", "count": 2, "sha256": f"{index}" * 64, "examples": [f"prompt {index}"]}
+        world.bundle(moments=half, prompts=prompts).save(folder / f"half-{index}")
+    world.bundle().save(folder / "whole")
+    world.joint_bundle().save(folder / "joint")
+    base = {"id": "tiny/other", "fingerprint": {"unet": "0" * 64}}
+    world.bundle(base_model=base).save(folder / "other")
+    world.bundle(base_model={"id": "tiny/model", "fingerprint": "0" * 64}).save(folder / "old")
+    return folder
+
+
+def test_merged_bundles_are_that_of_all_their_prompts(folders, tmp_path, capsys):
+    merge("--nullspace", folders / "half-0", "--nullspace", folders / "half-1", "--output", tmp_path / "merged")
+    assert capsys.readouterr().out == f"Wrote 4 prompts of 2 bundles to {tmp_path / 'merged'}\n"
+    check_files(tmp_path / "merged")
+    merged, whole = (Bundle.load(folder, "nearest") for folder in (tmp_path / "merged", folders / "whole"))
+    assert merged.spectra.keys() == whole.spectra.keys() and len(merged.spectra) == 5
+    for group, spectra in whole.spectra.items():
+        for source, spectrum in spectra.items():
+            assert distance(merged.spectra[group][source].sum(), spectrum.sum()) < 1e-5
+    assert merged.config["prompts"]["examples"] == ["prompt 0", "prompt 1"]
+    # A third one, to an earlier bundle's place
+    others = ("--nullspace", folders / "half-1", "--nullspace", folders / "whole")
+    merge("--nullspace", folders / "half-0", *others, "--output_dir", tmp_path / "merged")
+    total = Bundle.load(tmp_path / "merged").spectra[JOINT]
+    assert all(spectrum.tokens == 2 * whole.spectra[JOINT][source].tokens for source, spectrum in total.items())
+
+
+def test_bundles_that_are_not_merged(folders, tmp_path):
+    shutil.copytree(folders / "half-0", tmp_path / "copy")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diary").touch()
+    half = folders / "half-0"
+    for second, output, sentence in (
+        (half, "new", "is the same bundle as .*half-0, whose prompts would count twice"),
+        (tmp_path / "copy", "new", "is the same bundle as .*half-0"),
+        (folders / "other", "new", "their base model differ"),
+        (folders / "joint", "new", "their groups differ"),
+        (folders / "old", "new", "one is of the old format"),
+        (tmp_path, "new", "it is not a bundle"),
+        (tmp_path / "copy", "copy", "is one of the bundles that are merged"),
+        (folders / "half-1", "other", "holds something that is not a bundle"),
+    ):
+        before = sorted(path for path in tmp_path.rglob("*"))
+        with pytest.raises(NullSpaceError, match=sentence) as error:
+            merge("--nullspace", half, "--nullspace", second, "--output", tmp_path / output)
+        assert "\n" not in str(error.value) and sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_merge_wants_several_bundles(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["merge", "--nullspace", "a", "--output", "b"])
+    assert capsys.readouterr().err == "error: merge needs --nullspace two times or more, once for each bundle.\n"
+
+
+# ---- What pip installs -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with what is installed from a copy of the repository, and nothing else."""
+    if find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")
+    copy, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site-packages")
+    for name in ("LICENSE", "README.md", "pyproject.toml", "requirements.txt"):
+        shutil.copy(ROOT / name, copy)
+    for path in [*ROOT.glob("*.py"), ROOT / "tests", ROOT / "examples", ROOT / "nullspace"]:
+        if path.is_dir():
+            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, copy)
+    # What pip calls, without the isolation for which it would download
+    code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with ZipFile(next(copy.glob("*.whl"))) as wheel:
+        wheel.extractall(target)
+    return target
+
+
+def test_the_wheel_holds_the_library_and_the_doors_alone(installed):
+    expected = {path.relative_to(ROOT) for path in (ROOT / "nullspace").rglob("*") if "__pycache__" not in path.parts}
+    expected = {path for path in expected if (ROOT / path).is_file()} | {path.relative_to(ROOT) for path in DOORS}
+    found = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
+    assert {path for path in found if "dist-info" not in path.parts[0]} == expected
+    (package,) = distributions(path=[str(installed)])
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    names = {line.partition("<")[0].partition(">")[0] for line in lines if line}
+    assert {each.partition("<")[0].partition(">")[0] for each in package.requires} == names
+
+
+DOORS = {
+    ROOT / "train_dreambooth_nullspace.py": "nullspace-train",
+    ROOT / "build_nullspace.py": "nullspace-build",
+    ROOT / "nullspace_utils.py": "nullspace",
+}
+
+
+def run_command(installed, name, *flags, tmp_path):
+    """Run an installed command, as the script that pip makes of its entry point does, where no library can come in."""
+    (package,) = distributions(path=[str(installed)])
+    entry = next(each for each in package.entry_points if each.name == name)
+    for library in ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub"):
+        (tmp_path / f"{library}.py").write_text("raise ImportError('a library was imported')")
+    script = tmp_path / name
+    script.write_text(f"import sys\nfrom {entry.module} import {entry.attr}\nsys.exit({entry.attr}())\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, installed)))}
+    return subprocess.run(
+        [sys.executable, script, *map(str, flags)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(("door", "name"), DOORS.items(), ids=DOORS.values())
+def test_commands_parse_their_flags_before_libraries_come(installed, door, name, tmp_path):
+    done = run_command(installed, name, "--help", tmp_path=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {name} [") and not done.stderr
+    script = subprocess.run([sys.executable, door, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    shown = done.stdout.replace(f"usage: {name} ", "").split()
+    usage = "usage: " if name == "nullspace" else "usage: accelerate launch "
+    assert script.stdout.startswith(usage) and shown == script.stdout.replace(f"{usage}{door.name} ", "").split()
+    done = run_command(installed, name, "--nonsense", tmp_path=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_command_does_its_work(folders, tmp_path, monkeypatch, capsys):
+    flags = ("merge", "--nullspace", folders / "half-0", "--nullspace", folders / "half-1", "--output")
+    monkeypatch.setattr(sys, "argv", ["nullspace", *map(str, flags), str(tmp_path / "merged")])
+    console.tools()
+    assert capsys.readouterr().out == f"Wrote 4 prompts of 2 bundles to {tmp_path / 'merged'}\n"
+    sys.argv[-1] = str(folders / "half-1")
+    with pytest.raises(SystemExit) as caught:
+        console.tools()
+    assert str(caught.value).startswith("error: --output_dir") and "\n" not in str(caught.value)

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_dreambooth_nullspace as trainer
 from nullspace import checkpoint as room
+from nullspace import flags
 from nullspace.errors import NullSpaceError
 from nullspace.hashes import sha256
 from nullspace.names import CARD_NAME, LORA_NAME
@@ -49,8 +50,8 @@ def make_checkpoint(folder, step, run):
 
 def test_every_flag_is_in_one_class():
     """A new flag is put where it belongs: does the result depend on it, on what it names, or neither?"""
-    classes = [*room.COMPARED]
-    for names in (*room.BY_CONTENT.values(), *room.FREE.values()):
+    classes = [*flags.COMPARED]
+    for names in (*flags.BY_CONTENT.values(), *flags.FREE.values()):
         classes += names
     replaced = {flag.removeprefix("--") for flag in trainer.REPLACED}
     assert sorted(classes) == sorted(vars(parse()).keys() - replaced)
@@ -60,12 +61,12 @@ def test_the_help_lists_what_may_change(capsys):
     with pytest.raises(SystemExit):
         trainer.parse_args(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    free = {name for names in room.FREE.values() for name in names} - {"resume_from_checkpoint"}
+    free = {name for names in flags.FREE.values() for name in names} - {"resume_from_checkpoint"}
     text = re.search(r"A checkpoint's folder, or latest.*?--hub_token\.", shown).group()
     assert set(re.findall(r"--\w+", text)) == {f"--{name}" for name in (*free, "max_train_steps", "lr_scheduler")}
 
 
-@pytest.mark.parametrize("name", room.COMPARED)
+@pytest.mark.parametrize("name", flags.COMPARED)
 def test_another_value_of_a_flag_is_named_with_both(name, tmp_path):
     args = parse("--lr_scheduler", "cosine_with_restarts" if name == "lr_num_cycles" else "polynomial")
     folder = make_checkpoint(tmp_path, 2, describe(args))

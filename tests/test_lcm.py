@@ -141,7 +141,7 @@ def test_bundles_of_the_other_type_are_refused_though_all_weights_agree(
 
 
 def test_flags_that_do_not_fit_the_model_are_refused(tiny_sd1, tiny_lcm, sd_bundle, lcm_bundle, tmp_path):
-    with pytest.raises(NullSpaceError, match="--lcm_loss is for Latent Consistency Models"):
+    with pytest.raises(NullSpaceError, match="--lcm_loss is not for a Stable Diffusion model"):
         train(tiny_sd1, sd_bundle, tmp_path / "lora", "--lcm_loss", "epsilon")
     for flags in ((), ("--lcm_loss", "x0")):
         with pytest.raises(NullSpaceError, match="--snr_gamma weighs"):

@@ -1337,7 +1337,7 @@ import torch
 from pathlib import Path
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
-from train_dreambooth_nullspace import save_lora
+from nullspace.adapters import save_lora
 
 unet = UNet2DConditionModel.from_pretrained({model!r}, subfolder="unet")
 targets = [name for name, _ in unet.named_modules() if name.endswith(("attn2.to_q", "attn2.to_k"))]

@@ -82,7 +82,9 @@ class StableDiffusion:
             NullSpaceError: if one is another family's.
         """
         if args.lcm_loss:
-            raise NullSpaceError(f"--lcm_loss {args.lcm_loss} is none of {self.title}; leave it out.")
+            raise NullSpaceError(
+                f"--lcm_loss is not for {self.title}, which {args.pretrained_model_name_or_path} is; leave it out."
+            )
 
     def encode(self, text_encoder, input_ids, attention_mask=None, clip_skip=0):
         """What the denoiser is told of prompts, tokens (batch, tokens): its keyword arguments, tensors (batch, ...)."""

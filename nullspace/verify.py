@@ -1,0 +1,216 @@
+"""Whether a bundle protects what its model reads: what its projectors let through, claimed and measured."""
+
+from typing import NamedTuple
+
+import torch
+
+from nullspace.errors import NullSpaceError
+from nullspace.families import get_family, recognise
+from nullspace.models import download_model, loading
+from nullspace.moments import SecondMoments
+from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT, TIMELESS
+from nullspace.prompts import spread
+from nullspace.samplers import make_scheduler
+from nullspace.spectrum import tf32
+from nullspace.validation import load_pipeline
+
+
+# What the trainer draws: little, for it comes before every training.
+PROMPTS, STEPS = 2, 4
+TEXTS_AT_ONCE, DRAWN_AT_ONCE = 16, 8
+# An input may let through this many times the energy that its bundle says, and this share of all energy besides.
+TIMES, BESIDES = 10, 1e-3
+
+
+class Finding(NamedTuple):
+    """What the projector of one input lets through: tr(S C S) / tr(C), as shares of the energy from 0 to 1.
+
+    S is the projector at the default threshold and softness, `claimed` is with the bundle's own C, `measured` with that
+    of the inputs which the model read. `closed` of its `size` directions are closed, which hold the shares
+    `closed_claimed` and `closed_measured` of the energy.
+    """
+
+    source: str
+    size: int
+    closed: int
+    claimed: float
+    measured: float
+    closed_claimed: float
+    closed_measured: float
+
+    @property
+    def limit(self):
+        """The largest share that is taken for the claimed one."""
+        return TIMES * self.claimed + BESIDES
+
+    @property
+    def holds(self):
+        return self.measured <= self.limit  # not so for NaN
+
+
+# ---- What is asked for -----------------------------------------------------------------------------------------------
+
+
+def check_against_model(bundle, components, device, dtype, args):
+    """Raise `NullSpaceError` unless a bundle protects what the model reads that the trainer has loaded.
+
+    Args:
+        components (`dict`): of the base model's pipeline, without LoRA, on the device.
+        args: the trainer's flags.
+    """
+    refuse(verify(bundle, load_pipeline(args, dtype, device, **components)))
+
+
+def load_verified(bundle, name_or_path):
+    """The pipeline of the base model, in float32, once it turned out to be the one that a bundle was built from.
+
+    Args:
+        name_or_path (`str` or `None`): of the base model; None is the one that the bundle names.
+
+    Raises:
+        NullSpaceError: if it cannot be had, or is another.
+    """
+    base = bundle.config["base_model"]
+    revision, variant = (None, None) if name_or_path else (base["revision"], base["variant"])
+    name_or_path = name_or_path or base["id"]
+    family = recognise(name_or_path, revision, wanted=bundle.config["model_type"])
+    folder = download_model(name_or_path, revision, variant)
+    with loading(name_or_path):
+        models = family.load_models(folder, variant)
+        pipeline = family.load_pipeline(folder, variant, **models)
+    pipeline.to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    bundle.check(pipeline.unet, pipeline.text_encoder, tokenizer=pipeline.tokenizer, noise_scheduler=pipeline.scheduler)
+    return pipeline
+
+
+def refuse(findings):
+    """Raise `NullSpaceError`, naming the worst, if one of the `Finding`s does not hold."""
+    broken = [item for item in findings if not item.holds]
+    if broken:
+        worst = max(broken, key=lambda item: item.measured / item.limit)
+        others = f", and so for {len(broken) - 1} of the other {len(findings) - 1} inputs" if len(broken) > 1 else ""
+        raise NullSpaceError(
+            f"The bundle does not protect what this model reads: of the energy of {worst.source} it claims to let "
+            f"{worst.claimed:.1e} through and lets {worst.measured:.1e}{others}; use another, or build one with "
+            "build_nullspace.py."
+        )
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def verify(bundle, pipeline, prompts=PROMPTS, whole=False, seed=0):
+    """Have a model read some of a bundle's prompts, and compare: `list[Finding]`, one for each input that is loaded.
+
+    The text encoder reads all prompts that the bundle ships, and the empty one; the denoiser draws `prompts` of them.
+    The global random number generators are left as they were.
+
+    Args:
+        bundle (`Bundle`): with its joint group loaded.
+        pipeline (`DiffusionPipeline`): of the model, without LoRA, on its device; its scheduler is left as it is.
+        prompts (`int`): how many to draw.
+        whole (`bool`): whether in all the sampler's steps, as the bundle was built, or in a few.
+        seed (`int`): that of the first prompt's noise.
+
+    Raises:
+        NullSpaceError: if the sampler visits none of the bundle's timesteps, or what the model reads is not finite.
+    """
+    device = pipeline.unet.device
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        moments = {**measure_text(bundle, pipeline), **measure_drawing(bundle, pipeline, prompts, whole, seed)}
+        return compare(bundle, moments)
+
+
+def examples(bundle):
+    """The prompts that a bundle ships, `list[str]`."""
+    return bundle.config["prompts"]["examples"]
+
+
+def measure_text(bundle, pipeline):
+    """The second moments of what does not depend on the timestep: `dict[str, Tensor (in, in)]` by input."""
+    family, tokenizer, text_encoder = get_family(bundle.config["model_type"]), pipeline.tokenizer, pipeline.text_encoder
+    inputs = {
+        name: info["input"] for name, info in bundle.modules.items() if name.startswith(f"{TEXT_ENCODER}.")
+    } if TEXT_ENCODER in bundle.spectra else {}  # fmt: skip
+    moments = SecondMoments(pipeline.unet, inputs, {}, text_encoder=text_encoder)
+    texts = ["", *examples(bundle)]
+    tokens = tokenizer(
+        texts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    ).to(text_encoder.device)
+    uses_mask = getattr(text_encoder.config, "use_attention_mask", False)  # as its pipeline asks
+    with moments.collect():
+        moments.start_batch()
+        for part in torch.arange(len(texts)).split(TEXTS_AT_ONCE):
+            mask = tokens.attention_mask[part] if uses_mask else None
+            encoded = family.encode(text_encoder, tokens.input_ids[part], mask, bundle.clip_skip)
+            moments.add(TEXT_INPUT, TEXT_INPUT, encoded[TEXT_INPUT])
+    return {source: total for (_, source), total in moments.sums.items()}
+
+
+def measure_drawing(bundle, pipeline, prompts, whole, seed):
+    """The second moments of what the denoiser's layers read at the joint group's timesteps, as `measure_text`."""
+    config, family = bundle.config, get_family(bundle.config["model_type"])
+    first, last = next(group["range"] for group in config["groups"] if group["name"] == JOINT)
+    inputs = {name: info["input"] for name, info in config["modules"].items() if info["input"] not in TIMELESS}
+    moments = SecondMoments(pipeline.unet, inputs, dict.fromkeys(range(first, last + 1), JOINT))
+    own = pipeline.scheduler
+    pipeline.scheduler = make_scheduler(config["sampler"], own.config)
+    drawn = spread(examples(bundle), prompts) or [""]
+    few = [[min(STEPS, max(config["num_inference_steps"]))]]
+    try:
+        for steps in [config["num_inference_steps"]] if whole else [*few, config["num_inference_steps"]]:
+            if not any(first <= timestep <= last for timestep in visited(pipeline.scheduler, steps)):
+                continue
+            with moments.collect():
+                for start in range(0, len(drawn), DRAWN_AT_ONCE):
+                    batch = drawn[start : start + DRAWN_AT_ONCE]
+                    family.sample(
+                        pipeline, batch, [seed + start + index for index in range(len(batch))], steps,
+                        config["guidance_scale"], config["resolution"], clip_skip=bundle.clip_skip,
+                    )  # fmt: skip
+            return {source: total for (_, source), total in moments.sums.items()}
+    finally:
+        pipeline.scheduler = own
+    raise NullSpaceError(
+        f"The bundle's sampler visits no timestep from {first} to {last}, which it is said to protect."
+    )
+
+
+def visited(scheduler, num_inference_steps):
+    """The timesteps that a sampler visits in these numbers of steps."""
+    for steps in num_inference_steps:
+        scheduler.set_timesteps(steps)
+        yield from scheduler.timesteps.tolist()
+
+
+# ---- Comparing -------------------------------------------------------------------------------------------------------
+
+
+def compare(bundle, moments):
+    """`list[Finding]`: what the bundle's projectors let through of second moments, `dict[str, Tensor (in, in)]`."""
+    protected = {bundle.modules[name]["input"]: item for name, item in bundle.protected().items()}
+    findings = []
+    for source, spectrum in bundle.group(JOINT).items():
+        item, total = protected[source], moments[source]
+        if not torch.isfinite(total).all():
+            raise NullSpaceError(
+                f"What this model reads at {source} contains NaN or infinity, so the bundle cannot be verified; use "
+                "--mixed_precision no or bf16."
+            )
+        share = spectrum.eigenvalues.double() / spectrum.eigenvalues.double().sum()
+        weights = torch.ones_like(share)
+        weights[: item.rank] = 0
+        if item.gains is not None:
+            weights[item.rank :] = item.gains.double().square()
+        basis = item.basis.to(total.device)
+        with tf32(False, total.device):
+            energy = ((total @ basis) * basis).sum(0).double().cpu()  # of each direction
+        energy = energy / total.trace().double().cpu()
+        findings.append(
+            Finding(
+                source, len(share), item.rank, (weights @ share).item(), (weights @ energy).item(),
+                share[: item.rank].sum().item(), energy[: item.rank].sum().item(),
+            )
+        )  # fmt: skip
+    return findings

@@ -31,6 +31,7 @@ from pathlib import Path
 from nullspace.checks import (
     HelpFormatter,
     Parser,
+    check_clip_skip,
     check_softness,
     check_threshold,
     check_writable,
@@ -423,7 +424,6 @@ from nullspace.checkpoint import (
 )
 from nullspace.dataset import InstanceDataset, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
-from nullspace.families.stable_diffusion import check_clip_skip
 from nullspace.hub import create_repository, hub_repository
 from nullspace.kohya import check_replaceable
 from nullspace.latents import encode_pictures

@@ -1,29 +1,23 @@
 """nullspace/verify.py: honest bundles hold on the model itself, forged ones are refused by name and figure."""
 
 import copy
-import json
 import math
 import re
 
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import DDIMScheduler
-from safetensors.torch import load_file
 from test_lcm import tiny_lcm  # noqa: F401
-from test_train import command_line
 
 import build_nullspace
-import nullspace_utils
-import train_dreambooth_nullspace as trainer
 from nullspace import verify as room
 from nullspace.bundle import Bundle
 from nullspace.collection import collect, load_collected
 from nullspace.errors import NullSpaceError
 from nullspace.families import recognise
-from nullspace.names import CONFIG_NAME, JOINT, LORA_NAME, TEXT_ENCODER, TEXT_INPUT
-from nullspace.prompts import Prompts, spread
-from nullspace.verify import check_against_model, compare, examples, load_verified, refuse, verify
+from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT
+from nullspace.prompts import Prompts
+from nullspace.verify import compare, refuse, verify
 
 
 PROMPTS = [f"a {size} {colour} star" for size in ("large", "small") for colour in ("red", "blue", "green", "white")]

@@ -8,7 +8,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.families import get_family, recognise
 from nullspace.models import download_model, loading
 from nullspace.moments import SecondMoments
-from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT, TIMELESS
+from nullspace.names import JOINT, TEXT_INPUT, TIMELESS
 from nullspace.prompts import spread
 from nullspace.samplers import make_scheduler
 from nullspace.spectrum import tf32
@@ -103,14 +103,14 @@ def refuse(findings):
 def verify(bundle, pipeline, prompts=PROMPTS, whole=False, seed=0):
     """Have a model read some of a bundle's prompts, and compare: `list[Finding]`, one for each input that is loaded.
 
-    The text encoder reads all prompts that the bundle ships, and the empty one; the denoiser draws `prompts` of them.
     The global random number generators are left as they were.
 
     Args:
         bundle (`Bundle`): with its joint group loaded.
         pipeline (`DiffusionPipeline`): of the model, without LoRA, on its device; its scheduler is left as it is.
         prompts (`int`): how many to draw.
-        whole (`bool`): whether in all the sampler's steps, as the bundle was built, or in a few.
+        whole (`bool`): whether they are drawn, and all inputs read, as when the bundle was built. Otherwise they are
+            drawn in a few steps, and the text encoder reads all prompts that the bundle ships, and the empty one.
         seed (`int`): that of the first prompt's noise.
 
     Raises:
@@ -118,7 +118,9 @@ def verify(bundle, pipeline, prompts=PROMPTS, whole=False, seed=0):
     """
     device = pipeline.unet.device
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        moments = {**measure_text(bundle, pipeline), **measure_drawing(bundle, pipeline, prompts, whole, seed)}
+        moments = draw(bundle, pipeline, prompts, whole, seed)
+        if not whole:
+            moments |= read_texts(bundle, pipeline)
         return compare(bundle, moments)
 
 
@@ -127,44 +129,33 @@ def examples(bundle):
     return bundle.config["prompts"]["examples"]
 
 
-def measure_text(bundle, pipeline):
-    """The second moments of what does not depend on the timestep: `dict[str, Tensor (in, in)]` by input."""
-    family, tokenizer, text_encoder = get_family(bundle.config["model_type"]), pipeline.tokenizer, pipeline.text_encoder
-    inputs = {
-        name: info["input"] for name, info in bundle.modules.items() if name.startswith(f"{TEXT_ENCODER}.")
-    } if TEXT_ENCODER in bundle.spectra else {}  # fmt: skip
-    moments = SecondMoments(pipeline.unet, inputs, {}, text_encoder=text_encoder)
-    texts = ["", *examples(bundle)]
-    tokens = tokenizer(
-        texts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
-    ).to(text_encoder.device)
-    uses_mask = getattr(text_encoder.config, "use_attention_mask", False)  # as its pipeline asks
-    with moments.collect():
-        moments.start_batch()
-        for part in torch.arange(len(texts)).split(TEXTS_AT_ONCE):
-            mask = tokens.attention_mask[part] if uses_mask else None
-            encoded = family.encode(text_encoder, tokens.input_ids[part], mask, bundle.clip_skip)
-            moments.add(TEXT_INPUT, TEXT_INPUT, encoded[TEXT_INPUT])
-    return {source: total for (_, source), total in moments.sums.items()}
+def inputs_of(bundle, timeless):
+    """The inputs that are loaded of those that do not depend on the timestep, or of the others, by module."""
+    loaded, names = bundle.group(JOINT), tuple(TIMELESS)
+    inputs = {name: info["input"] for name, info in bundle.modules.items() if info["input"] in loaded}
+    return {name: source for name, source in inputs.items() if source.startswith(names) == timeless}
 
 
-def measure_drawing(bundle, pipeline, prompts, whole, seed):
-    """The second moments of what the denoiser's layers read at the joint group's timesteps, as `measure_text`."""
+def draw(bundle, pipeline, prompts, whole, seed):
+    """Second moments of what is read at the joint group's timesteps: `dict[str, Tensor (in, in)]` by input."""
     config, family = bundle.config, get_family(bundle.config["model_type"])
     first, last = next(group["range"] for group in config["groups"] if group["name"] == JOINT)
-    inputs = {name: info["input"] for name, info in config["modules"].items() if info["input"] not in TIMELESS}
-    moments = SecondMoments(pipeline.unet, inputs, dict.fromkeys(range(first, last + 1), JOINT))
+    inputs = inputs_of(bundle, timeless=False) | (inputs_of(bundle, timeless=True) if whole else {})
+    group_of = dict.fromkeys(range(first, last + 1), JOINT)
+    moments = SecondMoments(pipeline.unet, inputs, group_of, text_encoder=pipeline.text_encoder)
+    drawn = spread(examples(bundle), prompts) or [""]
+    all_steps = config["num_inference_steps"]
+    few_steps = [min(STEPS, max(all_steps))]
     own = pipeline.scheduler
     pipeline.scheduler = make_scheduler(config["sampler"], own.config)
-    drawn = spread(examples(bundle), prompts) or [""]
-    few = [[min(STEPS, max(config["num_inference_steps"]))]]
     try:
-        for steps in [config["num_inference_steps"]] if whole else [*few, config["num_inference_steps"]]:
+        for steps in [all_steps] if whole else [few_steps, all_steps]:
             if not any(first <= timestep <= last for timestep in visited(pipeline.scheduler, steps)):
                 continue
             with moments.collect():
                 for start in range(0, len(drawn), DRAWN_AT_ONCE):
                     batch = drawn[start : start + DRAWN_AT_ONCE]
+                    moments.start_batch()
                     family.sample(
                         pipeline, batch, [seed + start + index for index in range(len(batch))], steps,
                         config["guidance_scale"], config["resolution"], clip_skip=bundle.clip_skip,
@@ -175,6 +166,26 @@ def measure_drawing(bundle, pipeline, prompts, whole, seed):
     raise NullSpaceError(
         f"The bundle's sampler visits no timestep from {first} to {last}, which it is said to protect."
     )
+
+
+def read_texts(bundle, pipeline):
+    """Second moments of what does not depend on the timestep, from the text encoder alone, as `draw`."""
+    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
+    inputs = {name: source for name, source in inputs_of(bundle, timeless=True).items() if source != TEXT_INPUT}
+    moments = SecondMoments(pipeline.unet, inputs, {}, text_encoder=text_encoder)
+    texts = ["", *examples(bundle)]
+    tokens = tokenizer(
+        texts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    ).to(text_encoder.device)
+    uses_mask = getattr(text_encoder.config, "use_attention_mask", False)  # as its pipeline asks
+    family = get_family(bundle.config["model_type"])
+    with moments.collect():
+        moments.start_batch()
+        for part in torch.arange(len(texts)).split(TEXTS_AT_ONCE):
+            mask = tokens.attention_mask[part] if uses_mask else None
+            encoded = family.encode(text_encoder, tokens.input_ids[part], mask, bundle.clip_skip)
+            moments.add(TEXT_INPUT, TEXT_INPUT, encoded[TEXT_INPUT])
+    return {source: total for (_, source), total in moments.sums.items()}
 
 
 def visited(scheduler, num_inference_steps):
@@ -191,8 +202,8 @@ def compare(bundle, moments):
     """`list[Finding]`: what the bundle's projectors let through of second moments, `dict[str, Tensor (in, in)]`."""
     protected = {bundle.modules[name]["input"]: item for name, item in bundle.protected().items()}
     findings = []
-    for source, spectrum in bundle.group(JOINT).items():
-        item, total = protected[source], moments[source]
+    for source, item in protected.items():
+        spectrum, total = bundle.group(JOINT)[source], moments[source]
         if not torch.isfinite(total).all():
             raise NullSpaceError(
                 f"What this model reads at {source} contains NaN or infinity, so the bundle cannot be verified; use "

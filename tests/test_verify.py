@@ -6,22 +6,25 @@ import re
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from test_lcm import tiny_lcm  # noqa: F401
 
 import build_nullspace
+import nullspace_utils
+import train_dreambooth_nullspace as trainer
 from nullspace import verify as room
 from nullspace.bundle import Bundle
 from nullspace.collection import collect, load_collected
 from nullspace.errors import NullSpaceError
 from nullspace.families import recognise
-from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT
+from nullspace.names import JOINT, LORA_NAME, TEXT_ENCODER, TEXT_INPUT
 from nullspace.prompts import Prompts
+from nullspace.samplers import make_scheduler
 from nullspace.verify import compare, refuse, verify
+from test_train import command_line
 
 
 PROMPTS = [f"a {size} {colour} star" for size in ("large", "small") for colour in ("red", "blue", "green", "white")]
-SAMPLED = {"tiny_sd1": "--sampler euler_a", "tiny_lcm": ""}  # both draw noise as they go
 
 
 class Case:
@@ -54,6 +57,7 @@ class Case:
         return changed
 
 
+# Both samplers draw noise as they go
 @pytest.fixture(scope="module")
 def sd(tiny_sd1, tmp_path_factory):
     return Case(tiny_sd1, tmp_path_factory.mktemp("bundles") / "sd", "--sampler euler_a --num_inference_steps 6")
@@ -156,11 +160,10 @@ def test_all_steps_give_the_moments_of_the_build(sd):
 
 
 def test_a_range_that_few_steps_do_not_visit_is_drawn_in_all(sd):
-    last = max(sd.bundle.config["groups"][0]["timesteps"][:-1])
-    first = max(timestep for timestep in sd.bundle.config["groups"][0]["timesteps"] if timestep < last)
-    few = list(room.visited(sd.pipeline.scheduler, [room.STEPS]))
-    assert not any(first <= timestep <= last for timestep in few)
-    bundle = sd.bundle.restrict(first, last)
+    bundle = sd.bundle.restrict(600, 700)
+    first, last = bundle.config["groups"][0]["range"]
+    scheduler = make_scheduler("euler_a", sd.pipeline.scheduler.config)
+    assert not any(first <= timestep <= last for timestep in room.visited(scheduler, [room.STEPS]))
     refuse(verify(bundle, sd.pipeline))
     forged = Bundle(bundle.config, {name: dict(spectra) for name, spectra in bundle.spectra.items()})
     source = next(name for name in forged.spectra[JOINT] if name.endswith("to_q"))
@@ -199,3 +202,63 @@ def test_a_bundle_without_examples_is_verified_on_the_empty_prompt(sd):
         bundle = sd.changed(change)
         bundle.config["prompts"]["examples"] = []
         assert all(item.holds for item in verify(bundle, sd.pipeline)) is holds
+
+
+# ---- In the doors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(sd, tmp_path_factory):
+    """The honest bundle, and the one with one input's eigenvectors reversed, on disk, its hashes made to agree."""
+    folder = tmp_path_factory.mktemp("folders")
+    sd.bundle.save(folder / "honest")
+    sd.changed(reversed_vectors, only=TEXT_INPUT).save(folder / "forged")
+    return folder
+
+
+def verify_command(*words):
+    nullspace_utils.main(nullspace_utils.parse_args(["verify", *map(str, words)]))
+
+
+def test_the_command_prints_a_row_for_each_input(sd, folders, capsys):
+    verify_command("--nullspace", folders / "honest")
+    few = capsys.readouterr().out
+    verify_command("--nullspace", folders / "honest", "--pretrained_model_name_or_path", sd.model, "--prompts", 2)
+    many = capsys.readouterr().out
+    assert few != many
+    for out, found in (
+        (few, verify(sd.bundle, sd.pipeline)),
+        (many, verify(sd.bundle, sd.pipeline, prompts=2, whole=True)),
+    ):
+        *rows, last = out.splitlines()[2:]
+        assert [row.split()[0] for row in rows] == [item.source for item in found]
+        shown = [(item.size, item.closed, f"{item.claimed:.1e}", f"{item.limit:.1e}") for item in found]
+        assert [(int(row[1]), int(row[2]), row[3], row[5]) for row in map(str.split, rows)] == shown
+        assert all(
+            math.isclose(float(row.split()[4]), item.measured, rel_tol=0.1)
+            for row, item in zip(rows, found, strict=True)
+        )
+        assert f"at all {len(found)} inputs" in last
+
+
+def test_the_command_refuses_a_forged_bundle(sd, folders, capsys):
+    with pytest.raises(NullSpaceError, match=f"of the energy of {TEXT_INPUT} it claims to let"):
+        verify_command("--nullspace", folders / "forged", "--pretrained_model_name_or_path", sd.model)
+    marked = [line for line in capsys.readouterr().out.splitlines() if "too much" in line]
+    assert [line.split()[0] for line in marked] == [TEXT_INPUT]
+
+
+def test_the_command_refuses_what_it_cannot_do(sd, folders, tiny_sd2):
+    with pytest.raises(NullSpaceError, match="--prompts 9 is more than the 8 that the bundle ships"):
+        verify_command("--nullspace", folders / "honest", "--prompts", 9)
+    with pytest.raises(NullSpaceError, match="The bundle was built"):
+        verify_command("--nullspace", folders / "honest", "--pretrained_model_name_or_path", tiny_sd2)
+
+
+def test_the_trainer_refuses_a_forged_bundle_before_it_trains(sd, folders, tmp_path, monkeypatch):
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    monkeypatch.setattr(trainer, "add_lora", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(NullSpaceError, match=f"of the energy of {TEXT_INPUT} it claims to let"):
+        trainer.main(trainer.parse_args(command_line(sd.model, folders / "forged", tmp_path / "lora")))
+    assert not (tmp_path / "lora" / LORA_NAME).exists()

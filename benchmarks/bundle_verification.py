@@ -5,8 +5,8 @@
 The demo's two models verify bundles of their own, built with other prompts, seeds, precisions, samplers and numbers of
 steps, as the trainer does before it trains, in float32 and bfloat16 and from several seeds, and forgeries of one of
 these bundles. Of every input it notes how much energy is let through, claimed and measured, and what of the limit of
-`nullspace.verify` the measured share is: an honest bundle must stay below 1 at all inputs, a forged one come above it at
-one. Takes about 3 minutes. Writes `results/bundle_verification.json`.
+`nullspace.verify` the measured share is: an honest bundle must stay below 1 at all inputs, a forged one come above it
+at one. Takes about 3 minutes. Writes `results/bundle_verification.json`.
 """
 
 import copy
@@ -33,26 +33,21 @@ from nullspace.verify import BESIDES, PROMPTS, STEPS, TIMES, draw, verify
 DEMO = HERE.parent / "demo"
 MODELS = ("shapes-sd", "shapes-lcm")
 DTYPES = (torch.float32, torch.bfloat16)
-SEEDS = (0, 100)
+SEEDS = (None, 100)  # the bundle's own, and another
 STEPS_OF = {"shapes-sd": ["--num_inference_steps", "10"]}
 # How an honest bundle is built, besides the model and --max_prompts 30
 HONEST = {
     "bfloat16": "--mixed_precision bf16",
-    "100 prompts": "--max_prompts 100",
     "10 prompts": "--max_prompts 10",
-    "3 prompts": "--max_prompts 3",
     "1 prompt": "--max_prompts 1",
     "other prompts, another seed": "--prompts_file demo/heldout_prompts.txt --seed 1000",
-    "guidance scale 1.5": "--guidance_scale 1.5",
 }
 OF_MODEL = {
     "shapes-sd": {
         "4 steps": "--num_inference_steps 4",
-        "25 steps": "--num_inference_steps 25",
-        "DPM++ 2M Karras": "--sampler dpmpp_2m_karras",
         "Euler a": "--sampler euler_a",
     },
-    "shapes-lcm": {"2 steps": "--num_inference_steps 2", "1 step": "--num_inference_steps 1"},
+    "shapes-lcm": {"1 step": "--num_inference_steps 1"},
 }
 
 
@@ -209,13 +204,14 @@ def main():
             bundles[model] = build(model, Path(scratch))
             rows += examine("as forged below", model, bundles[model], pipelines[model], True)
         for model in MODELS:
+            plain = {torch.float32: pipelines[model][torch.float32]}
             for kind, change in FORGERIES.items():
-                rows += examine(kind, model, forge(bundles[model], change, 0), pipelines[model], False)
+                rows += examine(kind, model, forge(bundles[model], change, 0), plain, False)
             other = next(name for name in MODELS if name != model)
             forged = Bundle(copy.deepcopy(bundles[model].config), bundles[other].spectra)
-            rows += examine(f"that of {other}", model, forged, pipelines[model], False)
+            rows += examine(f"that of {other}", model, forged, plain, False)
             forged = Bundle(copy.deepcopy(bundles[model].config), random_model(bundles[model], pipelines[model]))
-            rows += examine("that of random weights", model, forged, pipelines[model], False)
+            rows += examine("that of random weights", model, forged, plain, False)
         for model in MODELS:
             for kind, flags in {**HONEST, **OF_MODEL[model]}.items():
                 bundle = build(model, Path(scratch), flags)

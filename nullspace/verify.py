@@ -103,6 +103,14 @@ def refuse(findings):
 def verify(bundle, pipeline, prompts=PROMPTS, whole=False, seed=None):
     """Have a model read some of a bundle's prompts, and compare: `list[Finding]`, one for each input that is loaded.
 
+    Arguments as for `read`, which says what is raised.
+    """
+    return compare(bundle, read(bundle, pipeline, prompts, whole, seed))
+
+
+def read(bundle, pipeline, prompts=PROMPTS, whole=False, seed=None):
+    """Second moments of what a model reads on some of a bundle's prompts: `dict[str, Tensor (in, in)]` by input.
+
     The global random number generators are left as they were.
 
     Args:
@@ -115,14 +123,12 @@ def verify(bundle, pipeline, prompts=PROMPTS, whole=False, seed=None):
             noise again that it was built with: one of very few is of that alone.
 
     Raises:
-        NullSpaceError: if the sampler visits none of the bundle's timesteps, or what the model reads is not finite.
+        NullSpaceError: if the sampler visits none of the bundle's timesteps.
     """
     device = pipeline.unet.device
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         moments = draw(bundle, pipeline, prompts, whole, seed)
-        if not whole:
-            moments |= read_texts(bundle, pipeline)
-        return compare(bundle, moments)
+        return moments if whole else moments | read_texts(bundle, pipeline)
 
 
 def examples(bundle):
@@ -201,7 +207,11 @@ def visited(scheduler, num_inference_steps):
 
 
 def compare(bundle, moments):
-    """`list[Finding]`: what the bundle's projectors let through of second moments, `dict[str, Tensor (in, in)]`."""
+    """`list[Finding]`: what the bundle's projectors let through of second moments, `dict[str, Tensor (in, in)]`.
+
+    Raises:
+        NullSpaceError: if these are not finite.
+    """
     protected = {bundle.modules[name]["input"]: item for name, item in bundle.protected().items()}
     findings = []
     for source, item in protected.items():

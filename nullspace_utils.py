@@ -13,6 +13,10 @@ Adam-NSCL, CVPR 2021, for training).
 Run as a script, it audits any LoRA, in closed form, with no GPU and no picture:
 
     python nullspace_utils.py audit --lora lora --nullspace <your-username>/nullspace-sd15
+
+and has a model tell whether a bundle protects what it reads:
+
+    python nullspace_utils.py verify --nullspace <your-username>/nullspace-sd15
 """
 
 import os
@@ -20,7 +24,7 @@ import sys
 from functools import reduce
 from pathlib import Path
 
-from nullspace.checks import RANGES, SHARE, HelpFormatter, Parser
+from nullspace.checks import COUNT, RANGES, SHARE, HelpFormatter, Parser
 from nullspace.errors import NullSpaceError
 from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER
 from nullspace.system import quiet_imports
@@ -67,6 +71,22 @@ def parse_args(argv=None):
         help="Folder or Hub dataset id of a bundle; give the flag for each of them.",
     )
     command.add_argument("--output_dir", "--output", required=True, help="The folder of the new bundle.")
+    command = commands.add_parser(
+        "verify",
+        help="Have a model read some of a bundle's prompts, and tell whether it protects what it says.",
+        formatter_class=HelpFormatter,
+    )
+    command.ranges = RANGES | {"prompts": COUNT}
+    command.add_argument("--nullspace", required=True, help="Folder or Hub dataset id of the bundle.")
+    command.add_argument(
+        "--pretrained_model_name_or_path", help="Folder or Hub id of the base model (default: what the bundle names)."
+    )
+    command.add_argument(
+        "--prompts",
+        type=int,
+        help="Draw so many of the prompts that the bundle ships, in all its sampler's steps, as it was built "
+        "(default: few and in few steps, as before a training).",
+    )
     args = parser.parse_args(argv)
     if args.command == "merge" and len(args.nullspace) < 2:
         parser.error("merge needs --nullspace two times or more, once for each bundle.")
@@ -136,11 +156,41 @@ def merge(args):
     print(f"Wrote {merged.config['prompts']['count']:,} prompts of {len(bundles)} bundles to {output}")
 
 
+def verify_bundle(args):
+    """Print what a bundle's projectors let through of what the model reads; refuse it where that is too much."""
+    from accelerate import PartialState
+
+    from nullspace.verify import examples, load_verified, refuse, verify  # imports pipelines, which takes seconds
+
+    bundle = Bundle.load(args.nullspace, text_encoder=True)
+    shipped = len(examples(bundle))
+    if args.prompts and args.prompts > shipped:
+        raise NullSpaceError(
+            f"--prompts {args.prompts} is more than the {shipped} that the bundle ships; choose fewer."
+        )
+    pipeline = load_verified(bundle, args.pretrained_model_name_or_path).to(PartialState().device)
+    drawn = {"prompts": args.prompts, "whole": True} if args.prompts else {}
+    findings = verify(bundle, pipeline, **drawn)
+
+    width = max(len(item.source) for item in findings)
+    print(f"{'':{width}}                  energy let through            energy in closed directions")
+    print(f"{'input':{width}}    size  closed   claimed  measured  at most   claimed  measured")
+    for item in findings:
+        shares = "".join(f"{share:10.1e}" for share in (item.claimed, item.measured, item.limit))
+        closed = "".join(f"{share:10.4f}" for share in (item.closed_claimed, item.closed_measured))
+        mark = "" if item.holds else "  <- too much"
+        print(f"{item.source:{width}}{item.size:8}{item.closed:8}{shares}{closed}{mark}")
+    refuse(findings)
+    print(f"Verdict: on what this model read, the bundle protects what it claims at all {len(findings)} inputs.")
+
+
 def main(args):
     if args.command == "export":
         return export(args)
     if args.command == "merge":
         return merge(args)
+    if args.command == "verify":
+        return verify_bundle(args)
     layers, unknown = read_lora(args.lora)
     if not layers:
         print(verdict({}, unknown or ["nothing that is a LoRA layer"]))

@@ -441,12 +441,13 @@ from nullspace.optimizers import make_optimizer, make_schedule
 from nullspace.pictures import fit, read_instances, save_picture
 from nullspace.projector import NullSpaceProjector
 from nullspace.prompt_encoder import PromptEncoder, load_tokenizer
-from nullspace.prompts import prompt_warnings, tokenizer_fault
+from nullspace.prompts import prompt_warnings, spread, tokenizer_fault
 from nullspace.protection import add_extra_prompts, closes_any, describe_protection, load_protection, protect
 from nullspace.report import audit_file, save_audited
 from nullspace.results import needed_space, push, write_results
 from nullspace.timesteps import TimestepSampler
 from nullspace.validation import draw_in_training, draw_saved
+from nullspace.verify import check_against_model
 
 
 logger = get_logger(__name__)
@@ -640,11 +641,13 @@ def work(accelerator, args):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for model in (text_encoder, vae, unet):
         model.requires_grad_(False).to(device, weight_dtype)
+    components = {"unet": unet, TEXT_ENCODER: text_encoder, "tokenizer": tokenizer, "vae": vae}
+    if closes_any(protected):
+        check_against_model(bundle, components, device, weight_dtype, args)
     if args.nullspace_extra_prompts:
-        components = {"unet": unet, TEXT_ENCODER: text_encoder, "tokenizer": tokenizer, "vae": vae}
         bundle = add_extra_prompts(bundle, components, accelerator, weight_dtype, args)
         protected = protect(bundle, nearest, args)
-        del components
+    del components
     if closes_any(protected):
         for line in describe_protection(bundle, next(iter(protected.values())), args):
             logger.info(line)
@@ -819,7 +822,8 @@ def work(accelerator, args):
                 kept.clear()
                 accelerator.free_memory()  # it keeps what it prepared
                 free_memory()
-                prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
+                others = spread(bundle.config["prompts"]["examples"], 3)
+                prompts = args.validation_prompt or [args.instance_prompt[0], *others]
                 rows = draw_saved(staged, prompts, device, weight_dtype, args)
                 put(staged / LORA_NAME, args.output_dir / LORA_NAME)
                 write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args)

@@ -36,6 +36,7 @@ from nullspace.names import (
     TIMELESS,
 )
 from nullspace.projector import Protected
+from nullspace.prompts import EXAMPLES, spread
 from nullspace.spectrum import Spectrum
 from nullspace.system import replacing
 from nullspace.timesteps import groups_inside, joint_group, split_groups
@@ -332,7 +333,7 @@ class Bundle:
             "source": f"{mine['source']} + {theirs['source']}",
             "count": mine["count"] + theirs["count"],
             "sha256": hashlib.sha256((mine["sha256"] + theirs["sha256"]).encode()).hexdigest(),
-            "examples": mine["examples"] + theirs["examples"],
+            "examples": spread(mine["examples"] + theirs["examples"], EXAMPLES),
         }
         return merged
 

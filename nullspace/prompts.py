@@ -17,6 +17,7 @@ from nullspace.errors import NullSpaceError, reason
 
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CLIP_LENGTH = 77
+EXAMPLES = 64  # prompts that a bundle ships, by which others see that it is what it says
 SAVE_AS_UTF8 = "save it as plain text in UTF-8"
 LOOKED_AT = 50  # lines, for what a file is
 DELIMITERS = {"\t": "a table with tabs", ";": "CSV with semicolons", "|": "a table with bars", ",": "CSV"}
@@ -186,6 +187,12 @@ def length_warnings(tokenizer, prompts, where, length=None):
     return [f"The ends of {cut} of {where} are not read, for they are longer than {length} tokens."] if cut else []
 
 
+def spread(items, count):
+    """Up to `count` of a list's items, evenly spread from the first one on."""
+    count = min(count, len(items))
+    return [items[len(items) * index // count] for index in range(count)]
+
+
 class Prompts:
     """The prompts to protect, the empty one first: in a temporary file rather than in memory, however many they are.
 
@@ -197,7 +204,7 @@ class Prompts:
 
     Attributes:
         sha256 (`str`): of the prompts joined by newlines.
-        examples (`list[str]`): up to 8 of them, evenly spread.
+        examples (`list[str]`): up to `EXAMPLES` of them, evenly spread.
     """
 
     def __init__(self, lines, limit=None):
@@ -208,12 +215,11 @@ class Prompts:
             digest.update(("\n" if self._count else "").encode() + prompt.encode())
             if self._count and (self._count - 1) % stride == 0:
                 kept.append(prompt)
-            if len(kept) == 16:
+            if len(kept) == 2 * EXAMPLES:
                 kept, stride = kept[::2], 2 * stride
             self._count += 1
         self.sha256 = digest.hexdigest()
-        shown = min(8, len(kept))
-        self.examples = [kept[len(kept) * index // shown] for index in range(shown)]
+        self.examples = spread(kept, EXAMPLES)
 
     def __len__(self):
         return self._count

@@ -1,0 +1,242 @@
+"""How far what a bundle claims may lie from what is measured: honest bundles and forged ones.
+
+    OMP_NUM_THREADS=1 python benchmarks/bundle_verification.py
+
+The demo's two models verify bundles of their own, built with other prompts, seeds, precisions, samplers and numbers of
+steps, as the trainer does before it trains, in float32 and bfloat16 and from several seeds, and forgeries of one of
+these bundles. Of every input it notes how much energy is let through, claimed and measured, and what of the limit of
+`nullspace.verify` the measured share is: an honest bundle must stay below 1 at all inputs, a forged one come above it
+at one. Takes about 3 minutes. Writes `results/bundle_verification.json`.
+"""
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import PartialState
+from common import HERE, write
+
+import build_nullspace
+from nullspace.bundle import Bundle
+from nullspace.collection import collect, load_collected
+from nullspace.families import recognise
+from nullspace.names import JOINT, TIMELESS
+from nullspace.prompts import read_prompts
+from nullspace.spectrum import Spectrum
+from nullspace.verify import BESIDES, PROMPTS, STEPS, TIMES, compare, read
+
+
+DEMO = HERE.parent / "demo"
+MODELS = ("shapes-sd", "shapes-lcm")
+DTYPES = (torch.float32, torch.bfloat16)
+SEEDS = (None, 100)  # the bundle's own, and another
+STEPS_OF = {"shapes-sd": ["--num_inference_steps", "10"]}
+# How an honest bundle is built, besides the model and --max_prompts 30
+HONEST = {
+    "bfloat16": "--mixed_precision bf16",
+    "10 prompts": "--max_prompts 10",
+    "1 prompt": "--max_prompts 1",
+    "other prompts, another seed": "--prompts_file demo/heldout_prompts.txt --seed 1000",
+}
+OF_MODEL = {
+    "shapes-sd": {
+        "4 steps": "--num_inference_steps 4",
+        "Euler a": "--sampler euler_a",
+    },
+    "shapes-lcm": {"1 step": "--num_inference_steps 1"},
+}
+
+
+def load(model, scratch, flags=""):
+    """The pipeline of a demo model, its prompts and the builder's flags."""
+    words = ["--pretrained_model_name_or_path", str(DEMO / model), "--output_dir", str(scratch / "out")]
+    words += ["--prompts_file", str(DEMO / "prompts.txt"), "--max_prompts", "30", "--batch_size", "50"]
+    words += ["--with_text_encoder", "--attention", "all"]
+    words += [*STEPS_OF.get(model, []), *flags.split()]
+    args = build_nullspace.parse_args(words)
+    family = recognise(args.pretrained_model_name_or_path)
+    args.model_type = family.name
+    for name, value in family.collection.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    prompts = read_prompts(args)
+    return load_collected(family, args.pretrained_model_name_or_path, prompts, print, args), prompts, args
+
+
+def build(model, scratch, flags=""):
+    pipeline, prompts, args = load(model, scratch, flags)
+    moments, groups, config, checkpoint = collect(pipeline, prompts, None, args, PartialState())
+    checkpoint.remove()
+    bundle = Bundle.from_moments(moments, groups, config)
+    bundle.config["tokens"] = {name: dict.fromkeys(spectra) for name, spectra in bundle.spectra.items()}
+    return bundle
+
+
+# ---- Forgeries: each of a spectrum, by the number of directions that are closed --------------------------------------
+
+
+def shuffled(spectrum, indices, generator):
+    """The spectrum in which the eigenvectors of these indices stand in another order."""
+    order = torch.arange(len(spectrum.eigenvalues))
+    order[indices] = indices[torch.randperm(len(indices), generator=generator)]
+    return spectrum._replace(eigenvectors=spectrum.eigenvectors[:, order])
+
+
+def some_held_back(share):
+    def forge(spectrum, rank, generator):
+        size = len(spectrum.eigenvalues)
+        chosen = rank + torch.randperm(size - rank, generator=generator)[: max(2, round(share * (size - rank)))]
+        return shuffled(spectrum, chosen, generator)
+
+    return forge
+
+
+def random_vectors(spectrum, rank, generator):
+    noise = torch.randn(spectrum.eigenvectors.shape, generator=generator)
+    return spectrum._replace(eigenvectors=torch.linalg.qr(noise).Q)
+
+
+def swap(spectrum, first, second):
+    order = torch.arange(len(spectrum.eigenvalues))
+    order[[first, second]] = order[[second, first]]
+    return spectrum._replace(eigenvectors=spectrum.eigenvectors[:, order])
+
+
+def nothing_held_back(spectrum, rank, generator):
+    values = spectrum.eigenvalues.clone()
+    values[rank:] = 0
+    return spectrum._replace(eigenvalues=values)
+
+
+FORGERIES = {
+    "random orthonormal vectors": random_vectors,
+    "reversed eigenvectors": lambda spectrum, *_: spectrum._replace(eigenvectors=spectrum.eigenvectors.flip(1)),
+    "leading ones right, held-back ones shuffled": some_held_back(1),
+    "half of the held-back ones shuffled": some_held_back(0.5),
+    "a fifth of the held-back ones shuffled": some_held_back(0.2),
+    "held-back eigenvalues zero": nothing_held_back,
+    "the first direction free": lambda spectrum, rank, _: swap(spectrum, 0, -1),
+    "the last closed direction free": lambda spectrum, rank, _: swap(spectrum, rank - 1, -1),
+    "the first held-back direction free": lambda spectrum, rank, _: swap(spectrum, rank, -1),
+}
+
+
+def shuffled_model(bundle, pipeline):
+    """The spectra of a bundle of the same model with its weights shuffled: another one, of the same sizes."""
+    pipeline = copy.deepcopy(pipeline)
+    generator = torch.Generator().manual_seed(0)
+    for part in (pipeline.unet, pipeline.text_encoder):
+        for parameter in part.parameters():
+            order = torch.randperm(parameter.numel(), generator=generator)
+            parameter.data = parameter.data.flatten()[order].view_as(parameter)
+    moments = read(bundle, pipeline, prompts=8, whole=True)
+    return {
+        group: {source: Spectrum.from_sum(moments[source], item.tokens) for source, item in spectra.items()}
+        for group, spectra in bundle.spectra.items()
+        if group in (JOINT, *TIMELESS)
+    }
+
+
+def forge(bundle, change, seed):
+    forged = Bundle(copy.deepcopy(bundle.config))
+    generator = torch.Generator().manual_seed(seed)
+    for group, spectra in bundle.spectra.items():
+        forged.spectra[group] = {
+            source: change(spectrum, spectrum.rank(), generator) for source, spectrum in spectra.items()
+        }
+    return forged
+
+
+# ---- The experiment --------------------------------------------------------------------------------------------------
+
+
+def read_all(bundle, pipelines):
+    """What the model in each precision reads from each seed, and the least seconds: `dict[dtype, (list, float)]`."""
+    found = {}
+    for dtype, pipeline in pipelines.items():
+        moments, seconds = [], []
+        for seed in SEEDS:
+            start = time.perf_counter()
+            moments.append(read(bundle, pipeline, seed=seed))
+            compare(bundle, moments[-1])
+            seconds.append(time.perf_counter() - start)
+        found[dtype] = moments, min(seconds)
+    return found
+
+
+def examine(kind, model, bundle, readings, honest):
+    """A row for each precision: of all seeds and inputs, the largest and the smallest share of the limit."""
+    for dtype, (moments, seconds) in readings.items():
+        runs = [compare(bundle, each) for each in moments]
+        findings = [finding for run in runs for finding in run]
+        of_limit = [finding.measured / finding.limit for finding in findings]
+        times = [finding.measured / max(finding.claimed, 1e-12) for finding in findings]
+        row = {
+            "model": model,
+            "bundle": kind,
+            "honest": honest,
+            "dtype": str(dtype).removeprefix("torch."),
+            "inputs": len(runs[0]),
+            "claimed": [min(item.claimed for item in findings), max(item.claimed for item in findings)],
+            "measured": [min(item.measured for item in findings), max(item.measured for item in findings)],
+            "measured / claimed": [min(times), max(times)],
+            "measured / limit": [min(of_limit), max(of_limit)],
+            "besides": max(item.measured - TIMES * item.claimed for item in findings),
+            "inputs above the limit": [sum(not item.holds for item in run) for run in runs],
+            "seconds": seconds,
+        }
+        if honest:
+            worst = max(findings, key=lambda item: item.measured / item.limit)
+            row["worst"] = worst._asdict()
+        show = "{:11.11} {:45.45} {:9} claimed {:.0e}-{:.0e} measured {:.0e}-{:.0e} x {:.1f}-{:.1f} "
+        show += "of limit {:.3f}-{:.3f} besides {:.1e} above {} of {} {:.2f} s"
+        print(
+            show.format(
+                model, kind, row["dtype"], *row["claimed"], *row["measured"], *row["measured / claimed"],
+                *row["measured / limit"], row["besides"], row["inputs above the limit"], row["inputs"], row["seconds"],
+            ), flush=True,
+        )  # fmt: skip
+        yield row
+
+
+def main():
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    rows, bundles, pipelines, readings = [], {}, {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in MODELS:
+            pipelines[model] = {dtype: load(model, Path(scratch))[0].to(dtype) for dtype in DTYPES}
+            bundles[model] = build(model, Path(scratch))
+            readings[model] = read_all(bundles[model], pipelines[model])
+            rows += examine("as forged below", model, bundles[model], readings[model], True)
+        for model in MODELS:
+            forged = {kind: forge(bundles[model], change, 0) for kind, change in FORGERIES.items()}
+            other = next(name for name in MODELS if name != model)
+            for kind, spectra in {
+                f"that of {other}": bundles[other].spectra,
+                "that of shuffled weights": shuffled_model(bundles[model], pipelines[model][torch.float32]),
+            }.items():
+                forged[kind] = Bundle(copy.deepcopy(bundles[model].config), spectra)
+            for kind, bundle in forged.items():
+                rows += examine(kind, model, bundle, readings[model], False)
+        for model in MODELS:
+            for kind, flags in {**HONEST, **OF_MODEL[model]}.items():
+                bundle = build(model, Path(scratch), flags)
+                rows += examine(kind, model, bundle, read_all(bundle, pipelines[model]), True)
+    write(
+        "bundle_verification",
+        setting=f"the demo's models, {PROMPTS} prompts in {STEPS} steps, all prompts through the text encoder; the "
+        f"limit is {TIMES} times the claimed share and {BESIDES:g}; figures are [smallest, largest] over inputs and "
+        "seeds",
+        seeds=SEEDS,
+        rows=rows,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -31,9 +31,11 @@ from pathlib import Path
 from nullspace.checks import (
     HelpFormatter,
     Parser,
+    check_clip_skip,
     check_softness,
     check_threshold,
     check_writable,
+    hub_token,
     output_folder_fault,
     require,
     resolution_fault,
@@ -348,7 +350,7 @@ def parse_args(argv=None):
     group.add_argument("--push_to_hub", action="store_true", help="Publish the LoRA as a model on the Hub.")
     group.add_argument("--hub_model_id", help="Its repository (default: the folder's name under your account).")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    group.add_argument("--hub_token", help="Token to use instead of the one you are logged in with.")
+    group.add_argument("--hub_token", type=hub_token, help="Token to use instead of the one you are logged in with.")
     for flag in REPLACED:
         parser.add_argument(flag, action=Replaced, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -372,7 +374,7 @@ def parse_args(argv=None):
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 5e-4
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
-    if args.report_to in ("wandb", "all") and args.hub_token is not None:
+    if args.report_to in ("wandb", "comet_ml", "all") and args.hub_token is not None:
         parser.error(
             f"--report_to {args.report_to} with --hub_token would record the token with the run; log in with "
             "`hf auth login` instead."
@@ -423,7 +425,6 @@ from nullspace.checkpoint import (
 )
 from nullspace.dataset import InstanceDataset, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
-from nullspace.families.stable_diffusion import check_clip_skip
 from nullspace.hub import create_repository, hub_repository
 from nullspace.kohya import check_replaceable
 from nullspace.latents import encode_pictures
@@ -436,7 +437,7 @@ from nullspace.prompt_encoder import PromptEncoder, load_tokenizer
 from nullspace.prompts import prompt_warnings, tokenizer_fault
 from nullspace.protection import add_extra_prompts, closes_any, describe_protection, load_protection, protect
 from nullspace.report import audit_file, save_audited
-from nullspace.results import push, write_results
+from nullspace.results import log_files, push, write_results
 from nullspace.timesteps import TimestepSampler
 from nullspace.validation import draw_in_training, draw_saved
 
@@ -520,7 +521,7 @@ def find_out(accelerator, captions, pictures, args):
     check_output(args)
     checkpoint = find_checkpoint(args)
     if args.push_to_hub and accelerator.is_main_process:
-        args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, args.hub_token)
+        args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, "model", args.hub_token)
     with accelerator.main_process_first():
         bundle, nearest, protected = load_protection(args)
     family = settle_family(bundle, args)
@@ -670,6 +671,7 @@ def main(args):
     )
     text_encoder = models[1] if args.train_text_encoder else text_encoder
     keep_checkpoints_small(accelerator, adapted)
+    earlier_logs = log_files(args)
     start_trackers(accelerator, args)
     step = 0
     if checkpoint:
@@ -776,10 +778,10 @@ def main(args):
             prompts = args.validation_prompt or [args.instance_prompt[0], *bundle.config["prompts"]["examples"][:3]]
             rows = draw_saved(staging, prompts, device, weight_dtype, args)
             os.replace(Path(staging) / LORA_NAME, args.output_dir / LORA_NAME)
-        write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args)
+        written = write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args)
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
-        push(args)
+        push(written, earlier_logs, args)
 
 
 if __name__ == "__main__":

@@ -233,8 +233,13 @@ def create_repository(repo_id, repo_type, private=None, token=None, retry="run t
     """
     api, flag, where = HfApi(token=token), NAMED_BY[repo_type], f"{repo_type} {repo_id}"
     try:
-        patiently(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True), where)
-        found = patiently(lambda: api.repo_info(repo_id, repo_type=repo_type), where)
+        try:  # first, since the name of a repository that was renamed could be taken again
+            found = patiently(lambda: api.repo_info(repo_id, repo_type=repo_type), where)
+        except RepositoryNotFoundError:
+            patiently(
+                lambda: api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True), where
+            )
+            return
     except HFValidationError as error:
         raise NullSpaceError(f"{repo_id} cannot be the name of a Hub repository; give another with {flag}.") from error
     except Exception as error:

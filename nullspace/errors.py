@@ -1,7 +1,5 @@
 """What is raised where a user must do something: the scripts end with its sentence and exit code 1."""
 
-import re
-
 from nullspace.terminal import printable
 
 
@@ -57,7 +55,6 @@ def reason(error):
         if named & NETWORK:
             bottom = one
     first = (str(bottom).strip() or type(bottom).__name__).splitlines()[0]
-    first = re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1", first)  # an address's query may hold a signature
     return first.split(". ")[0].rstrip(".")
 
 

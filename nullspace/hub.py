@@ -41,6 +41,17 @@ TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)  # 409 and 412: somebody el
 CLONES = (".git", ".cache/huggingface")  # what `git clone` and `hf download --local-dir` leave in a folder
 
 
+class PrintableFilter(logging.Filter):
+    """Of the client, which warns of requests that fail with their whole addresses."""
+
+    def filter(self, record):
+        record.msg, record.args = printable(record.getMessage()), ()
+        return True
+
+
+logging.getLogger("huggingface_hub.utils._http").addFilter(PrintableFilter())
+
+
 # ---- Patience --------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import re
 
 
 SECRET = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=Bearer )[^\s'\"]+")
+QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")  # of an address: it may be a signature that lets others upload
 # Control characters, those that end a line, those that turn the direction of the text, and halves of characters.
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -14,5 +15,5 @@ def visible(text):
 
 
 def printable(text):
-    """A text as it may be shown to anybody: `visible`, and without the tokens of the Hub that are in it."""
-    return visible(SECRET.sub("***", str(text)))
+    """A text as it may be shown to anybody: `visible`, and without the Hub's tokens and signatures that are in it."""
+    return visible(SECRET.sub("***", QUERY.sub(r"\1", str(text))))

@@ -984,6 +984,11 @@ def test_a_token_that_is_none_is_refused_without_being_shown(script, given, said
     assert not any(part in error.lower() for part in ("secret", "pen"))
 
 
+def test_the_client_shows_no_signature(caplog):
+    logging.getLogger("huggingface_hub.utils._http").warning("%s on PUT %s", 503, "https://x/y?X-Amz-Signature=secret")
+    assert caplog.messages == ["503 on PUT https://x/y"]
+
+
 def test_no_sentence_and_no_log_shows_a_token_or_obeys_a_name():
     hostile = f"x\x1b[2J\r\n\u202e Illegal header value b'Bearer odd-token' {WRITE} https://u:{WRITE}@hub/x"
     record = logging.LogRecord("name", logging.WARNING, "path", 1, "%s", (hostile,), None)

@@ -26,12 +26,13 @@ import sys
 from pathlib import Path
 
 from nullspace import signals
-from nullspace.checks import HelpFormatter, Parser, launched, require
-from nullspace.errors import NullSpaceError
+from nullspace.checks import HelpFormatter, Parser, hub_token, launched, require
+from nullspace.errors import DamagedError, NullSpaceError
 from nullspace.families import FAMILIES, recognise
 from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT
 from nullspace.samplers import SAMPLERS
 from nullspace.system import quiet_imports, remove_leftovers, write_text
+from nullspace.terminal import printable
 
 
 def parse_args(argv=None):
@@ -114,7 +115,7 @@ def parse_args(argv=None):
     group.add_argument("--push_to_hub", action="store_true", help="Publish the bundle as a dataset on the Hub.")
     group.add_argument("--hub_dataset_id", help="Its repository (default: the folder's name under your account).")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    group.add_argument("--hub_token", help="Token to use instead of the one you are logged in with.")
+    group.add_argument("--hub_token", type=hub_token, help="Token to use instead of the one you are logged in with.")
     args = parser.parse_args(argv)
 
     if args.pretrained_model_name_or_path is None and not args.push_to_hub:
@@ -139,7 +140,7 @@ from nullspace.bundle import Bundle, check_files, check_output_folder, group_fil
 from nullspace.collection import checkpoint_folder, collect, load_collected
 from nullspace.dataset_card import draw_spectra, model_name, rank_table, write_dataset_card
 from nullspace.hashes import config_sha256, sha256
-from nullspace.hub import base_license, create_repository, hub_repository, push_folder
+from nullspace.hub import base_license, create_repository, hub_repository, linked, push_folder
 from nullspace.launch import PROCESS_TIMEOUT
 from nullspace.locks import alone, beside
 from nullspace.models import download_model
@@ -176,6 +177,25 @@ def name_repository(repo_id, folder):
     return config
 
 
+def check_published(folder):
+    """Raise `NullSpaceError` unless what a bundle's configuration lists are plain names of files in its folder."""
+    for name in read_config(folder)["files"]:
+        if not re.fullmatch(r"\w[\w.-]*", name):  # no path, no pattern, nothing hidden
+            raise DamagedError(f"{folder / CONFIG_NAME} lists {name!r}, which is no file of a bundle; build it again.")
+        if linked(folder, name):
+            raise NullSpaceError(
+                f"{folder / name} is a link, which is not published: copy the bundle as files, with cp -rL, and name "
+                "the copy with --output_dir."
+            )
+
+
+def published_as(folder):
+    """The repository that a bundle's card names, or None: where it was pushed to before."""
+    card = folder / CARD_NAME
+    named = card.is_file() and re.search(r"--nullspace_name_or_path (.+) \\\n", card.read_text(encoding="utf-8"))
+    return named[1] if named and not named[1].startswith("<") else None
+
+
 def push(repo_id, args):
     """Upload the bundle in --output_dir in one commit.
 
@@ -183,7 +203,7 @@ def push(repo_id, args):
         NullSpaceError: if that fails, with the command that tries again.
     """
     config = name_repository(repo_id, args.output_dir)
-    url = push_folder(
+    said = push_folder(
         repo_id,
         "dataset",
         args.output_dir,
@@ -194,7 +214,7 @@ def push(repo_id, args):
         args.hub_token,
         outdated=group_file("timesteps-*"),  # of an earlier bundle, which may have had other groups
     )
-    print(f"Pushed to {url}")
+    print(said)
 
 
 # ---- The job ---------------------------------------------------------------------------------------------------------
@@ -209,7 +229,7 @@ def main(args):
 
     def tell(sentence):
         if state.is_main_process:
-            print(sentence, file=sys.stderr)
+            print(printable(sentence), file=sys.stderr)
 
     if args.pretrained_model_name_or_path is not None:
         check_output_folder(args.output_dir)
@@ -241,12 +261,19 @@ def work(state, tell, args):
                 f"{title} is drawn with --sampler {' or '.join(family.samplers)} only, not {args.sampler}."
             )
     elif (args.output_dir / CONFIG_NAME).is_file():
+        check_published(args.output_dir)
         check_files(args.output_dir)
         retry = f"push it with: {push_command(repo_id, args)}"
     else:
         raise NullSpaceError(f"{args.output_dir} holds no bundle; build one with --pretrained_model_name_or_path.")
     if args.push_to_hub and state.is_main_process:
-        repo_id = hub_repository(repo_id, args.output_dir, args.hub_token, retry)
+        repo_id = hub_repository(repo_id, args.output_dir, "dataset", args.hub_token, retry)
+        before = None if model or args.hub_dataset_id else published_as(args.output_dir)
+        if before not in (None, repo_id):
+            raise NullSpaceError(
+                f"{args.output_dir} was pushed to {before} and would now go to {repo_id}: say to which with "
+                "--hub_dataset_id."
+            )
         create_repository(repo_id, "dataset", args.hub_private_repo, args.hub_token, retry)
     if model is None:
         if state.is_main_process:

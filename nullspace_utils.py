@@ -109,6 +109,7 @@ from nullspace.lora import LoraLayer, load_lora, read_lora
 from nullspace.moments import SecondMoments
 from nullspace.projector import NullSpaceProjector, Protected
 from nullspace.spectrum import Spectrum
+from nullspace.terminal import printable
 from nullspace.timesteps import split_groups, timestep_groups
 
 
@@ -193,7 +194,7 @@ def main(args):
         return verify_bundle(args)
     layers, unknown = read_lora(args.lora)
     if not layers:
-        print(verdict({}, unknown or ["nothing that is a LoRA layer"]))
+        print(printable(verdict({}, unknown or ["nothing that is a LoRA layer"])))
         return
     with_text_encoder = any(name.startswith(f"{TEXT_ENCODER}.") for name in layers)
     bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
@@ -205,7 +206,7 @@ def main(args):
     for row in found["layers"]:
         values = ["-" if row[key] is None else f"{row[key]:.2e}" for key in ("leakage", "predicted_drift")]
         print(f"{row['module']:{width}}{row['in_features']:8}{row['protected_rank']:8}{values[0]:>10}{values[1]:>10}")
-    print(verdict(found, unknown))
+    print(printable(verdict(found, unknown)))
 
 
 if __name__ == "__main__":

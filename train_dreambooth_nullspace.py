@@ -36,6 +36,7 @@ from nullspace.checks import (
     check_threshold,
     check_writable,
     colour,
+    hub_token,
     launched,
     output_folder_fault,
     require,
@@ -352,7 +353,7 @@ def parse_args(argv=None):
     group.add_argument("--push_to_hub", action="store_true", help="Publish the LoRA as a model on the Hub.")
     group.add_argument("--hub_model_id", help="Its repository (default: the folder's name under your account).")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    group.add_argument("--hub_token", help="Token to use instead of the one you are logged in with.")
+    group.add_argument("--hub_token", type=hub_token, help="Token to use instead of the one you are logged in with.")
     for flag in REPLACED:
         parser.add_argument(flag, action=Replaced, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -376,7 +377,7 @@ def parse_args(argv=None):
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 5e-4
     if args.lora_alpha is None:
         args.lora_alpha = args.rank
-    if args.report_to in ("wandb", "all") and args.hub_token is not None:
+    if args.report_to in ("wandb", "comet_ml", "all") and args.hub_token is not None:
         parser.error(
             f"--report_to {args.report_to} with --hub_token would record the token with the run; log in with "
             "`hf auth login` instead."
@@ -444,7 +445,7 @@ from nullspace.prompt_encoder import PromptEncoder, load_tokenizer
 from nullspace.prompts import prompt_warnings, spread, tokenizer_fault
 from nullspace.protection import add_extra_prompts, closes_any, describe_protection, load_protection, protect
 from nullspace.report import audit_file, save_audited
-from nullspace.results import needed_space, push, write_results
+from nullspace.results import log_files, needed_space, push, write_results
 from nullspace.timesteps import TimestepSampler
 from nullspace.validation import draw_in_training, draw_saved
 from nullspace.verify import check_against_model
@@ -528,7 +529,7 @@ def find_out(accelerator, captions, pictures, args):
     """
     checkpoint = find_checkpoint(args)
     if args.push_to_hub and accelerator.is_main_process:
-        args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, args.hub_token)
+        args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, "model", args.hub_token)
     with accelerator.main_process_first():
         bundle, nearest, protected = load_protection(args)
     family = settle_family(bundle, args)
@@ -695,6 +696,7 @@ def work(accelerator, args):
     )
     text_encoder = models[1] if args.train_text_encoder else text_encoder
     keep_checkpoints_small(accelerator, adapted)
+    earlier_logs = log_files(args)
     start_trackers(accelerator, args)
     step = 0
     if checkpoint:
@@ -826,10 +828,10 @@ def work(accelerator, args):
                 prompts = args.validation_prompt or [args.instance_prompt[0], *others]
                 rows = draw_saved(staged, prompts, device, weight_dtype, args)
                 put(staged / LORA_NAME, args.output_dir / LORA_NAME)
-                write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args)
+                written = write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args)
             accelerator.end_training()
             if args.push_to_hub and accelerator.is_main_process:
-                push(args)
+                push(written, earlier_logs, args)
 
 
 if __name__ == "__main__":

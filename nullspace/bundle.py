@@ -22,6 +22,7 @@ from nullspace.fingerprints import fingerprint, fingerprints
 from nullspace.hashes import config_sha256, sha256
 from nullspace.hub import fetch_files
 from nullspace.layers import base_layer, find_module
+from nullspace.markdown import csv_cell
 from nullspace.names import (
     CARD_NAME,
     CONFIG_NAME,
@@ -422,7 +423,7 @@ class Bundle:
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
 
 
 def needed_groups(config, timesteps=JOINT, timestep_range=None, text_encoder=False):

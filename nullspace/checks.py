@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nullspace.errors import NullSpaceError
+from nullspace.terminal import printable
 
 
 class Range(NamedTuple):
@@ -72,7 +73,16 @@ class Parser(argparse.ArgumentParser):
     ranges = RANGES
 
     def error(self, message):
-        self.exit(1, f"error: {message}\n")
+        self.exit(1, f"error: {printable(message)}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            if any(word.startswith("--hub") for word in words):  # they may be a token, or the second half of one
+                rest = [word.split("=")[0] if word.startswith("-") else "***" for word in rest]
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found
 
     def format_help(self):
         plain = {action: action.help for action in self._actions}
@@ -106,6 +116,25 @@ class Parser(argparse.ArgumentParser):
 def launched():
     """How a script that several processes can run is called: with accelerate, but for the command that pip made."""
     return f"{'accelerate launch ' if sys.argv[0].endswith('.py') else ''}%(prog)s [flags]"
+
+
+def token_fault(token):
+    """What is wrong with a token of the Hub, as the rest of a sentence that does not show it, or None."""
+    if not token:
+        return "is empty"
+    if not re.fullmatch("[!-~]+", token):
+        return "has white space or other characters in it that no token has"
+    return None
+
+
+def hub_token(text):
+    """The value of --hub_token, without the white space around it that a file or a copy may add."""
+    token = text.strip()
+    if fault := token_fault(token):  # any other error would have argparse show the value
+        raise argparse.ArgumentTypeError(f"the token {fault}; copy it again, or log in with `hf auth login`.")
+    if token != text:
+        print("The white space around --hub_token is left out.", file=sys.stderr)
+    return token
 
 
 def is_number(value):

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import DatasetCardData
 
 from nullspace.bundle import group_file
-from nullspace.markdown import code_block, code_span, plain, table_cell, utf8
+from nullspace.markdown import code_block, code_span, link, plain, table_cell, utf8
 from nullspace.names import CARD_NAME, CONFIG_NAME, ENERGIES, JOINT, TABLE_NAME, TEXT_ENCODER, TEXT_INPUT
 
 
@@ -125,7 +125,14 @@ def write_dataset_card(license_name):
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
         hidden = max(item.distance for spectra in bundle.spectra.values() for item in spectra.values())
         with_skip = f"  --clip_skip {bundle.clip_skip} \\\n" if bundle.clip_skip else ""
-        named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else code_span(model["id"])
+        named = link(model["id"], f"https://huggingface.co/{model['id']}") if is_hub_id else code_span(model["id"])
+        training = f"""accelerate launch train_dreambooth_nullspace.py \\
+  --pretrained_model_name_or_path {shlex.quote(model["id"])} \\
+  --nullspace_name_or_path <this repository> \\
+  --instance_data_dir <folder with 3 to 5 pictures> \\
+  --instance_prompt "a photo of a sks dog" \\
+{with_skip}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
+  --output_dir lora"""
         card = f"""---
 {data.to_yaml()}
 ---
@@ -138,15 +145,7 @@ its subject and leaves these prompts as they were.
 
 ## Train with it
 
-```bash
-accelerate launch train_dreambooth_nullspace.py \\
-  --pretrained_model_name_or_path {shlex.quote(model["id"])} \\
-  --nullspace_name_or_path <this repository> \\
-  --instance_data_dir <folder with 3 to 5 pictures> \\
-  --instance_prompt "a photo of a sks dog" \\
-{with_skip}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
-  --output_dir lora
-```
+{code_block("bash", training)}
 
 ## What is protected
 

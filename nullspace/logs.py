@@ -8,14 +8,27 @@ import transformers
 from accelerate.logging import get_logger
 
 from nullspace.divergence import SkippedSteps, check_scalars
+from nullspace.terminal import printable
 
 
 logger = get_logger(__name__)
 
 
+class PrintableFormatter(logging.Formatter):
+    """Of messages that hold what others wrote, and addresses and headers of the Hub."""
+
+    def formatMessage(self, record):
+        return printable(super().formatMessage(record))
+
+    def formatException(self, exception):
+        return "\n".join(map(printable, super().formatException(exception).splitlines()))
+
+
 def set_up_logging(accelerator):
     """What the trainer and the libraries say, once for all processes."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     for name in ("httpx", "httpx2"):  # the Hub client's: they log each address, upload signatures included
         logging.getLogger(name).setLevel(logging.WARNING)
     logger.info(f"{accelerator.state}".replace("\n", ", "), main_process_only=False)

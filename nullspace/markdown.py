@@ -2,11 +2,15 @@
 
 import json
 import re
+from urllib.parse import quote
+
+from nullspace.terminal import UNSEEN, visible
 
 
 def python_string(text):
     """A Python string literal in double quotes, on one line. (JSON's escapes are a part of Python's.)"""
-    return json.dumps(str(text), ensure_ascii=False)
+    literal = json.dumps(str(text), ensure_ascii=False)
+    return UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", literal)
 
 
 def plain(text):
@@ -34,8 +38,21 @@ def table_cell(markdown):
 
 
 def one_line(text):
-    """A text with each run of white space as one space."""
-    return " ".join(str(text).split())
+    """A text with each run of white space as one space, and other characters that nobody sees as Python's escapes."""
+    return visible(" ".join(str(text).split()))
+
+
+def link(text, address):
+    """A Markdown link, whatever its text and address hold: CommonMark, sec. 6.3."""
+    return f"[{plain(text)}]({quote(address, safe=':/@')})"
+
+
+def csv_cell(value):
+    """A cell of a table that no program takes for a formula, and no viewer for anything but text."""
+    if not isinstance(value, str):
+        return value
+    text = visible(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def utf8(text):

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCardData
 from nullspace.adapters import kinds_of
 from nullspace.families import get_family
 from nullspace.hub import base_license
-from nullspace.markdown import code_span, plain, python_string, table_cell, utf8
+from nullspace.markdown import code_span, link, plain, python_string, table_cell, utf8
 from nullspace.names import COMPARISON_NAME, REPORT_NAME
 from nullspace.pictures import save_picture
 from nullspace.protection import describe_setting
@@ -15,9 +15,10 @@ from nullspace.system import write_text
 
 
 def write_model_card(bundle, report, prompts, pictures, args):
-    """Write the model card, and the pictures that it shows: one for each prompt."""
-    for index, picture in enumerate(pictures):
-        save_picture(picture, args.output_dir / "pictures" / f"{index}.png")
+    """Write the model card, and the pictures that it shows, one for each prompt; return the names of those."""
+    names = [f"pictures/{index}.png" for index in range(len(pictures))]
+    for name, picture in zip(names, pictures, strict=True):
+        save_picture(picture, args.output_dir / name)
     family = get_family(args.model_type)
     base, source = args.pretrained_model_name_or_path, args.nullspace_name_or_path
     data = ModelCardData(
@@ -33,7 +34,7 @@ def write_model_card(bundle, report, prompts, pictures, args):
             "dreambooth", "null-space",
         ],
         widget=[
-            {"text": prompt, "output": {"url": f"pictures/{index}.png"}} for index, prompt in enumerate(prompts)
+            {"text": prompt, "output": {"url": name}} for prompt, name in zip(prompts, names, strict=True)
         ],
     )  # fmt: skip
     shown = {
@@ -63,8 +64,8 @@ def write_model_card(bundle, report, prompts, pictures, args):
             f"not, and may change any picture: {kinds_of(unprotected)}."
         )
     drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
-    base_shown = f"[{base}](https://huggingface.co/{base})" if data.base_model else code_span(base)
-    source_shown = f"[{source}](https://huggingface.co/datasets/{source})" if data.datasets else code_span(source)
+    base_shown = link(base, f"https://huggingface.co/{base}") if data.base_model else code_span(base)
+    source_shown = link(source, f"https://huggingface.co/datasets/{source}") if data.datasets else code_span(source)
     triggers = " or ".join(map(code_span, args.instance_prompt))
     few_steps = family.call_arguments(args.guidance_scale)
     with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
@@ -112,3 +113,4 @@ image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip})
 `{REPORT_NAME}` has the figures of every layer. Trained with `train_dreambooth_nullspace.py`.
 """
     write_text(args.output_dir / "README.md", utf8(text))
+    return names

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nullspace.errors import NullSpaceError, listed, reason
+from nullspace.errors import NullSpaceError, cannot_be_had, listed, reason
+from nullspace.hub import patiently
 
 
 def download_model(name_or_path, revision=None, variant=None, token=None):
@@ -19,13 +20,14 @@ def download_model(name_or_path, revision=None, variant=None, token=None):
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:
+        where = {"revision": revision, "variant": variant, "token": token}
         return Path(
-            DiffusionPipeline.download(
-                name_or_path, revision=revision, variant=variant, token=token, safety_checker=None
+            patiently(
+                lambda: DiffusionPipeline.download(name_or_path, safety_checker=None, **where), f"model {name_or_path}"
             )
         )
     except Exception as error:
-        raise NullSpaceError(f"The base model {name_or_path} cannot be had ({reason(error)}).") from error
+        raise NullSpaceError(cannot_be_had(name_or_path, error)) from error
 
 
 @contextmanager

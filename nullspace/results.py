@@ -1,5 +1,6 @@
 """What lies beside a trained LoRA, and what of it is published."""
 
+import glob
 import shlex
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from nullspace.kohya import is_ours, save_kohya
 from nullspace.logs import log_picture
 from nullspace.lora import load_lora
 from nullspace.model_card import write_model_card
-from nullspace.names import COMPARISON_NAME, LORA_NAME, REPORT_NAME, UNPROTECTED_NAME, kohya_path
+from nullspace.names import CARD_NAME, COMPARISON_NAME, LORA_NAME, REPORT_NAME, UNPROTECTED_NAME, kohya_path
 from nullspace.pictures import comparison_grid, save_picture
 from nullspace.report import make_report, write_json
 
@@ -66,7 +67,11 @@ def report_of(found, bundle, lora_dtype, args):
 
 
 def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args):
-    """Write what goes with the saved LoRA: report, the web UIs' file, comparison and card."""
+    """Write what goes with the saved LoRA: report, the web UIs' file, comparison and card.
+
+    Returns:
+        The names (`list[str]`) in --output_dir of all that, and of the LoRA.
+    """
     (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, whose place this one takes
     report = report_of(found, bundle, lora_dtype, args)
     write_json(args.output_dir / REPORT_NAME, report)
@@ -74,31 +79,43 @@ def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, a
     picture = comparison_grid(rows, prompts, args.seed, step)
     save_picture(picture, args.output_dir / COMPARISON_NAME)
     log_picture(accelerator, "comparison", picture, step)
-    write_model_card(bundle, report, prompts, rows["tuned"][0], args)
+    pictures = write_model_card(bundle, report, prompts, rows["tuned"][0], args)
     logger.info(f"Wrote {LORA_NAME}, {REPORT_NAME} and {COMPARISON_NAME} to {args.output_dir}")
-
-
-def published_files(args):
-    """Patterns of the files in --output_dir that are pushed to the Hub."""
     kohya = [kohya_path(args.output_dir).name] if args.output_kohya_format else []
-    return [
-        LORA_NAME, "README.md", REPORT_NAME, COMPARISON_NAME, "pictures/*.png", *kohya, f"{args.logging_dir}/**",
-    ]  # fmt: skip
+    return [LORA_NAME, CARD_NAME, REPORT_NAME, COMPARISON_NAME, *pictures, *kohya]
 
 
-def push(args):
-    """Publish the results."""
-    published = published_files(args)
-    included = [word for pattern in published for word in ("--include", pattern)]
+def log_files(args):
+    """Size and time of each log in --output_dir, by its name there: `dict[str, tuple[int, int]]`."""
+    return {
+        path.relative_to(args.output_dir).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted((args.output_dir / args.logging_dir).rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+def push(written, earlier_logs, args):
+    """Publish what this run wrote.
+
+    Args:
+        written (`list[str]`): from `write_results`.
+        earlier_logs: from `log_files`, before the run; those that are as they were are not its own.
+    """
+    logs = log_files(args)
+    hidden = {name for name in logs if any(part.startswith(".") for part in name.split("/"))}
+    published = [*written, *(name for name in logs.keys() - hidden if logs[name] != earlier_logs.get(name))]
+    words = ["hf", "upload", args.hub_model_id, str(args.output_dir), "."]
+    words += ["--private"] * args.hub_private_repo
+    words += [word for name in sorted(published) for word in ("--include", glob.escape(name))]
     base = args.pretrained_model_name_or_path
     base = Path(base).name if Path(base).is_dir() else base
-    url = push_folder(
+    said = push_folder(
         args.hub_model_id,
         "model",
         args.output_dir,
         published,
         f"Null-space DreamBooth LoRA of {base}: {args.instance_prompt[0]}",
-        shlex.join(["hf", "upload", args.hub_model_id, str(args.output_dir), ".", *included]),
+        shlex.join(words),
         args.hub_token,
     )
-    logger.info(f"Pushed to {url}")
+    logger.info(said)

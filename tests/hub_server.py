@@ -12,11 +12,13 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
@@ -98,7 +100,9 @@ class HubServer:
         self.tokens = tokens
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[Request] = []
-        self.faults: list[tuple[str, str, int | str]] = []
+        self.faults: list[tuple[str, str, int | str, dict[str, str]]] = []
+        self.gated: set[tuple[str, str]] = set()  # repos whose files nobody is granted
+        self.renamed: dict[tuple[str, str], str] = {}  # old key -> new id
         self.lock = threading.RLock()
         self.blobs = root / "blobs"
         self.blobs.mkdir(parents=True, exist_ok=True)
@@ -124,18 +128,44 @@ class HubServer:
         ours |= {f"HF_HUB_DISABLE_{feature}": "1" for feature in disabled}
         return kept | ours | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
-    def fail_next(self, method: str, path_regex: str, how: int | str, times: int = 1) -> None:
+    @contextmanager
+    def used_here(self, cache: Path, token: str | None = None, **constants: Any) -> Iterator[None]:
+        """Have this process, whose client has long read its environment, use this Hub as `environment` says.
+
+        Further constants of the client may be given: `HF_HUB_OFFLINE=True`.
+        """
+        import huggingface_hub
+
+        given = {"ENDPOINT": self.url, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": True}
+        given |= {"HF_TOKEN_PATH": str(cache / "token"), "HF_HUB_OFFLINE": False} | constants
+        given["HUGGINGFACE_CO_URL_TEMPLATE"] = given["ENDPOINT"] + "/{repo_id}/resolve/{revision}/{filename}"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        with (
+            mock.patch.multiple(huggingface_hub.constants, **given),
+            mock.patch.object(huggingface_hub.hf_api.api, "endpoint", given["ENDPOINT"]),  # which is made at import
+            mock.patch.dict(os.environ, kept | ({"HF_TOKEN": token} if token else {}), clear=True),
+        ):
+            yield
+
+    def fail_next(self, method: str, path_regex: str, how: int | str, times: int = 1, **headers: str) -> None:
         """Spoil the next `times` requests of this method whose path (unquoted, without query) matches.
 
-        A number answers with that status. "drop" closes the connection half way: through the answer to a
+        A number answers with that status, and with the headers: `Retry_After="3"`. "lose" does as it is asked and
+        closes the connection without an answer. "drop" closes the connection half way: through the answer to a
         GET, through the body of a POST or PUT, which then gets no answer. For a GET, "truncate" serves the
         first half as if it were all, and "flip" serves everything with one byte altered.
         """
-        cuts = {"GET": ("drop", "truncate", "flip"), "POST": ("drop",), "PUT": ("drop",)}
+        cuts = {"GET": ("drop", "truncate", "flip"), "POST": ("drop", "lose"), "PUT": ("drop",)}
         if not isinstance(how, int) and how not in cuts.get(method, ()):
             raise ValueError(f"a {method} cannot fail by {how!r}")
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
         with self.lock:
-            self.faults += [(method, path_regex, how)] * times
+            self.faults += [(method, path_regex, how, named)] * times
+
+    def rename(self, repo_type: str, old: str, new: str) -> None:
+        """Give a repo another id; whoever asks for the old one is sent there, as by the real Hub."""
+        self.repos[repo_type, new] = self.repos.pop((repo_type, old))
+        self.renamed[repo_type, old] = new
 
     def files(self, repo_type: str, repo_id: str) -> list[str]:
         """The paths on main, among them the `.gitattributes` that every repo starts with."""
@@ -188,9 +218,9 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def answer(self) -> None:
-        self.hub, url = self.server.hub, urlsplit(self.path)
+        self.hub, self.target, url = self.server.hub, self.path, urlsplit(self.path)
         self.path, self.query = unquote(url.path), parse_qs(url.query)
-        fault = self.take_fault()
+        fault, headers = self.take_fault()
         length = int(self.headers.get("Content-Length", 0))
         # All of it, even for an error: closing on unread data could take the answer away from the client.
         self.body = self.rfile.read(length // 2 if fault == "drop" else length)
@@ -200,27 +230,33 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             if isinstance(fault, int):
-                raise HubError(fault, "Failed on demand")
+                raise HubError(fault, "Failed on demand", headers=headers)
             reply = self.route(f"{self.command} {url.path}")
         except HubError as error:
             reply = error.reply
+        if fault == "lose":
+            self.log(0, 0)
+            self.close_connection = True
+            return
         self.send(reply, fault)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
-    def take_fault(self) -> int | str | None:
+    def take_fault(self) -> tuple[int | str | None, dict[str, str]]:
         with self.hub.lock:
-            for number, (method, path_regex, how) in enumerate(self.hub.faults):
+            for number, (method, path_regex, how, headers) in enumerate(self.hub.faults):
                 if method == self.command and re.search(path_regex, self.path):
                     del self.hub.faults[number]
-                    return how
-        return None
+                    return how, headers
+        return None, {}
 
     def route(self, request: str) -> Reply:
         for pattern, name in _ROUTES.items():
             if match := re.fullmatch(pattern, request):
                 self.at = {group: unquote(value) for group, value in match.groupdict(default="").items()}
                 self.key = self.at.get("kind", "").removesuffix("s") or "model", self.at.get("id", "")
+                if new := self.hub.renamed.get(self.key):
+                    return Reply(b"", 307, {"Location": self.target.replace(self.key[1], new, 1)})
                 reply = getattr(self, name)()
                 return reply if isinstance(reply, Reply) else Reply(json.dumps(reply).encode())
         raise HubError(404, "Not found")
@@ -341,6 +377,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self) -> Reply:
         commit = self.head()
+        if self.key in self.hub.gated:
+            raise HubError(403, "Access to this repo is restricted", "GatedRepo")
         if (entry := commit.files.get(self.at["path"])) is None:
             raise HubError(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit.id})
         headers = {"X-Repo-Commit": commit.id, "ETag": f'"{entry.sha256 if entry.is_lfs else entry.oid}"'}

@@ -12,7 +12,8 @@ import build_nullspace
 import train_dreambooth_nullspace as trainer
 from nullspace import model_card
 from nullspace.bundle import Bundle
-from nullspace.markdown import code_block, code_span, one_line, plain, python_string, table_cell, utf8
+from nullspace.markdown import code_block, code_span, csv_cell, link, one_line, plain, python_string, table_cell, utf8
+from nullspace.terminal import printable
 from test_train import INSTANCES, bundle1, make_bundle, report, train  # noqa: F401
 
 
@@ -32,6 +33,11 @@ NASTY = [
     '"""',
     "`",
     "\u2028\x85\tünïcode 星",
+    "two\nlines\n---\ntags: [mine]\n---\n# no heading",
+    "\x1b[2J\x1b]0;title\x07 and back\x08\x7f",
+    "\u202e turned \u2066around\u2069",
+    "<script>alert(1)</script> <img src=x onerror=y> &lt;",
+    "[![x](http://x)](javascript:y) http://x.y <http://x>",
 ]
 
 
@@ -52,6 +58,35 @@ def test_markdown_shows_the_text(text):
     )]  # fmt: skip
     escaped = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
     assert [one_line(part) for part in shown] == [f"Use {escaped} here.", escaped, escaped]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_link_shows_the_text_and_leads_to_the_address(text):
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})
+    (inline,) = [token for token in markdown.parse(f"A {link(text, 'https://x/' + text)} b") if token.type == "inline"]
+    before, opening, *shown, closing, after = inline.children
+    assert (before.content, opening.type, closing.type, after.content) == ("A ", "link_open", "link_close", " b")
+    assert opening.attrs["href"].startswith("https://x/")
+    assert "".join(token.content for token in shown) == one_line(text)
+    assert {token.type for token in shown} <= {"text", "text_special"}
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_nothing_that_is_shown_moves_a_cursor_or_turns_the_text(text):
+    for shown in (plain(text), code_span(text), python_string(text), csv_cell(text), printable(text)):
+        assert not re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", shown), shown
+
+
+def test_a_cell_of_the_table_is_no_formula(tiny_sd1, bundle1, tmp_path):  # noqa: F811
+    for text in ("=HYPERLINK(1)", "+1", "-1", "@x", "\t=1", "\r=1"):
+        assert not csv_cell(text).startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert csv_cell("plain.text") == "plain.text" and csv_cell(-1) == -1
+    bundle = Bundle.load(bundle1)
+    module = next(iter(bundle.config["modules"]))
+    bundle.config["modules"]["=HYPERLINK(\x1b)"] = bundle.config["modules"].pop(module)
+    bundle._write_table(tmp_path / "modules.csv")
+    text = (tmp_path / "modules.csv").read_text()
+    assert "'=HYPERLINK(\\x1b)," in text and "\n=" not in text and "\x1b" not in text
 
 
 @pytest.mark.parametrize("text", NASTY)

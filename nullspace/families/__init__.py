@@ -3,7 +3,7 @@
 from functools import cache
 from importlib import import_module
 
-from nullspace.errors import NullSpaceError, reason
+from nullspace.errors import NullSpaceError, cannot_be_had
 
 
 # What --model_type calls a family, and its class in this folder: imported when it is needed, for that takes seconds.
@@ -38,11 +38,16 @@ def recognise(name_or_path, revision=None, token=None, wanted="auto"):
     """
     from diffusers import DiffusionPipeline, UNet2DConditionModel  # take seconds to import
 
+    from nullspace.hub import patiently
+
     def load(kind, **where):
         try:
-            return kind.load_config(name_or_path, revision=revision, token=token, **where)
+            return patiently(
+                lambda: kind.load_config(name_or_path, revision=revision, token=token, **where),
+                f"model {name_or_path}",
+            )
         except Exception as error:  # among them those of the HTTP library, which differ between versions
-            raise NullSpaceError(f"The base model {name_or_path} cannot be had ({reason(error)}).") from error
+            raise NullSpaceError(cannot_be_had(name_or_path, error)) from error
 
     index, families = load(DiffusionPipeline), [get_family(name) for name in FAMILIES]
     pipelines = [each.pipeline.__name__ for each in families]

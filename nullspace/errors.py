@@ -9,6 +9,18 @@ class DamagedError(NullSpaceError):
     """A file of a bundle is not what it was when the bundle was built."""
 
 
+class StaleError(NullSpaceError):
+    """What an earlier run left cannot be gone on from: it is of another command, or cannot be read.
+
+    Attributes:
+        folder (`Path`): what it left.
+    """
+
+    def __init__(self, message, folder):
+        super().__init__(message)
+        self.folder = folder
+
+
 def status(error):
     """The HTTP status that the Hub answered in a chain of exceptions, or None."""
     while error is not None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import torch
 
@@ -97,7 +98,8 @@ def make_report(found, bundle, dtype, args):
         "model_type": args.model_type,
         "prediction_type": bundle.config.get("prediction_type"),
         "nullspace": {
-            "bundle": str(args.nullspace_name_or_path),
+            # Of a folder the name alone: where it lies is nobody else's business
+            "bundle": source.name if (source := Path(args.nullspace_name_or_path)).is_dir() else str(source),
             "revision": bundle.revision,
             "prompts": {key: bundle.config["prompts"][key] for key in ("source", "count", "sha256")},
             "criterion": args.nullspace_criterion,

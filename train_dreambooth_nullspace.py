@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.36,<1", "huggingface_hub>=1.5,<3", "numpy",
+#     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.36,<1", "filelock", "huggingface_hub>=1.5,<3", "numpy",
 #     "peft>=0.19,<1", "pillow>=10.1", "safetensors>=0.5,<1", "tensorboard", "torch>=2.6,<2.14", "tqdm",
 #     "transformers>=5.6,<6",
 # ]
@@ -10,13 +10,12 @@
 
     accelerate launch train_dreambooth_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --nullspace_name_or_path <your-username>/nullspace-sd15 \\
         --instance_data_dir pictures --instance_prompt "a photo of a sks dog" \\
         --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 --output_dir lora
 
 It is DreamBooth LoRA as in diffusers' train_dreambooth_lora.py; in place of prior preservation, the
-LoRA is kept in the null space of what the attention layers read on the prompts that a bundle of
-build_nullspace.py protects.
+LoRA is kept in the null space of what the attention layers read on the prompts that a bundle
+protects: that of --nullspace_name_or_path, or one that is found or built for the model.
 """
 
 import argparse

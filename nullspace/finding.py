@@ -150,8 +150,8 @@ def writing(cache):
         yield
     except (OSError, SafetensorError) as error:
         raise NullSpaceError(
-            f"The cache of bundles {cache} cannot be written ({reason(error)}); make room there or pass another "
-            "--nullspace_cache_dir, and the same command goes on from what was drawn so far."
+            f"The cache of bundles {cache} cannot be written ({reason(error)}); pass another --nullspace_cache_dir, or "
+            "make room there: the same command then goes on from what was drawn so far."
         ) from error
 
 

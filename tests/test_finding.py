@@ -29,6 +29,7 @@ from nullspace.hashes import config_sha256
 from nullspace.layers import attention_inputs
 from nullspace.names import CARD_NAME, CONFIG_NAME, REPORT_NAME, TEXT_ENCODER
 from nullspace.prompts import GENERAL_PROMPTS, prompts_of_model
+from shapes import DEMO
 from test_train import command_line, drawing_in_two_steps, make_bundle, same, train  # noqa: F401
 
 
@@ -210,7 +211,7 @@ def test_a_disk_that_is_full_while_drawing(tiny_sd1, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
     try:
-        with pytest.raises(NullSpaceError, match="cannot be written .*goes on from"):
+        with pytest.raises(NullSpaceError, match="cannot be written .*make room there: the same command then goes on"):
             run.find()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -512,3 +513,10 @@ def test_cache_lists_and_removes(built, tmp_path, capsys):
 def test_an_empty_cache(tmp_path, capsys):
     utils("cache", "--nullspace_cache_dir", tmp_path / "none")
     assert capsys.readouterr().out.startswith("0 bundles")
+
+
+@pytest.mark.parametrize("model", ["shapes-sd", "shapes-lcm"])
+def test_the_demos_models_bring_their_prompts(model):
+    prompts, source = prompts_of_model(DEMO / model, 100)
+    assert source == DEMO / model / "prompts.txt" and len(prompts) == 100
+    assert source.read_bytes() == (DEMO / "prompts.txt").read_bytes()

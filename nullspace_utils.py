@@ -17,6 +17,8 @@ Run as a script, it audits any LoRA, in closed form, with no GPU and no picture:
 and has a model tell whether a bundle protects what it reads:
 
     python nullspace_utils.py verify --nullspace <your-username>/nullspace-sd15
+It also exports LoRAs for the web UIs (`export`), lists the bundles of a base model (`find`), and those that trainings
+have built and kept (`cache`).
 """
 
 import os
@@ -26,8 +28,12 @@ from pathlib import Path
 
 from nullspace.checks import COUNT, RANGES, SHARE, HelpFormatter, Parser
 from nullspace.errors import NullSpaceError
+from nullspace.families import FAMILIES
 from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER
 from nullspace.system import quiet_imports
+
+
+CACHE_HELP = "Where trainings keep the bundles that they build (default: nullspace in HF_HOME, ~/.cache/huggingface)."
 
 
 def parse_args(argv=None):
@@ -87,6 +93,30 @@ def parse_args(argv=None):
         help="Draw so many of the prompts that the bundle ships, in all its sampler's steps, as it was built "
         "(default: few and in few steps, as before a training).",
     )
+    command = commands.add_parser(
+        "find",
+        help="List the bundles of a base model that are in the cache, and on the Hub.",
+        formatter_class=HelpFormatter,
+    )
+    command.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model (required)."
+    )
+    command.add_argument("--revision", help="Revision of the base model on the Hub.")
+    command.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
+    command.add_argument(
+        "--model_type",
+        choices=["auto", *FAMILIES],
+        default="auto",
+        help="Its family; auto reads it from the model (default: %(default)s).",
+    )
+    command.add_argument("--nullspace_namespace", metavar="NAME", help="User or organization on the Hub to ask, too.")
+    command.add_argument("--nullspace_cache_dir", type=Path, help=CACHE_HELP)
+    command.add_argument("--hub_token", help="Token to use instead of the one you are logged in with.")
+    command = commands.add_parser(
+        "cache", help="List the bundles that trainings have built, or remove some.", formatter_class=HelpFormatter
+    )
+    command.add_argument("--nullspace_cache_dir", type=Path, help=CACHE_HELP)
+    command.add_argument("--remove", nargs="+", metavar="NAME", help="Bundles to remove, as they are listed, or all.")
     args = parser.parse_args(argv)
     if args.command == "merge" and len(args.nullspace) < 2:
         parser.error("merge needs --nullspace two times or more, once for each bundle.")
@@ -103,6 +133,7 @@ if __name__ == "__main__":
 
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict
 from nullspace.bundle import Bundle, check_output_folder
+from nullspace.finding import bundles_of_model, cache_folder, cached, describe_cache, remove_from_cache
 from nullspace.kohya import read_report, save_kohya
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
 from nullspace.lora import LoraLayer, load_lora, read_lora
@@ -185,13 +216,39 @@ def verify_bundle(args):
     print(f"Verdict: on what this model read, the bundle protects what it claims at all {len(findings)} inputs.")
 
 
+def find(args):
+    """List the bundles of a base model."""
+    found = bundles_of_model(args, lambda sentence: print(sentence, file=sys.stderr))
+    for where, config in found:
+        layers = config["attention"] + " attention" + " and text encoder" * (TEXT_ENCODER in config)
+        steps, prompts = ", ".join(map(str, config["num_inference_steps"])), config["prompts"]
+        print(
+            f"{where}\n  {layers}; {prompts['count']:,} prompts of {prompts['source']}; {config['sampler']}, {steps} "
+            f"steps, guidance scale {config['guidance_scale']:g}, {config['resolution']} pixels"
+        )
+    if not found:
+        print("There is no bundle of this very model; a training without --nullspace_name_or_path builds one.")
+
+
+def cache(args):
+    """List the bundles in the cache, or remove some."""
+    folder = cache_folder(args.nullspace_cache_dir)
+    if args.remove:
+        names = list(cached(folder)) if args.remove == ["all"] else args.remove
+        remove_from_cache(folder, names)
+        print(f"Removed {len(names)} from {folder}")
+        return
+    rows = describe_cache(folder)
+    width = max((len(name) for name, _, _ in rows), default=0)
+    for name, size, what in rows:
+        print(f"{name:{width}}{size / 1e6:10.1f} MB  {what}")
+    print(f"{len(rows)} bundles, {sum(size for _, size, _ in rows) / 1e6:.1f} MB, in {folder}")
+
+
 def main(args):
-    if args.command == "export":
-        return export(args)
-    if args.command == "merge":
-        return merge(args)
-    if args.command == "verify":
-        return verify_bundle(args)
+    commands = {"cache": cache, "export": export, "find": find, "merge": merge, "verify": verify_bundle}
+    if args.command in commands:
+        return commands[args.command](args)
     layers, unknown = read_lora(args.lora)
     if not layers:
         print(printable(verdict({}, unknown or ["nothing that is a LoRA layer"])))

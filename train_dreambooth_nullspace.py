@@ -10,13 +10,12 @@
 
     accelerate launch train_dreambooth_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --nullspace_name_or_path <your-username>/nullspace-sd15 \\
         --instance_data_dir pictures --instance_prompt "a photo of a sks dog" \\
         --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 --output_dir lora
 
 It is DreamBooth LoRA as in diffusers' train_dreambooth_lora.py; in place of prior preservation, the
-LoRA is kept in the null space of what the attention layers read on the prompts that a bundle of
-build_nullspace.py protects.
+LoRA is kept in the null space of what the attention layers read on the prompts that a bundle
+protects: that of --nullspace_name_or_path, or one that is found or built for the model.
 """
 
 import argparse
@@ -116,9 +115,23 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("null space")
     group.add_argument(
-        "--nullspace_name_or_path", required=True, help="Folder or Hub dataset id of its bundle (required)."
+        "--nullspace_name_or_path",
+        help="Folder or Hub dataset id of its bundle (default: one of this very model from the cache or from "
+        "--nullspace_namespace; where there is none, one is built from general prompts, in about the time of drawing "
+        "16 pictures in 25 steps, and kept in the cache).",
     )
     group.add_argument("--nullspace_revision", help="Revision of the bundle on the Hub.")
+    group.add_argument(
+        "--nullspace_namespace",
+        metavar="NAME",
+        help="User or organization on the Hub among whose datasets a bundle is looked for when none is named and the "
+        "cache has none (default: the Hub is not asked).",
+    )
+    group.add_argument(
+        "--nullspace_cache_dir",
+        type=Path,
+        help="Where bundles that were built are kept (default: nullspace in HF_HOME, ~/.cache/huggingface).",
+    )
     group.add_argument(
         "--nullspace_criterion",
         choices=DEFAULT_THRESHOLDS,
@@ -371,6 +384,19 @@ def parse_args(argv=None):
             f"--nullspace_softness {args.nullspace_softness:g} is too high: from 0.01 up hardly any direction is held "
             "back; leave the default, or say inf to free them all."
         )
+    named = args.nullspace_name_or_path is not None
+    for name, is_of_named in (("revision", True), ("namespace", False), ("cache_dir", False)):
+        if getattr(args, f"nullspace_{name}") is not None and named != is_of_named:
+            parser.error(
+                f"--nullspace_{name} is {'of' if is_of_named else 'read only without'} --nullspace_name_or_path; "
+                f"{'name the bundle' if is_of_named else 'leave one of them out'}."
+            )
+    if not named and (args.nullspace_timesteps != JOINT or args.nullspace_timestep_range):
+        flag = "timestep_range" if args.nullspace_timestep_range else "timesteps nearest"
+        parser.error(
+            f"--nullspace_{flag} needs a bundle that keeps timesteps apart; build one with {BUILDER} "
+            "--timestep_groups steps and name it in --nullspace_name_or_path."
+        )
     if fault := unquoted_prompt(args.instance_prompt or []):
         parser.error(fault)
     if args.learning_rate is None:
@@ -419,6 +445,7 @@ from nullspace.batch_loss import BatchLoss
 from nullspace.captions import trained_prompts
 from nullspace.checkpoint import (
     check_same_run,
+    describe_bundle,
     describe_models,
     describe_run,
     find_checkpoint,
@@ -431,6 +458,7 @@ from nullspace.checkpoint import (
 )
 from nullspace.dataset import InstanceDataset, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
+from nullspace.finding import Wanted, find_or_build
 from nullspace.hub import create_repository, hub_repository
 from nullspace.kohya import check_replaceable
 from nullspace.latents import encode_pictures
@@ -522,7 +550,7 @@ def find_out(accelerator, captions, pictures, args):
 
     Returns:
         The family, the checkpoint to go on from or None, the bundle, its groups of timesteps to draw from, what each
-        protects, and what is known of the run so far.
+        protects (all three None where no bundle is named), and what is known of the run so far.
 
     Raises:
         NullSpaceError: if something is wrong.
@@ -533,9 +561,8 @@ def find_out(accelerator, captions, pictures, args):
     with accelerator.main_process_first():
         bundle, nearest, protected = load_protection(args)
     family = settle_family(bundle, args)
-    if args.compare_with_base is None:
-        args.compare_with_base = closes_any(protected)
-    run = describe_run(args, pictures, captions, bundle.config, accelerator.num_processes, accelerator.mixed_precision)
+    config = bundle.config if bundle else None
+    run = describe_run(args, pictures, captions, config, accelerator.num_processes, accelerator.mixed_precision)
     check_same_run(checkpoint, run)
     if args.push_to_hub and accelerator.is_main_process:
         create_repository(args.hub_model_id, "model", args.hub_private_repo, args.hub_token)
@@ -546,15 +573,30 @@ def find_out(accelerator, captions, pictures, args):
     return family, checkpoint, bundle, nearest, protected, run
 
 
-def settle_family(bundle, args):
-    """The base model's family; settles --model_type, its family's own flags, and the guidance scale: the bundle's.
+def read_protection(accelerator, args):
+    """What `load_protection` gives; settles what depends on it: --compare_with_base, and the guidance scale.
 
     Raises:
-        NullSpaceError: if a flag contradicts the model, or the bundle is of another family's.
+        NullSpaceError: if the bundle cannot be had, or does not protect what is to be trained.
+    """
+    with accelerator.main_process_first():
+        bundle, nearest, protected = load_protection(args)
+    if args.compare_with_base is None:
+        args.compare_with_base = closes_any(protected)
+    args.guidance_scale = bundle.config["guidance_scale"]
+    return bundle, nearest, protected
+
+
+def settle_family(bundle, args):
+    """The base model's family; settles --model_type and its family's own flags.
+
+    Raises:
+        NullSpaceError: if a flag contradicts the model, or the bundle, where one is named, is of another family's.
     """
     family = recognise(args.pretrained_model_name_or_path, args.revision, args.hub_token, args.model_type)
-    bundle.check_model_type(family.name)
-    args.model_type, args.guidance_scale = family.name, bundle.config["guidance_scale"]
+    if bundle:
+        bundle.check_model_type(family.name)
+    args.model_type = family.name
     family.settle(args)
     return family
 
@@ -631,13 +673,24 @@ def work(accelerator, args):
     tokenizer, text_encoder, unet, vae, noise_scheduler = load_models(family, captions, given_prompts, args)
     scaling_factor = vae.config.scaling_factor
     adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
-    bundle.check(unet, text_encoder, tokenizer=tokenizer, noise_scheduler=noise_scheduler)
+    components = {"unet": unet, TEXT_ENCODER: text_encoder, "tokenizer": tokenizer, "noise_scheduler": noise_scheduler}
+    if bundle:
+        bundle.check(**components)
     prompts = list(dict.fromkeys(caption for several in captions for caption in several))
     encoded = prompts + (args.nullspace_extra_prompts or [])
     run |= describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, encoded)
     check_same_run(checkpoint, run)
     check_clip_skip(args.clip_skip, text_encoder.config.num_hidden_layers)
-    targets = lora_targets(unet, text_encoder, bundle, args)
+    wanted = None if bundle else Wanted(family, {**components, "vae": vae}, args)
+    targets = lora_targets(unet, text_encoder, bundle or wanted, args)
+    if wanted:
+        is_new = find_or_build(wanted, accelerator, args)
+        bundle, nearest, protected = read_protection(accelerator, args)
+        if not is_new:  # built from these very models, which have been cast since
+            bundle.check(**components)
+        run |= describe_bundle(bundle.config)
+        check_same_run(checkpoint, run)
+    del components, wanted
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for model in (text_encoder, vae, unet):

@@ -57,7 +57,7 @@ def describe_run(args, pictures, captions, config, processes, precision):
         args: the trainer's flags.
         pictures (`list[Image]`): of the subject.
         captions (`list[list[str]]`): of each picture.
-        config (`dict`): the bundle's.
+        config (`dict` or `None`): the bundle's, where it is known by then; `describe_bundle` adds it later.
         processes (`int`): their number.
         precision (`str`): "no", "fp16" or "bf16", whether it came from the flag or from accelerate's configuration.
     """
@@ -65,15 +65,21 @@ def describe_run(args, pictures, captions, config, processes, precision):
     run = {_flag(name): getattr(args, name) for name in COMPARED if name not in late}
     run[_flag("mixed_precision")] = precision
     run["the number of processes"] = processes
-    # Without the card, which publishing a bundle writes anew
-    files = {name: digest for name, digest in config["files"].items() if name != CARD_NAME}
-    run[_named("the bundle")] = f"sha256 {config_sha256({**config, 'files': files})}"
+    if config is not None:
+        run |= describe_bundle(config)
     digests = [_hash(picture.mode, picture.size, picture.tobytes()) for picture in pictures]  # decoded
     run[_named("the pictures")] = f"{len(pictures)} of them, sha256 {_hash(digests)}"
     distinct = list(dict.fromkeys(caption for several in captions for caption in several))
     more = f" and {len(distinct) - 3} more" if len(distinct) > 3 else ""
     run[_named("the captions")] = f"{', '.join(map(repr, distinct[:3]))}{more}, sha256 {_hash(captions)}"
     return json.loads(json.dumps(run))  # as it is read back
+
+
+def describe_bundle(config):
+    """The same of the bundle, by its configuration."""
+    # Without the card, which publishing a bundle writes anew
+    files = {name: digest for name, digest in config["files"].items() if name != CARD_NAME}
+    return {_named("the bundle"): f"sha256 {config_sha256({**config, 'files': files})}"}
 
 
 def describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, prompts):

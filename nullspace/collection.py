@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from nullspace import signals
 from nullspace.checks import check_clip_skip, resolution_fault
-from nullspace.errors import NullSpaceError, reason
+from nullspace.errors import NullSpaceError, StaleError, reason
 from nullspace.families import get_family
 from nullspace.fingerprints import fingerprints
 from nullspace.launch import without_token
@@ -82,7 +82,7 @@ class Checkpoint:
         """Put what was recorded, if anything, into `moments`, and return the number of batches that it holds.
 
         Raises:
-            NullSpaceError: if it was recorded with other settings, or cannot be read.
+            StaleError: if it was recorded with other settings, or cannot be read.
         """
         if not self.path.is_file():
             return 0
@@ -92,15 +92,16 @@ class Checkpoint:
                 settings = json.loads(metadata["settings"])
                 differing = [key for key in self.settings if settings.get(key) != self.settings[key]]
                 if differing:
-                    raise NullSpaceError(
+                    raise StaleError(
                         f"{self.folder} is the checkpoint of another build ({', '.join(differing)}); run that "
-                        "command again, or delete the folder to start anew."
+                        "command again, or delete the folder to start anew.",
+                        self.folder,
                     )
                 for group, source, tokens in json.loads(metadata["tokens"]):
                     moments.sums[group, source] = file.get_tensor(f"{group} {source}").to(self.device)
                     moments.tokens[group, source] = tokens
         except (OSError, SafetensorError) as error:
-            raise NullSpaceError(f"{self.path} cannot be read ({error}); delete it to start anew.") from error
+            raise StaleError(f"{self.path} cannot be read ({error}); delete it to start anew.", self.folder) from error
         return int(metadata["batches"])
 
     def remove(self):
@@ -153,6 +154,8 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
                 progress.close()  # which would write over the sentence that follows
                 raise signals.Stopped(number_asked, f"{number} of {last} batches are in {checkpoint.folder}.")
     progress.close()
+    if state.num_processes == 1:  # one that builds alone must not wait for others, which wait for it
+        return moments
     try:
         moments.reduce(lambda tensor: reduce(tensor, "sum"))
     except RuntimeError as error:

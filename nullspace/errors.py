@@ -37,6 +37,18 @@ def answer(error):
     return next((one.response for one in causes(error) if getattr(one, "response", None) is not None), None)
 
 
+class StaleError(NullSpaceError):
+    """What an earlier run left cannot be gone on from: it is of another command, or cannot be read.
+
+    Attributes:
+        folder (`Path`): what it left.
+    """
+
+    def __init__(self, message, folder):
+        super().__init__(message)
+        self.folder = folder
+
+
 def status(error):
     """The HTTP status that the Hub answered in a chain of exceptions, or None."""
     response = answer(error)

@@ -16,7 +16,12 @@ COMPARED = (
 BY_CONTENT = {
     "the model": ("pretrained_model_name_or_path", "revision"),
     "the tokenizer": ("tokenizer_name",),
-    "the bundle": ("nullspace_name_or_path", "nullspace_revision"),
+    "the bundle": (
+        "nullspace_name_or_path",
+        "nullspace_revision",
+        "nullspace_namespace",
+        "nullspace_cache_dir",
+    ),
     "the pictures": (
         "instance_data_dir",
         "dataset_name",

@@ -20,6 +20,27 @@ SHARDING = {
 }
 
 
+def on_main_process(work):
+    """What a function returns on the main process, on every process: the others wait for it.
+
+    Raises:
+        NullSpaceError: on every process, if the function does.
+    """
+    from accelerate import PartialState  # takes seconds to import
+    from accelerate.utils import broadcast_object_list
+
+    outcome = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [work(), None]
+        except NullSpaceError as error:
+            outcome = [None, error]
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
 def check_launcher(distributed_type=None):
     """Raise `NullSpaceError` where a process does not see whole gradients, which the projector needs.
 

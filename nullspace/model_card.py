@@ -65,7 +65,9 @@ def write_model_card(bundle, report, prompts, pictures, args):
         )
     drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
     base_shown = link(base, f"https://huggingface.co/{base}") if data.base_model else code_span(base)
-    source_shown = link(source, f"https://huggingface.co/datasets/{source}") if data.datasets else code_span(source)
+    source_shown = (
+        link(source, f"https://huggingface.co/datasets/{source}") if data.datasets else code_span(Path(source).name)
+    )
     triggers = " or ".join(map(code_span, args.instance_prompt))
     few_steps = family.call_arguments(args.guidance_scale)
     with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""

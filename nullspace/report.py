@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import torch
 
@@ -106,7 +107,8 @@ def make_report(found, bundle, dtype, name, setting, training):
         "model_type": bundle.config["model_type"],
         "prediction_type": bundle.config.get("prediction_type"),
         "nullspace": {
-            "bundle": str(name),
+            # Of a folder the name alone: where it lies is nobody else's business
+            "bundle": Path(name).name if Path(name).is_dir() else str(name),
             "revision": bundle.revision,
             "prompts": {key: bundle.config["prompts"][key] for key in ("source", "count", "sha256")},
             **setting,

@@ -199,6 +199,7 @@ _ROUTES = {
     r"GET /api/whoami-v2": "whoami",
     r"POST /api/validate-yaml": "validate_card",
     r"POST /api/repos/create": "create",
+    r"GET /api/datasets": "list_datasets",
     rf"GET {_API}(/revision/{_REVISION})?": "info",
     rf"GET {_API}/tree/{_REVISION}(/(?P<path>.+))?": "tree",
     rf"POST {_API}/paths-info/{_REVISION}": "paths_info",
@@ -340,6 +341,19 @@ class _Handler(BaseHTTPRequestHandler):
             first.files[".gitattributes"] = self.hub.store_regular(GITATTRIBUTES)
             self.hub.repos[self.key] = Repo(wanted.get("visibility") == "private", [first])
         return Reply(json.dumps(about).encode())
+
+    def list_datasets(self) -> list[dict[str, Any]]:
+        """Those of an author with a tag, which is looked for as a line of the card: the library has no YAML."""
+        (author,), (tag,) = self.query["author"], self.query["filter"]
+        found, user = [], self.user()
+        for (kind, repo_id), repo in self.hub.repos.items():
+            if kind != "dataset" or not repo_id.startswith(f"{author}/"):
+                continue
+            card = repo.commits[-1].files.get("README.md")
+            is_tagged = card and f"- {tag}\n" in self.hub.read(kind, repo_id, "README.md").decode()
+            if is_tagged and not (repo.private and (user is None or user.name != author)):
+                found.append({"id": repo_id, "private": repo.private, "tags": [tag]})
+        return found
 
     def listing(self, commit: Commit) -> dict[str, dict[str, Any]]:
         """Every file and folder of a commit by path, in the words of the tree."""

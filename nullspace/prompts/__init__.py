@@ -1,4 +1,12 @@
-"""Reading prompt files, and tokenizers that cannot read prompts."""
+"""Reading prompt files, tokenizers that cannot read prompts, and prompts for models that bring none.
+
+`general.txt`, beside this file, is for bundles that are built without a list of prompts. It was written by hand, for
+coverage: each line adds words that the lines before it lack. People (ages, looks, trades, parts of the body), animals,
+plants and food, objects, vehicles, landscapes, buildings, rooms, arts and styles, light and weather, materials,
+actions, counts and places of things, views, writing, and the words of negative prompts and of quality follow each
+other, so that any even selection has some of each. Short prompts and long ones, with "a photo of" and without, stand
+side by side, as people write them. The empty prompt comes by itself (`Prompts`).
+"""
 
 import codecs
 import csv
@@ -21,6 +29,8 @@ EXAMPLES = 64  # prompts that a bundle ships, by which others see that it is wha
 SAVE_AS_UTF8 = "save it as plain text in UTF-8"
 LOOKED_AT = 50  # lines, for what a file is
 DELIMITERS = {"\t": "a table with tabs", ";": "CSV with semicolons", "|": "a table with bars", ",": "CSV"}
+GENERAL_PROMPTS = Path(__file__).with_name("general.txt")
+OWN_PROMPTS = "prompts.txt"  # in a model's folder, in place of the general ones
 PROMPT_COLUMNS = {"prompt", "prompts", "text", "caption", "captions"}
 
 
@@ -242,6 +252,26 @@ def read_prompts(args, tell=lambda sentence: None):
     if counts := str(lines):
         tell(f"{args.prompts_file or args.prompts_dataset_name}: {counts}.")
     return prompts
+
+
+def prompts_of_model(folder, count):
+    """`count` prompts for a model, the empty one included, evenly spread over its list, and the list's file.
+
+    The list is `prompts.txt` in the model's folder, or else `general.txt`; one that is shorter is taken whole.
+
+    Raises:
+        NullSpaceError: if the model's list cannot be read or is empty.
+    """
+    own = Path(folder) / OWN_PROMPTS
+    source = own if own.is_file() else GENERAL_PROMPTS
+    try:
+        lines = [line.strip() for line in read_lines(source) if line.strip()]
+    except (OSError, ValueError) as error:
+        raise NullSpaceError(f"The model's {source} cannot be read: {error}.") from error
+    if not lines:
+        raise NullSpaceError(f"The model's {source} holds no prompt; write one on each line, or remove it.")
+    taken = min(count - 1, len(lines))
+    return Prompts(lines[len(lines) * index // taken] for index in range(taken)), source
 
 
 def file_lines(args):

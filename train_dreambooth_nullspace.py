@@ -558,8 +558,7 @@ def find_out(accelerator, captions, pictures, args):
     checkpoint = find_checkpoint(args)
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, "model", args.hub_token)
-    with accelerator.main_process_first():
-        bundle, nearest, protected = load_protection(args)
+    bundle, nearest, protected = read_protection(accelerator, args) if args.nullspace_name_or_path else (None,) * 3
     family = settle_family(bundle, args)
     config = bundle.config if bundle else None
     run = describe_run(args, pictures, captions, config, accelerator.num_processes, accelerator.mixed_precision)

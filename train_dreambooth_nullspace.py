@@ -31,6 +31,7 @@ from pathlib import Path
 from nullspace.checks import (
     HelpFormatter,
     Parser,
+    check_clip_skip,
     check_softness,
     check_threshold,
     check_writable,
@@ -160,8 +161,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--allow_unprotected",
         action="store_true",
-        help="Train also those layers that --lora_layers or --train_text_encoder reaches and the bundle does not "
-        "cover. They change what the model knows; report and model card say so.",
+        help="Train also those layers that the bundle does not cover, or in which it closes no direction. They change "
+        "what the model knows; report and model card say so first.",
     )
 
     group = parser.add_argument_group("LoRA")
@@ -171,7 +172,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--lora_layers",
         help="UNet layers to train, separated by commas, each by the end of its name: attn2.to_k,attn2.to_v "
-        "(default: all that the bundle covers).",
+        "(default: all of the attention that the bundle is for).",
     )
     group.add_argument(
         "--train_text_encoder",
@@ -423,7 +424,6 @@ from nullspace.checkpoint import (
 )
 from nullspace.dataset import InstanceDataset, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
-from nullspace.families.stable_diffusion import check_clip_skip
 from nullspace.hub import create_repository, hub_repository
 from nullspace.kohya import check_replaceable
 from nullspace.latents import encode_pictures
@@ -619,7 +619,7 @@ def main(args):
         run |= describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, encoded)
     check_same_run(checkpoint, run)
     check_clip_skip(args.clip_skip, text_encoder.config.num_hidden_layers)
-    targets = lora_targets(unet, text_encoder, bundle, args)
+    targets = lora_targets(unet, text_encoder, bundle, protected, args)
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for model in (text_encoder, vae, unet):

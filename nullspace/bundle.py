@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from huggingface_hub import is_offline_mode
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from nullspace.checks import check_softness, check_writable
 from nullspace.errors import DamagedError, NullSpaceError
@@ -22,7 +22,7 @@ from nullspace.families import family_of, get_family
 from nullspace.fingerprints import fingerprint, fingerprints
 from nullspace.hashes import config_sha256, sha256
 from nullspace.hub import fetch_files
-from nullspace.layers import base_layer, find_module
+from nullspace.layers import attention_inputs, base_layer, find_module, text_encoder_inputs
 from nullspace.names import (
     CARD_NAME,
     CONFIG_NAME,
@@ -37,6 +37,17 @@ from nullspace.names import (
     TIMELESS,
 )
 from nullspace.projector import Protected
+from nullspace.schema import (
+    CONFIG_BYTES,
+    check_config,
+    check_header,
+    check_plain,
+    check_size,
+    check_spectrum,
+    check_traces,
+    file_bytes,
+    tensor_specs,
+)
 from nullspace.spectrum import Spectrum
 from nullspace.system import follow_umask, rename_folder
 from nullspace.timesteps import groups_inside, joint_group, split_groups
@@ -104,7 +115,8 @@ class Bundle:
             text_encoder (`bool`): whether to read what the text encoder's own layers see, where the bundle has it.
 
         Raises:
-            NullSpaceError: if it cannot be had, is of a newer format, or a file differs from its recorded sha256.
+            NullSpaceError: if it cannot be had, is of a newer format, a file differs from its recorded sha256, or what
+                it holds is not what `nullspace.schema` asks for.
         """
         try:
             return cls._load(name_or_path, timesteps, timestep_range, revision, token, text_encoder)
@@ -124,30 +136,34 @@ class Bundle:
         folder = fetch_files(name_or_path, [group_file(name) for name in names], revision, token, force)
         bundle = cls(config, revision=None if Path(name_or_path).is_dir() else revision)
         bundle.spectra = {name: bundle._read_group(folder, name) for name in names}
+        split = [group["name"] for group in split_groups(config)]
+        if JOINT not in split and {JOINT, *split} <= bundle.spectra.keys():
+            check_traces(folder, bundle.spectra, split)
         return bundle if timestep_range is None else bundle.restrict(*timestep_range)
 
     def _read_group(self, folder, name):
-        path = folder / group_file(name)
-        expected = self.config["files"][path.name]
+        path, specs = folder / group_file(name), tensor_specs(self.config, name)
+        check_plain(folder, path.name)
+        check_size(path, file_bytes(specs))
         try:
-            actual = sha256(path)
-            tensors = load_file(path) if actual == expected else None
+            whole = sha256(path) == self.config["files"][path.name]
+            if whole:
+                with safe_open(path, "pt") as file:
+                    check_header(path, file, specs)
+                    tensors = {key: file.get_tensor(key) for key in specs}
         except (OSError, SafetensorError) as error:
             raise DamagedError(f"{path} cannot be read ({error}); download or build the bundle again.") from error
-        if tensors is None:
+        if not whole:
             raise DamagedError(
                 f"{path} is truncated or altered (its sha256 differs from the one in {CONFIG_NAME}); "
                 "download or build the bundle again."
             )
-        distances = self.config.get("distances", {}).get(name, {})
-        if not all(distance is None or 0 <= distance < math.inf for distance in distances.values()):
-            raise DamagedError(f"{folder / CONFIG_NAME} holds distances that are none; build the bundle again.")
-        return {
-            source: Spectrum(
-                tensors[f"{source}.eigenvalues"], tensors[f"{source}.eigenvectors"], tokens, distances.get(source)
-            )
-            for source, tokens in self.config["tokens"][name].items()
-        }
+        spectra, distances = {}, self.config.get("distances", {}).get(name, {})
+        for source, tokens in self.config["tokens"][name].items():
+            eigenvalues, eigenvectors = tensors[f"{source}.eigenvalues"], tensors[f"{source}.eigenvectors"]
+            check_spectrum(path, source, eigenvalues, eigenvectors)
+            spectra[source] = Spectrum(eigenvalues, eigenvectors, tokens, distances.get(source))
+        return spectra
 
     def group(self, name):
         """The spectra (`dict[str, Spectrum]`) of all inputs in a group, and of those that all timesteps share."""
@@ -232,6 +248,13 @@ class Bundle:
         covered = self.config["modules"] if text_encoder is None else self.modules
         for name, info in covered.items():
             self._check_size(name, info, unet, text_encoder=text_encoder)
+        reads = attention_inputs(unet, "all") | ({} if text_encoder is None else text_encoder_inputs(text_encoder))
+        for name, info in covered.items():
+            if reads.get(name) != info["input"]:
+                raise NullSpaceError(
+                    f"The bundle gives {name} the input {info['input']}, and in the model it reads {reads.get(name)}; "
+                    "use another bundle or build one with build_nullspace.py."
+                )
         expected = self.config["base_model"]["fingerprint"]
         if isinstance(expected, str):
             differing = self._check_projections(unet, text_encoder)
@@ -462,28 +485,34 @@ def read_config(folder):
     """The parsed and checked `nullspace_config.json` of a bundle's folder.
 
     Raises:
-        NullSpaceError: if there is none, it is no bundle's or altered, or its format is newer than this code.
+        NullSpaceError: if there is none, it is no bundle's or altered, a field is not what `check_config` asks for, or
+            its format is newer than this code.
     """
     path = fetch_files(folder, [CONFIG_NAME]) / CONFIG_NAME
+    check_plain(path.parent, path.name)
+    check_size(path, CONFIG_BYTES)
     try:
-        config = json.loads(path.read_text())
-        if config["format_version"] > FORMAT_VERSION:
-            raise NullSpaceError(
-                f"The bundle in {folder} has format {config['format_version']}, newer than the {FORMAT_VERSION} known "
-                "here; update this project."
-            )
-        whole = config["sha256"] == config_sha256(config)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        newer = config["format_version"] > FORMAT_VERSION
+        whole = newer or config["sha256"] == config_sha256(config)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} is not a bundle's configuration; download or build the bundle again.") from error
+    if newer:
+        raise NullSpaceError(
+            f"The bundle in {folder} has format {config['format_version']}, newer than the {FORMAT_VERSION} known "
+            "here; update this project."
+        )
     if not whole:
         raise DamagedError(
             f"{path} is altered (its sha256 differs from the one in it); download or build the bundle again."
         )
+    check_config(config, path)
     return config
 
 
 def check_files(folder):
     """Raise `NullSpaceError` unless a folder holds all files of a bundle as they were built; its card may be edited."""
     for name, digest in read_config(folder)["files"].items():
+        check_plain(Path(folder), name)
         if sha256(fetch_files(folder, [name]) / name) != digest and name != CARD_NAME:
             raise DamagedError(f"{Path(folder) / name} is truncated or altered; download or build the bundle again.")

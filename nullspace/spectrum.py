@@ -62,6 +62,10 @@ class Spectrum(NamedTuple):
         with tf32(False, vectors.device):
             return 1.5 * vectors - 0.5 * vectors @ (vectors.T @ vectors)
 
+    def energy(self):
+        """The trace of `sum`."""
+        return self.eigenvalues.double().sum().item() * self.tokens
+
     def sum(self):
         """The sum of x x^T over the tokens, (in, in) float64, to the precision that is stored."""
         vectors = self.orthonormal().double()

@@ -159,8 +159,10 @@ class World:
             "base_model": {"id": "tiny/model", "fingerprint": fingerprints(unet=self.unet)},
             "modules": modules,
             "prompts": {"source": "test", "count": 2, "sha256": "0" * 64, "examples": ["a star"]},
+            "attention": attention, "sampler": "ddim", "num_inference_steps": [STEPS], "guidance_scale": 5.0,
+            "resolution": 32, "seed": 0,
             **config,
-        }
+        }  # fmt: skip
         return Bundle.from_moments(moments or self.moments[attention], groups or self.groups, config)
 
     def joint_bundle(self):

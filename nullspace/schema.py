@@ -255,7 +255,7 @@ def _check_tokens(config):
 
 
 def check_plain(folder, name):
-    """Raise `NullSpaceError` if a file in a folder is a link, which may lead anywhere, other than in the Hub's cache."""
+    """Raise `NullSpaceError` if a folder's file is a link, which may lead anywhere; those of the Hub's cache do not."""
     path = folder / name
     if path.is_symlink() and path.resolve().parent != (folder.parent.parent / "blobs").resolve():
         raise NullSpaceError(f"{path} is a link, which a bundle's files must not be; copy what it leads to there.")

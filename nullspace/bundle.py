@@ -39,6 +39,7 @@ from nullspace.names import (
 from nullspace.projector import Protected
 from nullspace.schema import (
     CONFIG_BYTES,
+    PARTS,
     check_config,
     check_header,
     check_plain,
@@ -61,11 +62,15 @@ class Bundle:
     """The second moments of one base model's layer inputs, decomposed, by timestep group.
 
     On disk: `nullspace_config.json` describes it and holds the sha256 of all files; each group is a safetensors
-    file with, for each input, `<input>.eigenvalues` (in,) float32 and `<input>.eigenvectors` (in, in) float32, all of
-    them, since any threshold may be chosen later; how far those are from the builder's own float64 decomposition is in
-    `distances` of the configuration, by group and input, see `Spectrum`. `base_model.fingerprint` there is that of
-    `fingerprints`. Format 1, which is still read, has float16 eigenvectors, no distances, and the hash of the covered
-    projections in place of the fingerprints.
+    file with, for each input, `<input>.eigenvalues` (in,) float32, `<input>.eigenvectors` (in, k) float32, those that
+    the default threshold closes, the others, since any threshold may be chosen later, as `<input>.rest`, see
+    `Spectrum`, and `<input>.distances` (in,) float32, how far each is from the builder's own float64 decomposition:
+    infinity where that is not known. k is in `exact` of the configuration, by group and input.
+    `base_model.fingerprint` there is that of `fingerprints`.
+
+    Formats 1 and 2 are still read. They have all eigenvectors in one (in, in), of float16 and float32; format 2 has the
+    norm of the distances in its configuration, format 1 none, and the hash of the covered projections in place of the
+    fingerprints.
 
     The text encoder's output does not depend on the timestep and has a file of its own, and so have the inputs of the
     text encoder's own layers, where they were collected. The group "joint", the sum over all timesteps, is always
@@ -98,7 +103,7 @@ class Bundle:
                     totals[source] = (before + total.to("cpu", torch.float64), counted + tokens)
             spectra[JOINT] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in totals.items()}
             groups = [joint_group(groups)] + groups
-        config = {"format_version": FORMAT_VERSION, **config, "groups": groups, "dtype": "float32"}
+        config = {"format_version": FORMAT_VERSION, **config, "groups": groups}
         return cls(config, spectra)
 
     # Reading
@@ -158,11 +163,17 @@ class Bundle:
                 f"{path} is truncated or altered (its sha256 differs from the one in {CONFIG_NAME}); "
                 "download or build the bundle again."
             )
-        spectra, distances = {}, self.config.get("distances", {}).get(name, {})
+        spectra, norms = {}, self.config.get("distances", {}).get(name, {})
         for source, tokens in self.config["tokens"][name].items():
-            eigenvalues, eigenvectors = tensors[f"{source}.eigenvalues"], tensors[f"{source}.eigenvectors"]
-            check_spectrum(path, source, eigenvalues, eigenvectors)
-            spectra[source] = Spectrum(eigenvalues, eigenvectors, tokens, distances.get(source))
+            parts = {key: tensors[f"{source}.{key}"] for key in PARTS if f"{source}.{key}" in tensors}
+            check_spectrum(path, source, **parts)
+            if parts.get("distances", torch.zeros(1)).isinf().any():
+                parts["distances"] = None
+            if norms.get(source) is not None:  # of all together: as if it were that of the first alone
+                parts["distances"] = torch.zeros(len(parts["eigenvalues"])).index_fill_(
+                    0, torch.tensor(0), norms[source]
+                )
+            spectra[source] = Spectrum(tokens=tokens, **parts)
         return spectra
 
     def group(self, name):
@@ -194,11 +205,14 @@ class Bundle:
                 not at all.
 
         Raises:
-            NullSpaceError: if a layer is left without a free direction, or a value is out of range.
+            NullSpaceError: if a layer is left without a free direction, a value is out of range, or the softness is
+                lower than what is stored can hold back.
         """
         check_softness(softness)
-        shared = {}
-        for source, spectrum in self.group(name).items():
+        shared, spectra = {}, self.group(name)
+        for (source, spectrum), basis in zip(
+            spectra.items(), Spectrum.orthonormal_all(list(spectra.values())), strict=True
+        ):
             rank = spectrum.rank(criterion, threshold)
             if rank == len(spectrum.eigenvalues):
                 raise NullSpaceError(
@@ -206,8 +220,15 @@ class Bundle:
                     f"{source} ({rank} of {rank} protected); choose a "
                     f"{'higher' if criterion in ('eigenvalue', 'percentile') else 'lower'} threshold."
                 )
-            gains = spectrum.gains(softness)[rank:] if rank and softness < math.inf else None
-            shared[source] = Protected(spectrum.orthonormal(), rank, gains, spectrum.distance)
+            gains = None
+            if rank and softness < math.inf:
+                gains = spectrum.gains(softness)[rank:]
+                if not spectrum.is_finer_than(softness, rank):
+                    raise NullSpaceError(
+                        f"--nullspace_softness {softness:g} is too low for {source}, whose directions the bundle "
+                        f"stores in 16 bits; choose at least {spectrum.finest_softness(rank):.1g}."
+                    )
+            shared[source] = Protected(basis, rank, gains, spectrum.distance(rank))
         return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
 
     # Checking
@@ -380,7 +401,7 @@ class Bundle:
     # Writing
 
     def save(self, folder, extras=()):
-        """Write the bundle as a folder, whole or not at all; an earlier bundle there is replaced.
+        """Write the bundle, and pack it, as a folder, whole or not at all; an earlier bundle there is replaced.
 
         Args:
             folder (`Path`): where.
@@ -396,21 +417,20 @@ class Bundle:
         partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        written = ("tokens", "distances", "files", "sha256")
+        written = ("tokens", "exact", "files", "sha256", "distances", "dtype")  # the last two by earlier formats alone
         config = {key: value for key, value in self.config.items() if key not in written}
-        config["tokens"] = {
-            name: {source: spectrum.tokens for source, spectrum in spectra.items()}
+        config["format_version"] = FORMAT_VERSION
+        self.spectra = {
+            name: {source: spectrum.pack() for source, spectrum in spectra.items()}
             for name, spectra in self.spectra.items()
         }
-        config["distances"] = {
-            name: {source: spectrum.distance for source, spectrum in spectra.items()}
-            for name, spectra in self.spectra.items()
-        }
+        for key in ("tokens", "exact"):
+            config[key] = {
+                name: {source: getattr(spectrum, key) for source, spectrum in spectra.items()}
+                for name, spectra in self.spectra.items()
+            }
         for name, spectra in self.spectra.items():
-            tensors = {}
-            for source, spectrum in spectra.items():
-                tensors[f"{source}.eigenvalues"] = spectrum.eigenvalues
-                tensors[f"{source}.eigenvectors"] = spectrum.eigenvectors
+            tensors = {f"{source}.{key}": tensor for source, item in spectra.items() for key, tensor in item.parts()}
             save_file(tensors, partial / group_file(name), metadata={"format": "pt"})
             follow_umask(partial / group_file(name))
         self._write_table(partial / TABLE_NAME)

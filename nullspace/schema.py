@@ -8,7 +8,7 @@ import torch
 
 from nullspace.errors import NullSpaceError, listed
 from nullspace.families import FAMILIES
-from nullspace.names import CONFIG_NAME, JOINT, TEXT_ENCODER, TEXT_INPUT, TIMELESS
+from nullspace.names import CONFIG_NAME, FORMAT_VERSION, JOINT, TEXT_ENCODER, TEXT_INPUT, TIMELESS
 from nullspace.samplers import SAMPLERS
 
 
@@ -23,6 +23,8 @@ GROUP_NAME = re.compile(rf"{JOINT}|timesteps-\d{{4,7}}-\d{{4,7}}")
 # How far U^T U may be from 1. Those of format 1 are in float16, which rounds to within 2^-11 of each entry.
 ORTHONORMAL = {torch.float32: 1e-3, torch.float16: 4e-3}
 PROBES = 4
+FAR = 5e-3  # the farthest that rounding to 16 bits can turn a direction, and more
+PARTS = ("eigenvalues", "eigenvectors", "rest", "distances")  # of an input, in a group's file
 TRACES = 1e-3  # how far the groups' traces may be from the joint one's, as a share
 
 
@@ -133,7 +135,7 @@ def fingerprint(value, where):
 
 CONFIG = record(
     {
-        "format_version": integer(1, 2),
+        "format_version": integer(1, FORMAT_VERSION),
         "base_model": record(
             {"id": text(4096), "fingerprint": fingerprint}, {"revision": optional(text()), "variant": optional(text())}
         ),
@@ -179,6 +181,7 @@ CONFIG = record(
         "versions": mapping(text(64), text(256), 32),
         "dtype": choice("float16", "float32"),
         "distances": mapping(ANY_GROUP, mapping(MODULE, optional(number(0, 1e-2)), MODULES), 1003),
+        "exact": mapping(ANY_GROUP, mapping(MODULE, SIZE, MODULES), 1003),
     },
 )
 
@@ -246,6 +249,15 @@ def _check_tokens(config):
             raise Wrong(f"the inputs of {name} in tokens are not those that its layers read ({listed(differing, 3)})")
         if f"{name}.safetensors" not in config["files"]:
             raise Wrong(f"files does not name {name}.safetensors")
+    if config["format_version"] >= 3:
+        sizes = {info["input"]: info["in_features"] for info in _modules(config).values()}
+        exact = {name: inputs.keys() for name, inputs in config.get("exact", {}).items()}
+        if exact != {name: inputs.keys() for name, inputs in tokens.items()}:
+            raise Wrong("the inputs in exact are not those in tokens")
+        for name, inputs in config["exact"].items():
+            for source, count in inputs.items():
+                if count > sizes[source]:
+                    raise Wrong(f"exact.{name}.{source} is more than the {sizes[source]} directions that there are")
     for source, count in tokens.get(JOINT, {}).items():
         if names[1:] and sum(tokens[name][source] for name in names[1:]) != count:
             raise Wrong(f"the tokens of {source} in the groups do not add up to those in '{JOINT}'")
@@ -275,8 +287,12 @@ def tensor_specs(config, group):
     specs = {}
     for source in config["tokens"][group]:
         size = sizes[source]
+        exact = config.get("exact", {}).get(group, {}).get(source, size)
         specs[f"{source}.eigenvalues"] = ((size,), ("F32",))
-        specs[f"{source}.eigenvectors"] = ((size, size), kinds)
+        specs[f"{source}.eigenvectors"] = ((size, exact), kinds)
+        if config["format_version"] >= 3:
+            specs[f"{source}.rest"] = (((size - exact) * (size - exact - 1) // 2,), ("F16",))
+            specs[f"{source}.distances"] = ((size,), ("F32",))
     return specs
 
 
@@ -302,9 +318,13 @@ def check_header(path, file, specs):
             )
 
 
-def check_spectrum(path, source, eigenvalues, eigenvectors):
-    """Raise `NullSpaceError` unless these are the eigenvalues (in,) and eigenvectors (in, k) of a second moment."""
+def check_spectrum(path, source, eigenvalues, eigenvectors, rest=None, distances=None):
+    """Raise `NullSpaceError` unless these are tensors of a `Spectrum`. Whatever the rest, it makes directions."""
     fault = eigenvalue_fault(eigenvalues) or eigenvector_fault(eigenvectors)
+    if rest is not None and not torch.isfinite(rest).all():
+        fault = fault or "other directions are not finite"
+    if distances is not None and not ((distances >= 0) & (distances <= FAR)).all() and not distances.isposinf().all():
+        fault = fault or "distances are none"
     if fault:
         raise NullSpaceError(
             f"{path}: of {source} the {fault}, so they are those of no second moment; use another bundle or build one "

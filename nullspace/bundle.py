@@ -169,7 +169,7 @@ class Bundle:
             check_spectrum(path, source, **parts)
             if parts.get("distances", torch.zeros(1)).isinf().any():
                 parts["distances"] = None
-            if norms.get(source) is not None:  # of all together: as if it were that of the first alone
+            if "distances" not in parts and norms.get(source) is not None:  # of all together: as if it were that of the first alone
                 parts["distances"] = torch.zeros(len(parts["eigenvalues"])).index_fill_(
                     0, torch.tensor(0), norms[source]
                 )

@@ -63,13 +63,15 @@ def two_layers_of_all(config):
             config["tokens"][group] = {key: value for key, value in config["tokens"][group].items() if key in read}
             if not config["tokens"][group]:
                 del config["tokens"][group]
-    config["distances"] = {group: dict.fromkeys(inputs, 0.0) for group, inputs in config["tokens"].items()}
+    config["exact"] = {
+        group: {key: config["exact"][group][key] for key in inputs} for group, inputs in config["tokens"].items()
+    }
 
 
 def without_the_text(config):
     """The text encoder's output is dropped, and with it to_k and to_v."""
     config["modules"] = {key: info for key, info in config["modules"].items() if info["input"] != TEXT_INPUT}
-    del config["tokens"][TEXT_INPUT]
+    del config["tokens"][TEXT_INPUT], config["exact"][TEXT_INPUT]
 
 
 def text_encoder_of_the_unet(config):
@@ -146,9 +148,16 @@ CONFIGS = {
     "timesteps of no group": put(["groups", 0, "timesteps"], [1, 2, 3]),
     "timesteps outside of the range": put(["groups", 1, "range"], [990, 999]),
     "ranges that overlap": put(["groups", 1, "range"], [0, 999]),
-    "a distance below 0": put(["distances", JOINT, ...], -1.0),
-    "a distance that is no number": put(["distances", JOINT, ...], math.nan),
-    "a distance without end": put(["distances", JOINT, ...], math.inf),
+    "a distance below 0": put(["distances"], {JOINT: {"layer": -1.0}}),
+    "a distance that is no number": put(["distances"], {JOINT: {"layer": math.nan}}),
+    "a distance without end": put(["distances"], {JOINT: {"layer": math.inf}}),
+    "no exact directions": put(["exact", JOINT, ...], 0),
+    "more exact directions than there are": put(["exact", JOINT, ...], 17),
+    "fewer exact directions than the file has": put(["exact", JOINT, ...], 1),
+    "exact directions of no input": put(["exact", JOINT, "layer"], 1),
+    "no exact": without("exact"),
+    "format 2 for format 3": put(["format_version"], 2),
+    "format 1 for format 3": put(["format_version"], 1),
     "a file elsewhere": file_named("../README.md"),
     "a file by its whole path": file_named("/etc/passwd"),
     "a file in a folder": file_named("a/b"),
@@ -215,6 +224,14 @@ TENSORS = {
     "values of whole numbers": tensor("values", torch.Tensor.int),
     "no values": lambda tensors: tensors.pop(next(key for key in tensors if key.endswith("values"))),
     "one tensor more": extra,
+    "a NaN in the rest": tensor("rest", one_entry(math.nan)),
+    "an infinity in the rest": tensor("rest", one_entry(math.inf)),
+    "a rest in float32": tensor("rest", torch.Tensor.float),
+    "a rest too short": tensor("rest", lambda rest: rest[:-1]),
+    "distances below 0": tensor("distances", one_entry(-1e-4)),
+    "distances of NaN": tensor("distances", one_entry(math.nan)),
+    "distances of anything": tensor("distances", one_entry(0.5)),
+    "one distance that is not known": tensor("distances", one_entry(math.inf)),
 }
 
 

@@ -163,16 +163,17 @@ class Bundle:
                 f"{path} is truncated or altered (its sha256 differs from the one in {CONFIG_NAME}); "
                 "download or build the bundle again."
             )
-        spectra, norms = {}, self.config.get("distances", {}).get(name, {})
+        spectra, norms = {}, {}
+        if self.config["format_version"] < 3:
+            norms = self.config.get("distances", {}).get(name, {})
         for source, tokens in self.config["tokens"][name].items():
             parts = {key: tensors[f"{source}.{key}"] for key in PARTS if f"{source}.{key}" in tensors}
             check_spectrum(path, source, **parts)
-            if parts.get("distances", torch.zeros(1)).isinf().any():
-                parts["distances"] = None
-            if "distances" not in parts and norms.get(source) is not None:  # of all together: as if it were that of the first alone
-                parts["distances"] = torch.zeros(len(parts["eigenvalues"])).index_fill_(
-                    0, torch.tensor(0), norms[source]
-                )
+            if norms.get(source) is not None:  # format 2 has that of all directions: as if it were the first one's
+                parts["distances"] = torch.zeros_like(parts["eigenvalues"])
+                parts["distances"][0] = norms[source]
+            elif "distances" in parts and parts["distances"].isinf().any():
+                del parts["distances"]
             spectra[source] = Spectrum(tokens=tokens, **parts)
         return spectra
 

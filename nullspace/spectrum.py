@@ -161,7 +161,7 @@ class Spectrum(NamedTuple):
         others = reflections[exact:, exact:]
         others[_below(size - exact)] = self.rest.float()
         factors[exact:] = 2 / (1 + others.square().sum(0))  # 1 - factor v v^T reflects: so rounding keeps it orthogonal
-        basis = torch.linalg.householder_product(reflections, factors)
+        basis = torch.linalg.householder_product(reflections, factors).contiguous()
         basis[:, :exact] = self.eigenvectors
         return basis
 

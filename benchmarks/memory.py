@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bundle_size import synthetic_bundle, synthetic_sum
+from bundle_size import synthetic_bundle, synthetic_spectrum
 from common import inputs, sd1_unet, write
 from torch.nn.utils import clip_grad_norm_
 
@@ -27,7 +27,6 @@ from nullspace.names import JOINT
 from nullspace.optimizers import make_optimizer
 from nullspace.projector import NullSpaceProjector
 from nullspace.protection import load_protection
-from nullspace.spectrum import Spectrum
 from train_dreambooth_nullspace import parse_args
 
 
@@ -40,7 +39,7 @@ def save_bundle(folder):
         unet = sd1_unet()
     sizes = {unet.get_submodule(name).in_features for name in attention_inputs(unet)}
     generator = torch.Generator().manual_seed(0)
-    spectra = {size: Spectrum.from_sum(*synthetic_sum(size, generator)).pack() for size in sorted(sizes)}
+    spectra = {size: synthetic_spectrum(size, generator).pack() for size in sorted(sizes)}
     synthetic_bundle(unet, spectra).save(folder)
 
 

@@ -95,6 +95,11 @@ def layer_renamed(config):
     config["modules"]["down_blocks.0.nothing.to_q"] = config["modules"].pop(name)
 
 
+def one_direction_fewer(config):
+    exact = config["exact"][JOINT]
+    exact[max(exact, key=exact.get)] -= 1
+
+
 def file_named(name):
     def lie(config):
         config["files"][name] = "0" * 64
@@ -153,7 +158,7 @@ CONFIGS = {
     "a distance without end": put(["distances"], {JOINT: {"layer": math.inf}}),
     "no exact directions": put(["exact", JOINT, ...], 0),
     "more exact directions than there are": put(["exact", JOINT, ...], 17),
-    "fewer exact directions than the file has": put(["exact", JOINT, ...], 1),
+    "fewer exact directions than the file has": one_direction_fewer,
     "exact directions of no input": put(["exact", JOINT, "layer"], 1),
     "no exact": without("exact"),
     "format 2 for format 3": put(["format_version"], 2),
@@ -178,7 +183,7 @@ CONFIGS = {
 
 def tensor(suffix, change):
     def lie(tensors):
-        name = next(key for key in tensors if key.endswith(suffix))
+        name = max((key for key in tensors if key.endswith(suffix)), key=lambda key: tensors[key].numel())
         tensors[name] = change(tensors[name]).contiguous()
 
     return lie

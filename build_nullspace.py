@@ -107,7 +107,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--timestep_groups",
         choices=[JOINT, "stages", "steps"],
-        help="Besides the sum over all timesteps, keep 4 stages or every step apart (default: joint; LCM: steps).",
+        help="Besides the sum over all timesteps, keep 4 stages or every step apart (default: joint).",
     )
     group.add_argument(
         "--output_dir", type=Path, default=Path("nullspace-bundle"), help="Its folder (default: %(default)s)."

@@ -178,8 +178,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--allow_unprotected",
         action="store_true",
-        help="Train also those layers that --lora_layers or --train_text_encoder reaches and the bundle does not "
-        "cover. They change what the model knows; report and model card say so.",
+        help="Train also those layers that the bundle does not cover, or in which it closes no direction. They change "
+        "what the model knows; report and model card say so first.",
     )
 
     group = parser.add_argument_group("LoRA")
@@ -189,7 +189,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--lora_layers",
         help="UNet layers to train, separated by commas, each by the end of its name: attn2.to_k,attn2.to_v "
-        "(default: all that the bundle covers).",
+        "(default: all of the attention that the bundle is for).",
     )
     group.add_argument(
         "--train_text_encoder",
@@ -681,14 +681,15 @@ def work(accelerator, args):
     check_same_run(checkpoint, run)
     check_clip_skip(args.clip_skip, text_encoder.config.num_hidden_layers)
     wanted = None if bundle else Wanted(family, {**components, "vae": vae}, args)
-    targets = lora_targets(unet, text_encoder, bundle or wanted, args)
     if wanted:
+        lora_targets(unet, text_encoder, wanted, {}, args)
         is_new = find_or_build(wanted, accelerator, args)
         bundle, nearest, protected = read_protection(accelerator, args)
         if not is_new:  # built from these very models, which have been cast since
             bundle.check(**components)
         run |= describe_bundle(bundle.config)
         check_same_run(checkpoint, run)
+    targets = lora_targets(unet, text_encoder, bundle, protected, args)
     del components, wanted
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)

@@ -1,22 +1,24 @@
-"""What a bundle of a Stable Diffusion 1.x model takes on disk and at start-up, for three ways to store it.
+"""What a bundle takes on disk and at start-up, for the layers of Stable Diffusion 1.x and SDXL, and what it costs.
 
     python benchmarks/bundle_size.py
 
-The layer sizes are those of the model's 16 cross-attention layers; the moments are synthetic, with eigenvalues that
-fall as a power of their rank, since size and time depend on the shapes alone. Writes `results/bundle_size.json`.
+The layer sizes are those of the models' cross-attention; the moments are made up, with eigenvalues that fall as a power
+of their rank, since size and time depend on the shapes alone; inputs of one size share theirs. Ways to store their
+eigenvectors are compared by the drift of a LoRA that is free but for what is closed and held back, in closed form: of
+A = A~ P, with A~ of white noise and P of the stored vectors, tr(P C P^T), as a multiple of that of the exact vectors.
+Writes `results/bundle_size.json`.
 """
 
 import json
 import platform
-import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 
@@ -28,113 +30,176 @@ from nullspace.names import FORMAT_VERSION, JOINT, TEXT_INPUT  # noqa: E402
 from nullspace.spectrum import Spectrum  # noqa: E402
 
 
-ENERGY = 0.999
+DECAY = 1.5  # of the eigenvalues with their rank: 0.9 of the energy is in 2% to 10% of the directions
+SOFTNESSES = (1e-5, 1e-6, 1e-7)
+COMPARED, DECADES = 320, 6  # the size of input at which drifts are compared, and what its eigenvalues fall by
+SDXL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+}
+UNETS = {"Stable Diffusion 1.x": {"cross_attention_dim": 768}, "SDXL": SDXL}
 
 
-def synthetic_sum(size, generator):
-    """A sum of x x^T (size, size) over as many tokens as directions times 100, with a power-law spectrum."""
-    x = torch.randn(100 * size, size, generator=generator) * torch.arange(1, size + 1) ** -1.0
-    mix = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
-    x = x @ mix
-    return x.T @ x, len(x)
+def synthetic_spectrum(size, generator):
+    """The spectrum of a made-up second moment (size, size): random directions, a power law."""
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    stored = basis.float().contiguous()
+    distances = (stored - basis).norm(dim=0).float()
+    return Spectrum(torch.arange(1, size + 1) ** -DECAY, stored, 100 * size, distances)
 
 
-def eigenvectors(matrix):
-    return torch.linalg.eigh(matrix).eigenvectors.contiguous()
+def synthetic_bundle(unet, spectra):
+    """A joint bundle of a UNet's cross-attention with made-up spectra, one for each size of input."""
+    modules = {}
+    for name, source in attention_inputs(unet).items():
+        layer = unet.get_submodule(name)
+        modules[name] = {"input": source, "in_features": layer.in_features, "out_features": layer.out_features}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "base_model": {"id": "synthetic", "revision": None, "variant": None, "fingerprint": {"unet": "0" * 64}},
+        "model_type": "sd", "sampler": "ddim", "num_inference_steps": [25], "guidance_scale": 7.5, "resolution": 512,
+        "attention": "cross", "seed": 0, "modules": modules,
+        "prompts": {"source": "none", "count": 1, "sha256": "0" * 64, "examples": []},
+        "groups": [{"name": JOINT, "timesteps": [0], "range": [0, 999]}],
+    }  # fmt: skip
+    held = {JOINT: {}, TEXT_INPUT: {}}
+    for info in modules.values():
+        source, item = info["input"], spectra[info["in_features"]]
+        copied = (part.clone() if isinstance(part, torch.Tensor) else part for part in item)
+        held[TEXT_INPUT if source == TEXT_INPUT else JOINT][source] = Spectrum(*copied)  # safetensors shares no tensor
+    return Bundle(config, held)
 
 
-def triangle(matrix):
-    rows, columns = torch.triu_indices(*matrix.shape)
-    return matrix[rows, columns]
+# ---- Ways to store eigenvectors: each gives those that are read again, and the bytes ---------------------------------
 
 
-def decompose(flat, size):
-    """The eigenvectors of a symmetric matrix that is stored as its upper triangle."""
-    matrix = torch.zeros(size, size)
-    matrix[tuple(torch.triu_indices(size, size))] = flat
-    return torch.linalg.eigh(matrix, UPLO="U").eigenvectors
+def in_8_bits(matrix):
+    """A matrix rounded to 8 bits with a scale a column, and its bytes."""
+    scale = matrix.abs().amax(0, keepdim=True).clamp_min(1e-30) / 127
+    return (matrix / scale).round() * scale, matrix.numel() + 4 * matrix.shape[1]
 
 
-def timed(function, repeats=5):
-    """The function's result and the median of its seconds."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - start)
-    return result, statistics.median(seconds)
+def format_2(full, packed):
+    return full.eigenvectors, full.eigenvectors.nbytes
+
+
+def format_3(full, packed):
+    return packed.orthonormal(), sum(part.nbytes for _, part in packed.parts())
+
+
+def reflections_in_8_bits(full, packed):
+    size = len(full.eigenvalues) - packed.exact
+    below = torch.ones(size, size, dtype=torch.bool).tril(-1)
+    reflections = torch.zeros(size, size)
+    reflections[below] = packed.rest.float()
+    rounded = in_8_bits(reflections)[0][below]
+    stored = packed._replace(rest=rounded.half())  # which adds little
+    return stored.orthonormal(), packed.eigenvectors.nbytes + packed.rest.nbytes // 2 + 4 * size
+
+
+def columns(rounded):
+    """The others rounded as columns, and orthogonal to the leading ones again."""
+
+    def way(full, packed):
+        leading, others = packed.eigenvectors, full.eigenvectors[:, packed.exact :]
+        others, stored = rounded(others)
+        others = others - leading @ (leading.T @ others)
+        return torch.cat((leading, others), 1), leading.nbytes + stored
+
+    return way
+
+
+def mean_of_the_others(full, packed):
+    """None of the others, all of them held back by their mean: any basis of what is left will do."""
+    basis = torch.linalg.qr(packed.eigenvectors.double(), mode="complete").Q.float()
+    return torch.cat((packed.eigenvectors, basis[:, packed.exact :]), 1), packed.eigenvectors.nbytes
+
+
+WAYS = {
+    "format 2: all in float32": format_2,
+    "format 3: the leading in float32, reflections of the others in float16": format_3,
+    "the leading in float32, reflections of the others in 8 bits": reflections_in_8_bits,
+    "the leading in float32, the others in float16": columns(
+        lambda others: (others.half().float(), 2 * others.numel())
+    ),
+    "the leading in float32, the others in 8 bits": columns(in_8_bits),
+    "the leading in float32, none of the others": mean_of_the_others,
+}
+
+
+def drift(vectors, full, exact, softness, mean):
+    """That of a LoRA that is free but for what these vectors close and hold back."""
+    gains = full.gains(softness)
+    if mean:
+        share = full.shares()[exact:].mean()
+        gains = torch.full_like(gains, (1 + share / softness).rsqrt())
+    others = vectors[:, exact:]
+    let_through = (others * gains[exact:]) @ (others.T @ (full.eigenvectors * full.eigenvalues.sqrt()))
+    return let_through.norm().item()
 
 
 def main():
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)
-    inputs = attention_inputs(unet)
     generator = torch.Generator().manual_seed(0)
-    sums, sizes = {}, {name: unet.get_submodule(module).in_features for module, name in inputs.items()}
-    for source, size in tqdm(sizes.items(), desc="Moments"):
-        sums[source] = synthetic_sum(size, generator)
-    modules = {
-        name: {"input": source, "in_features": sizes[source], "out_features": unet.get_submodule(name).out_features}
-        for name, source in inputs.items()
-    }
-    config = {"format_version": FORMAT_VERSION, "modules": modules}
-    config["groups"] = [{"name": JOINT, "timesteps": [0], "range": [0, 999]}]
-    config["base_model"] = {"id": "synthetic"}
-    exact, spectra = {}, {JOINT: {}, TEXT_INPUT: {}}
-    for source, (total, tokens) in tqdm(sums.items(), desc="Eigenvectors"):
-        exact[source] = torch.linalg.eigh(total.double() / tokens).eigenvectors.flip(1)
-        spectra[TEXT_INPUT if source == TEXT_INPUT else JOINT][source] = Spectrum.from_sum(total, tokens, source)
+    with torch.device("meta"):
+        unets = {name: UNet2DConditionModel(**config) for name, config in UNETS.items()}
+    counts = {}
+    for name, unet in unets.items():
+        widths = {source: unet.get_submodule(module).in_features for module, source in attention_inputs(unet).items()}
+        counts[name] = Counter(widths.values())
+    sizes = sorted({size for count in counts.values() for size in count})
+    full = {size: synthetic_spectrum(size, generator) for size in sizes}
+    packed = {size: item.pack() for size, item in tqdm(full.items(), desc="Packing")}
 
-    results = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "bundle"
-        Bundle(config, spectra).save(folder)
-        files = sorted(folder.glob("*.safetensors"))
-        _, reading = timed(lambda: [load_file(path) for path in files])
-        protected, ready = timed(lambda: Bundle.load(folder).protected(JOINT, "energy", ENERGY))
-        # How far a protected direction of the full precision sticks out of the one that is stored.
-        lost = 0.0
-        for name, item in protected.items():
-            vectors = exact[inputs[name]][:, : item.rank]
-            kept = item.basis[:, : item.rank].double()
-            lost = max(lost, ((vectors - kept @ (kept.T @ vectors)).norm() / vectors.norm()).item())
-        results["a bundle: eigenvectors in float32"] = {
-            "bytes": sum(path.stat().st_size for path in files),
-            "bytes_without_text": (folder / "joint.safetensors").stat().st_size,
-            "seconds_to_read": reading,
-            "seconds_to_projectors": ready,
-            "largest_deviation_of_protected_space": lost,
-        }
+    # Where precision matters: what is held back reaches over many orders of magnitude
+    steep = full[COMPARED]._replace(eigenvalues=torch.logspace(0, -DECADES, COMPARED))
+    ways = {}
+    for way, store in WAYS.items():
+        row = {"bytes": dict.fromkeys(counts, 0), "drift": {}}
+        for size in sizes:
+            _, stored = store(full[size], packed[size])
+            for name, count in counts.items():
+                row["bytes"][name] += count[size] * stored
+        vectors, _ = store(steep, steep.pack())
+        for softness in SOFTNESSES:
+            found = drift(vectors, steep, steep.pack().exact, softness, store is mean_of_the_others)
+            found /= drift(steep.eigenvectors, steep, steep.pack().exact, softness, False)
+            row["drift"][str(softness)] = found
+        ways[way] = row
+        print(way, row)
 
-        for name, pack, unpack in (
-            ("eigenvectors in float16", lambda matrix: eigenvectors(matrix).half(), lambda stored, _: stored.float()),
-            ("C in float32, upper triangle", triangle, decompose),
-        ):
-            path = Path(scratch) / "other.safetensors"
-            save_file({source: pack(total / tokens) for source, (total, tokens) in sums.items()}, path)
+    models = {}
+    for name, unet in unets.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            synthetic_bundle(unet, packed).save(Path(scratch) / "bundle")
+            start = time.perf_counter()
+            bundle = Bundle.load(Path(scratch) / "bundle")
+            loaded = time.perf_counter()
+            bundle.protected()
+            ready = time.perf_counter()
+            files = {path.name: path.stat().st_size for path in (Path(scratch) / "bundle").glob("*.safetensors")}
+        models[name] = {"bytes": sum(files.values()), "bytes_without_text": files["joint.safetensors"]}
+        models[name] |= {"seconds_to_load": loaded - start, "seconds_to_projectors": ready - start}
+        print(name, models[name])
 
-            def projectors(path=path, unpack=unpack):
-                return {source: unpack(stored, sizes[source]) for source, stored in load_file(path).items()}
-
-            results[name] = {
-                "bytes": path.stat().st_size,
-                "seconds_to_read": timed(lambda path=path: load_file(path))[1],
-                "seconds_to_projectors": timed(projectors, 3)[1],
-            }
-
-    best = results["a bundle: eigenvectors in float32"]
+    first = next(iter(models.values()))
     written = {
         "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "bytes": best["bytes"],
-        "bytes_per_further_group": best["bytes_without_text"],
-        "seconds": best["seconds_to_projectors"],
-        "ways": results,
+        "directions_in_float32": {size: item.exact for size, item in packed.items()},
+        "inputs": counts,
+        "models": models,
+        "ways": ways,
+        "bytes": first["bytes"],
+        "bytes_per_further_group": first["bytes_without_text"],
+        "seconds": first["seconds_to_projectors"],
     }
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "bundle_size.json").write_text(json.dumps(written, indent=2) + "\n")
-    for name, row in results.items():
-        print(name, {key: value if isinstance(value, int) else round(value, 5) for key, value in row.items()})
 
 
 if __name__ == "__main__":

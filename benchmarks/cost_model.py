@@ -80,7 +80,7 @@ def build_cost(forward, inputs, guidance=True):
         "collect_flops": branches * sum(2 * tokens * size**2 for tokens, size in per_step),
         "collect_once_flops": branches * 2 * TEXT_TOKENS * text**2,
         "bytes": 4 * sum(size**2 for _, size in per_step),
-        "bundle_bytes": sum(2 * size**2 + 4 * size for _, size in per_step),
+        "bundle_bytes": sum(size**2 + 8 * size for _, size in per_step),  # and the leading directions, which are few
         "text_bytes": 4 * text**2,
         "eigh_flops": 9 * sum(size**3 for _, size in per_step),
     }

@@ -16,19 +16,17 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bundle_size import synthetic_sum
+from bundle_size import synthetic_bundle, synthetic_spectrum
 from common import inputs, sd1_unet, write
 from torch.nn.utils import clip_grad_norm_
 
 from nullspace.adapters import add_lora
-from nullspace.bundle import Bundle
 from nullspace.families.stable_diffusion import diffusion_loss
 from nullspace.layers import attention_inputs
-from nullspace.names import JOINT, TEXT_INPUT
+from nullspace.names import JOINT
 from nullspace.optimizers import make_optimizer
 from nullspace.projector import NullSpaceProjector
 from nullspace.protection import load_protection
-from nullspace.spectrum import Spectrum
 from train_dreambooth_nullspace import parse_args
 
 
@@ -39,22 +37,10 @@ def save_bundle(folder):
     """A joint bundle of Stable Diffusion 1.x's sizes; inputs of one size share their made-up moments."""
     with torch.device("meta"):
         unet = sd1_unet()
-    modules = {}
-    for name, source in attention_inputs(unet).items():
-        layer = unet.get_submodule(name)
-        modules[name] = {"input": source, "in_features": layer.in_features, "out_features": layer.out_features}
-    generator, by_size, spectra = torch.Generator().manual_seed(0), {}, {JOINT: {}, TEXT_INPUT: {}}
-    for info in modules.values():
-        size, source = info["in_features"], info["input"]
-        if size not in by_size:
-            by_size[size] = Spectrum.from_sum(*synthetic_sum(size, generator))
-        # safetensors stores no tensor twice
-        spectra[TEXT_INPUT if source == TEXT_INPUT else JOINT][source] = Spectrum(
-            *(tensor.clone() for tensor in by_size[size][:2]), by_size[size].tokens
-        )
-    config = {"format_version": 1, "modules": modules, "base_model": {"id": "synthetic"}}
-    config["groups"] = [{"name": JOINT, "timesteps": [0], "range": [0, 999]}]
-    Bundle(config, spectra).save(folder)
+    sizes = {unet.get_submodule(name).in_features for name in attention_inputs(unet)}
+    generator = torch.Generator().manual_seed(0)
+    spectra = {size: synthetic_spectrum(size, generator).pack() for size in sorted(sizes)}
+    synthetic_bundle(unet, spectra).save(folder)
 
 
 def train(folder, threshold=None):

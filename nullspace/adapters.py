@@ -15,7 +15,7 @@ from torch import nn
 
 from nullspace.checks import rank_fault
 from nullspace.errors import NullSpaceError
-from nullspace.layers import find_module, text_encoder_inputs, without_skipped
+from nullspace.layers import attention_inputs, find_module, text_encoder_inputs, without_skipped
 from nullspace.lora import load_lora
 from nullspace.names import LORA_NAME, TEXT_ENCODER
 from nullspace.system import replacing, sort_header
@@ -24,14 +24,17 @@ from nullspace.system import replacing, sort_header
 logger = get_logger(__name__)
 
 
-def lora_targets(unet, text_encoder, bundle, args):
-    """Names of the layers to train: those of the UNet that the bundle covers, or --lora_layers, and the text encoder's.
+def lora_targets(unet, text_encoder, bundle, protected, args):
+    """Names of the layers to train: the UNet's of the bundle's attention, or --lora_layers, and the text encoder's.
+
+    Args:
+        protected (`dict[str, dict[str, Protected]]`): what each group of timesteps that is used protects.
 
     Raises:
-        NullSpaceError: if --lora_layers names no layer, the bundle does not cover all without --allow_unprotected, or a
-            layer is smaller than --rank.
+        NullSpaceError: if --lora_layers names no layer, a layer is smaller than --rank, or, without
+            --allow_unprotected, one is not covered or has no closed direction.
     """
-    targets = dict.fromkeys(bundle.config["modules"])
+    targets = dict.fromkeys(attention_inputs(unet, bundle.config["attention"]))
     if args.lora_layers is not None:
         linear = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
         targets = {}
@@ -44,6 +47,16 @@ def lora_targets(unet, text_encoder, bundle, args):
         depth = text_encoder.config.num_hidden_layers
         targets |= dict.fromkeys(without_skipped(text_encoder_inputs(text_encoder), args.clip_skip, depth))
     unprotected = [name for name in targets if name not in bundle.modules]
+    if args.nullspace_threshold:  # 0 closes nothing, as it says
+        covered = [name for name in targets if name in bundle.modules]
+        free = [name for name in covered if not all(name in items and items[name].rank for items in protected.values())]
+        if free and not args.allow_unprotected:
+            raise NullSpaceError(
+                f"--nullspace_criterion {args.nullspace_criterion} --nullspace_threshold {args.nullspace_threshold} "
+                f"closes no direction of {len(free)} layers to train ({kinds_of(free)}); choose another threshold, or "
+                "pass --allow_unprotected."
+            )
+        unprotected += free
     if unprotected and not args.allow_unprotected:
         raise NullSpaceError(
             f"The bundle leaves {len(unprotected)} layers to train unprotected ({kinds_of(unprotected)}); name others "

@@ -39,9 +39,16 @@ def predicted_drift(layer, weight, spectrum):
         weight (`Tensor`): W, (out, in).
         spectrum (`Spectrum`): of C.
     """
+    return _drift(layer, weight, spectrum)[0]
+
+
+def _drift(layer, weight, spectrum):
+    """The predicted drift, and how much more of it the rounding of the spectrum may hide, or None."""
     roots = spectrum.orthonormal().double() * spectrum.eigenvalues.double().sqrt()
-    change = (_compact(layer) @ roots).norm()
-    return (change / (weight.detach().to("cpu", torch.float64) @ roots).norm()).item()
+    compact, distance = _compact(layer), spectrum.drift_distance()
+    outputs = (weight.detach().to("cpu", torch.float64) @ roots).norm()
+    hidden = None if distance is None else (compact.norm() * roots.norm() * distance / outputs).item()
+    return ((compact @ roots).norm() / outputs).item(), hidden
 
 
 def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"], **text_encoders):
@@ -55,26 +62,30 @@ def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS
 
     Returns:
         `dict`: `layers`, one `dict` for each with `module`, `in_features`, `protected_rank`, `leakage` (None where
-        nothing is protected) and `predicted_drift`, both None where the bundle does not cover the layer; the `max`,
-        `mean` and root mean square (`rms`) of both over the layers that have them; and `unprotected`, the modules in
-        which nothing is protected.
+        nothing is protected) and `predicted_drift`, both None where the bundle does not cover the layer, and
+        `rounding`: how much of its leakage, and how much drift besides, the bundle's rounding may hide, None where
+        that is not known; the `max`, `mean` and root mean square (`rms`) of both over the layers that have them; and
+        `unprotected`, the modules in which nothing is protected.
     """
     protected, spectra = bundle.protected(JOINT, criterion, threshold), bundle.group(JOINT)
     rows = []
     for name, layer in layers.items():
         row = {"module": name, "in_features": layer.down.shape[1]}
-        row |= {"protected_rank": 0, "leakage": None, "predicted_drift": None}
+        row |= {"protected_rank": 0, "leakage": None, "predicted_drift": None, "rounding": None}
         if name in protected:
             if layer.down.shape[1] != len(protected[name].basis):
                 raise NullSpaceError(
                     f"The LoRA was made for another model than the bundle: their sizes of {name} differ."
                 )
-            spectrum = spectra[bundle.modules[name]["input"]]
+            # Unpacked once for all layers that read it
+            spectrum = spectra[bundle.modules[name]["input"]]._replace(eigenvectors=protected[name].basis, rest=None)
             weight = base_layer(find_module(name, unet, **text_encoders)).weight
             layer = with_magnitude(layer, weight)
             row["protected_rank"] = protected[name].rank
             row["leakage"] = leakage(layer, protected[name]) if protected[name].rank else None
-            row["predicted_drift"] = predicted_drift(layer, weight, spectrum)
+            row["predicted_drift"], hidden = _drift(layer, weight, spectrum)
+            if hidden is not None:
+                row["rounding"] = {"leakage": protected[name].distance, "predicted_drift": hidden}
         rows.append(row)
     summary = {}
     for key in ("leakage", "predicted_drift"):

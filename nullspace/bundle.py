@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 from huggingface_hub import is_offline_mode
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from nullspace.checks import check_softness, check_writable
 from nullspace.errors import DamagedError, NullSpaceError
@@ -21,7 +21,7 @@ from nullspace.families import family_of, get_family
 from nullspace.fingerprints import fingerprint, fingerprints
 from nullspace.hashes import config_sha256, sha256
 from nullspace.hub import fetch_files
-from nullspace.layers import base_layer, find_module
+from nullspace.layers import attention_inputs, base_layer, find_module, text_encoder_inputs
 from nullspace.markdown import csv_cell
 from nullspace.names import (
     CARD_NAME,
@@ -38,6 +38,18 @@ from nullspace.names import (
 )
 from nullspace.projector import Protected
 from nullspace.prompts import EXAMPLES, spread
+from nullspace.schema import (
+    CONFIG_BYTES,
+    PARTS,
+    check_config,
+    check_header,
+    check_plain,
+    check_size,
+    check_spectrum,
+    check_traces,
+    file_bytes,
+    tensor_specs,
+)
 from nullspace.spectrum import Spectrum
 from nullspace.system import replacing
 from nullspace.timesteps import groups_inside, joint_group, split_groups
@@ -51,11 +63,15 @@ class Bundle:
     """The second moments of one base model's layer inputs, decomposed, by timestep group.
 
     On disk: `nullspace_config.json` describes it and holds the sha256 of all files; each group is a safetensors
-    file with, for each input, `<input>.eigenvalues` (in,) float32 and `<input>.eigenvectors` (in, in) float32, all of
-    them, since any threshold may be chosen later; how far those are from the builder's own float64 decomposition is in
-    `distances` of the configuration, by group and input, see `Spectrum`. `base_model.fingerprint` there is that of
-    `fingerprints`. Format 1, which is still read, has float16 eigenvectors, no distances, and the hash of the covered
-    projections in place of the fingerprints.
+    file with, for each input, `<input>.eigenvalues` (in,) float32, `<input>.eigenvectors` (in, k) float32, those that
+    the default threshold closes, the others, since any threshold may be chosen later, as `<input>.rest`, see
+    `Spectrum`, and `<input>.distances` (in,) float32, how far each is from the builder's own float64 decomposition:
+    infinity where that is not known. k is in `exact` of the configuration, by group and input.
+    `base_model.fingerprint` there is that of `fingerprints`.
+
+    Formats 1 and 2 are still read. They have all eigenvectors in one (in, in), of float16 and float32; format 2 has the
+    norm of the distances in its configuration, format 1 none, and the hash of the covered projections in place of the
+    fingerprints.
 
     The text encoder's output does not depend on the timestep and has a file of its own, and so have the inputs of the
     text encoder's own layers, where they were collected. The group "joint", the sum over all timesteps, is always
@@ -88,7 +104,7 @@ class Bundle:
                     totals[source] = (before + total.to("cpu", torch.float64), counted + tokens)
             spectra[JOINT] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in totals.items()}
             groups = [joint_group(groups)] + groups
-        config = {"format_version": FORMAT_VERSION, **config, "groups": groups, "dtype": "float32"}
+        config = {"format_version": FORMAT_VERSION, **config, "groups": groups}
         return cls(config, spectra)
 
     # Reading
@@ -105,7 +121,8 @@ class Bundle:
             text_encoder (`bool`): whether to read what the text encoder's own layers see, where the bundle has it.
 
         Raises:
-            NullSpaceError: if it cannot be had, is of a newer format, or a file differs from its recorded sha256.
+            NullSpaceError: if it cannot be had, is of a newer format, a file differs from its recorded sha256, or what
+                it holds is not what `nullspace.schema` asks for.
         """
         try:
             return cls._load(name_or_path, timesteps, timestep_range, revision, token, text_encoder)
@@ -125,30 +142,41 @@ class Bundle:
         folder = fetch_files(name_or_path, [group_file(name) for name in names], revision, token, force)
         bundle = cls(config, revision=None if Path(name_or_path).is_dir() else revision)
         bundle.spectra = {name: bundle._read_group(folder, name) for name in names}
+        split = [group["name"] for group in split_groups(config)]
+        if JOINT not in split and {JOINT, *split} <= bundle.spectra.keys():
+            check_traces(folder, bundle.spectra, split)
         return bundle if timestep_range is None else bundle.restrict(*timestep_range)
 
     def _read_group(self, folder, name):
-        path = folder / group_file(name)
-        expected = self.config["files"][path.name]
+        path, specs = folder / group_file(name), tensor_specs(self.config, name)
+        check_plain(folder, path.name)
+        check_size(path, file_bytes(specs))
         try:
-            actual = sha256(path)
-            tensors = load_file(path) if actual == expected else None
+            whole = sha256(path) == self.config["files"][path.name]
+            if whole:
+                with safe_open(path, "pt") as file:
+                    check_header(path, file, specs)
+                    tensors = {key: file.get_tensor(key) for key in specs}
         except (OSError, SafetensorError) as error:
             raise DamagedError(f"{path} cannot be read ({error}); download or build the bundle again.") from error
-        if tensors is None:
+        if not whole:
             raise DamagedError(
                 f"{path} is truncated or altered (its sha256 differs from the one in {CONFIG_NAME}); "
                 "download or build the bundle again."
             )
-        distances = self.config.get("distances", {}).get(name, {})
-        if not all(distance is None or 0 <= distance < math.inf for distance in distances.values()):
-            raise DamagedError(f"{folder / CONFIG_NAME} holds distances that are none; build the bundle again.")
-        return {
-            source: Spectrum(
-                tensors[f"{source}.eigenvalues"], tensors[f"{source}.eigenvectors"], tokens, distances.get(source)
-            )
-            for source, tokens in self.config["tokens"][name].items()
-        }
+        spectra, norms = {}, {}
+        if self.config["format_version"] < 3:
+            norms = self.config.get("distances", {}).get(name, {})
+        for source, tokens in self.config["tokens"][name].items():
+            parts = {key: tensors[f"{source}.{key}"] for key in PARTS if f"{source}.{key}" in tensors}
+            check_spectrum(path, source, **parts)
+            if norms.get(source) is not None:  # format 2 has that of all directions: as if it were the first one's
+                parts["distances"] = torch.zeros_like(parts["eigenvalues"])
+                parts["distances"][0] = norms[source]
+            elif "distances" in parts and parts["distances"].isinf().any():
+                del parts["distances"]
+            spectra[source] = Spectrum(tokens=tokens, **parts)
+        return spectra
 
     def group(self, name):
         """The spectra (`dict[str, Spectrum]`) of all inputs in a group, and of those that all timesteps share."""
@@ -179,11 +207,14 @@ class Bundle:
                 not at all.
 
         Raises:
-            NullSpaceError: if a layer is left without a free direction, or a value is out of range.
+            NullSpaceError: if a layer is left without a free direction, a value is out of range, or the softness is
+                lower than what is stored can hold back.
         """
         check_softness(softness)
-        shared = {}
-        for source, spectrum in self.group(name).items():
+        shared, spectra = {}, self.group(name)
+        for (source, spectrum), basis in zip(
+            spectra.items(), Spectrum.orthonormal_all(list(spectra.values())), strict=True
+        ):
             rank = spectrum.rank(criterion, threshold)
             if rank == len(spectrum.eigenvalues):
                 raise NullSpaceError(
@@ -191,8 +222,15 @@ class Bundle:
                     f"{source} ({rank} of {rank} protected); choose a "
                     f"{'higher' if criterion in ('eigenvalue', 'percentile') else 'lower'} threshold."
                 )
-            gains = spectrum.gains(softness)[rank:] if rank and softness < math.inf else None
-            shared[source] = Protected(spectrum.orthonormal(), rank, gains, spectrum.distance)
+            gains = None
+            if rank and softness < math.inf:
+                gains = spectrum.gains(softness)[rank:]
+                if not spectrum.is_finer_than(softness, rank):
+                    raise NullSpaceError(
+                        f"--nullspace_softness {softness:g} is too low for {source}, whose directions the bundle "
+                        f"stores in 16 bits; choose at least {spectrum.finest_softness(rank):.1g}."
+                    )
+            shared[source] = Protected(basis, rank, gains, spectrum.distance(rank))
         return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
 
     # Checking
@@ -233,6 +271,13 @@ class Bundle:
         covered = self.config["modules"] if text_encoder is None else self.modules
         for name, info in covered.items():
             self._check_size(name, info, unet, text_encoder=text_encoder)
+        reads = attention_inputs(unet, "all") | ({} if text_encoder is None else text_encoder_inputs(text_encoder))
+        for name, info in covered.items():
+            if reads.get(name) != info["input"]:
+                raise NullSpaceError(
+                    f"The bundle gives {name} the input {info['input']}, and in the model it reads {reads.get(name)}; "
+                    "use another bundle or build one with build_nullspace.py."
+                )
         expected = self.config["base_model"]["fingerprint"]
         if isinstance(expected, str):
             differing = self._check_projections(unet, text_encoder)
@@ -358,7 +403,7 @@ class Bundle:
     # Writing
 
     def save(self, folder, extras=()):
-        """Write the bundle as a folder, whole or not at all; an earlier bundle there is replaced.
+        """Write the bundle, and pack it, as a folder, whole or not at all; an earlier bundle there is replaced.
 
         Args:
             folder (`Path`): where.
@@ -370,24 +415,25 @@ class Bundle:
         """
         folder = Path(folder).resolve()
         check_output_folder(folder)
-        written = ("tokens", "distances", "files", "sha256")
+        written = ("tokens", "exact", "files", "sha256", "distances", "dtype")  # the last two by earlier formats alone
         config = {key: value for key, value in self.config.items() if key not in written}
-        config["tokens"] = {
-            name: {source: spectrum.tokens for source, spectrum in spectra.items()}
+        config["format_version"] = FORMAT_VERSION
+        self.spectra = {
+            name: {source: spectrum.pack() for source, spectrum in spectra.items()}
             for name, spectra in self.spectra.items()
         }
-        config["distances"] = {
-            name: {source: spectrum.distance for source, spectrum in spectra.items()}
-            for name, spectra in self.spectra.items()
-        }
+        for key in ("tokens", "exact"):
+            config[key] = {
+                name: {source: getattr(spectrum, key) for source, spectrum in spectra.items()}
+                for name, spectra in self.spectra.items()
+            }
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder, self.nbytes()) as partial:
             partial.mkdir()
             for name, spectra in self.spectra.items():
-                tensors = {}
-                for source, spectrum in spectra.items():
-                    tensors[f"{source}.eigenvalues"] = spectrum.eigenvalues
-                    tensors[f"{source}.eigenvectors"] = spectrum.eigenvectors
+                tensors = {
+                    f"{source}.{key}": tensor for source, item in spectra.items() for key, tensor in item.parts()
+                }
                 save_file(tensors, partial / group_file(name), metadata={"format": "pt"})
             self._write_table(partial / TABLE_NAME)
             for write in extras:
@@ -400,9 +446,10 @@ class Bundle:
     def nbytes(self):
         """What the tensors of the loaded groups take on the disk, in bytes."""
         return sum(
-            spectrum.eigenvalues.nbytes + spectrum.eigenvectors.nbytes
+            tensor.nbytes
             for spectra in self.spectra.values()
-            for spectrum in spectra.values()
+            for item in spectra.values()
+            for _, tensor in item.parts()
         )
 
     def table(self):
@@ -463,28 +510,34 @@ def read_config(folder):
     """The parsed and checked `nullspace_config.json` of a bundle's folder.
 
     Raises:
-        NullSpaceError: if there is none, it is no bundle's or altered, or its format is newer than this code.
+        NullSpaceError: if there is none, it is no bundle's or altered, a field is not what `check_config` asks for, or
+            its format is newer than this code.
     """
     path = fetch_files(folder, [CONFIG_NAME]) / CONFIG_NAME
+    check_plain(path.parent, path.name)
+    check_size(path, CONFIG_BYTES)
     try:
-        config = json.loads(path.read_text())
-        if config["format_version"] > FORMAT_VERSION:
-            raise NullSpaceError(
-                f"The bundle in {folder} has format {config['format_version']}, newer than the {FORMAT_VERSION} known "
-                "here; update this project."
-            )
-        whole = config["sha256"] == config_sha256(config)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        newer = config["format_version"] > FORMAT_VERSION
+        whole = newer or config["sha256"] == config_sha256(config)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} is not a bundle's configuration; download or build the bundle again.") from error
+    if newer:
+        raise NullSpaceError(
+            f"The bundle in {folder} has format {config['format_version']}, newer than the {FORMAT_VERSION} known "
+            "here; update this project."
+        )
     if not whole:
         raise DamagedError(
             f"{path} is altered (its sha256 differs from the one in it); download or build the bundle again."
         )
+    check_config(config, path)
     return config
 
 
 def check_files(folder):
     """Raise `NullSpaceError` unless a folder holds all files of a bundle as they were built; its card may be edited."""
     for name, digest in read_config(folder)["files"].items():
+        check_plain(Path(folder), name)
         if sha256(fetch_files(folder, [name]) / name) != digest and name != CARD_NAME:
             raise DamagedError(f"{Path(folder) / name} is truncated or altered; download or build the bundle again.")

@@ -9,7 +9,17 @@ from huggingface_hub import DatasetCardData
 
 from nullspace.bundle import group_file
 from nullspace.markdown import code_block, code_span, link, plain, table_cell, utf8
-from nullspace.names import CARD_NAME, CONFIG_NAME, ENERGIES, JOINT, TABLE_NAME, TEXT_ENCODER, TEXT_INPUT
+from nullspace.names import (
+    CARD_NAME,
+    CONFIG_NAME,
+    DEFAULT_THRESHOLDS,
+    ENERGIES,
+    JOINT,
+    TABLE_NAME,
+    TEXT_ENCODER,
+    TEXT_INPUT,
+)  # fmt: skip
+from nullspace.spectrum import Spectrum
 
 
 def rank_table(bundle):
@@ -24,7 +34,7 @@ def rank_table(bundle):
     for (_, size, group), members in sorted(by_kind.items()):
         unique = {row["input"]: row for row in members}.values()
         ranks = [f"{median(row[f'rank_{energy}'] for row in unique):g}" for energy in ENERGIES]
-        stored = len(unique) * size * (4 * size + 4)
+        stored = sum(part.nbytes for row in unique for _, part in bundle.spectra[group][row["input"]].parts())
         rows.append([f"{size}{kinds[group]}", str(len(unique)), str(len(members)), *ranks, f"{stored:,}"])
     return header, rows
 
@@ -123,7 +133,8 @@ def write_dataset_card(license_name):
         )
         steps = ", ".join(map(str, config["num_inference_steps"]))
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
-        hidden = max(item.distance for spectra in bundle.spectra.values() for item in spectra.values())
+        spectra = [item for spectra in bundle.spectra.values() for item in spectra.values()]
+        hidden, hidden_drift = (max(map(bound, spectra)) for bound in (Spectrum.distance, Spectrum.drift_distance))
         with_skip = f"  --clip_skip {bundle.clip_skip} \\\n" if bundle.clip_skip else ""
         named = link(model["id"], f"https://huggingface.co/{model['id']}") if is_hub_id else code_span(model["id"])
         training = f"""accelerate launch train_dreambooth_nullspace.py \\
@@ -159,7 +170,8 @@ its subject and leaves these prompts as they were.
 | sampling | {sampling}, {config["resolution"]} pixels |
 | clip skip | {bundle.clip_skip} |
 | prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |
-| what rounding may hide of a leakage | at most {hidden:.1e}, see `distances` in `{CONFIG_NAME}` |
+| what rounding may hide of a leakage | at most {hidden:.1e} up to a threshold of {DEFAULT_THRESHOLDS["energy"]} |
+| what it may hide of a drift | at most {hidden_drift:.1e} of a LoRA that were free |
 
 Median number of directions, over the inputs of one size, that hold a share of the energy (the trace of the second
 moment). Layers that read the same input share it; each layer is a row of `{TABLE_NAME}`.

@@ -57,7 +57,7 @@ class Wanted:
 
     Attributes:
         modules (`dict[str, str]`): module name -> input name of all that it covers, the text encoder's included.
-        config (`dict`): what `lora_targets` asks a bundle for: `modules`, those of the UNet.
+        config (`dict`): what `lora_targets` asks a bundle for: `attention`, as the builder takes it.
     """
 
     def __init__(self, family, components, args):
@@ -65,7 +65,7 @@ class Wanted:
         unet, text_encoder = components["unet"], components[TEXT_ENCODER]
         self.attention = attention_to_cover(unet, args.lora_layers)
         inputs = attention_inputs(unet, self.attention)
-        self.config = {"modules": inputs}
+        self.config = {"attention": self.attention}
         self.modules = inputs | (text_encoder_inputs(text_encoder) if args.train_text_encoder else {})
 
     def settings(self):

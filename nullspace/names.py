@@ -1,6 +1,6 @@
 """The names that files, groups and layers have everywhere: standard library only."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_NAME = "nullspace_config.json"
 TABLE_NAME = "modules.csv"
 LORA_NAME = "pytorch_lora_weights.safetensors"

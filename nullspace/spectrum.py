@@ -1,6 +1,7 @@
 """The second moment of a layer's inputs, decomposed: C = U diag(e) U^T."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -11,18 +12,27 @@ from nullspace.errors import NullSpaceError
 from nullspace.names import DEFAULT_THRESHOLDS
 
 
+# What rounding may add to the square of the drift that a softness allows: 2.5% of the drift.
+ROUNDING = 0.05
+
+
 class Spectrum(NamedTuple):
     """Eigenvalues (in,) float32, largest first, and eigenvectors (in, in) as columns, of C = E[x x^T]; its tokens.
 
-    Eigenvectors are float32; those of bundles of format 1 are float16. `distance` is ||U - V||_F, V being them and U
-    those of the decomposition in float64 that they were rounded from, or None where that is not known. It bounds what
-    the rounding can hide, whichever k directions are closed: ||dW U_k||_F <= ||dW V_k||_F + ||dW||_F ||U_k - V_k||_2.
+    Eigenvectors are float32; those of bundles of format 1 are float16. Packed, as bundles hold them, only the leading k
+    are there, (in, k), and `rest` has the others in half of the bytes: the Householder reflections that make them of
+    the space that the leading ones leave, (m (m - 1) / 2,) float16 for m = in - k, see `pack`.
+
+    `distances` (in,) are ||u_j - v_j||, V being what is stored and U the decomposition in float64 that it was rounded
+    from, or None where that is not known. They bound what the rounding can hide, whichever k directions are closed:
+    ||dW U_k||_F <= ||dW V_k||_F + ||dW||_F ||U_k - V_k||_F.
     """
 
     eigenvalues: torch.Tensor
     eigenvectors: torch.Tensor
     tokens: int
-    distance: float | None = None
+    distances: torch.Tensor | None = None
+    rest: torch.Tensor | None = None
 
     @classmethod
     def from_sum(cls, total, tokens, name="the input"):
@@ -38,8 +48,8 @@ class Spectrum(NamedTuple):
             )
         eigenvalues, eigenvectors = torch.linalg.eigh(total.to("cpu", torch.float64) / tokens)
         stored = eigenvectors.flip(1).float().contiguous()
-        distance = (stored - eigenvectors.flip(1)).norm().item()
-        return cls(eigenvalues.flip(0).clamp_min(0).float().contiguous(), stored, tokens, distance)
+        distances = (stored - eigenvectors.flip(1)).norm(dim=0).float()
+        return cls(eigenvalues.flip(0).clamp_min(0).float().contiguous(), stored, tokens, distances)
 
     @classmethod
     def from_spectra(cls, total, tokens, spectra, name="the input"):
@@ -48,7 +58,87 @@ class Spectrum(NamedTuple):
         It is that from the decomposition of this sum: nothing else has seen what the spectra were rounded from.
         """
         spectrum = cls.from_sum(total, tokens, name)
-        return spectrum if all(item.distance is not None for item in spectra) else spectrum._replace(distance=None)
+        return spectrum if all(item.distances is not None for item in spectra) else spectrum._replace(distances=None)
+
+    def pack(self, energy=DEFAULT_THRESHOLDS["energy"]):
+        """The same with only the directions that hold a share of the energy in float32, the others in half the bytes.
+
+        An orthonormal matrix has half as many degrees of freedom as entries, and its reflections have no more: rounded
+        to float16 they turn a direction by about 4e-4, and what is made of them is orthonormal all the same.
+        """
+        if self.rest is not None:
+            return self
+        basis, exact = self.orthonormal(), self.rank("energy", energy)
+        leading = basis[:, :exact].contiguous()
+        # The others in coordinates of the space that the leading ones leave
+        others = torch.ormqr(
+            *(part.double() for part in torch.geqrf(leading)), basis[:, exact:].double(), transpose=True
+        )
+        reflections = torch.geqrf(others[exact:]).a
+        packed = self._replace(eigenvectors=leading, rest=reflections[_below(len(reflections))].half())
+        if self.distances is None:
+            return packed
+        again = packed.orthonormal()
+        again *= (again * basis).sum(0).sign()  # that of an eigenvector is free
+        return packed._replace(distances=self.distances + (again - basis).norm(dim=0))
+
+    @staticmethod
+    def orthonormal_all(spectra):
+        """`orthonormal` of each, `list[Tensor]`: a core for each of those that are packed, for each takes a while."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                unpacked = {id(item): pool.submit(item.orthonormal) for item in spectra if item.rest is not None}
+        finally:
+            torch.set_num_threads(threads)
+        return [unpacked[id(item)].result() if id(item) in unpacked else item.orthonormal() for item in spectra]
+
+    @property
+    def exact(self):
+        """How many leading directions are stored in full."""
+        return self.eigenvectors.shape[1]
+
+    def distance(self, rank=None):
+        """A bound of ||U_k - V_k||_F for the leading `rank` directions, by default those that are stored in full."""
+        return None if self.distances is None else self.distances[: rank or self.exact].double().norm().item()
+
+    def drift_distance(self, rank=0):
+        """||(U - V) (C / tr C)^(1/2)||_F over all but the leading `rank` directions, or None where it is not known.
+
+        It bounds what rounding hides of a drift: by ||dW||_F of it where inputs are of energy 1.
+        """
+        if self.distances is None:
+            return None
+        return (self.distances.double() * self.shares().sqrt())[rank:].norm().item()
+
+    def shares(self):
+        """The eigenvalues as shares of their sum, (in,) float64."""
+        return self.eigenvalues.double() / self.eigenvalues.double().sum().clamp_min(1e-300)
+
+    def parts(self):
+        """What a bundle stores of it: names and tensors."""
+        unknown = torch.full_like(self.eigenvalues, math.inf)
+        yield "eigenvalues", self.eigenvalues
+        yield "eigenvectors", self.eigenvectors
+        if self.rest is not None:
+            yield "rest", self.rest
+        yield "distances", unknown if self.distances is None else self.distances
+
+    def finest_softness(self, rank):
+        """The lowest power of ten that `is_finer_than` allows."""
+        return next(10.0**power for power in range(-15, 0) if self.is_finer_than(10.0**power, rank))
+
+    def is_finer_than(self, softness, rank):
+        """Whether rounding adds little to the drift that this softness leaves of all but the `rank` closed directions.
+
+        Of a LoRA that were free in all, it leaves share * softness / (softness + share) of the square in each; the
+        rounding brings share * distance^2 of the free directions into it.
+        """
+        if self.rest is None or self.distances is None:
+            return True
+        shares = self.shares()[rank:]
+        return self.drift_distance(rank) ** 2 <= ROUNDING * (shares * softness / (softness + shares)).sum()
 
     def orthonormal(self):
         """Eigenvectors (in, in) in float32, orthonormal to its rounding again.
@@ -56,11 +146,28 @@ class Spectrum(NamedTuple):
         Those of format 1 take one Newton-Schulz step U (3 I - U^T U) / 2, which squares the deviation that float16
         storage left (about 5e-4), and turns no direction by more than that.
         """
+        if self.rest is not None:
+            return self._unpack()
         vectors = self.eigenvectors.float()
         if self.eigenvectors.dtype == torch.float32:
             return vectors
         with tf32(False, vectors.device):
             return 1.5 * vectors - 0.5 * vectors @ (vectors.T @ vectors)
+
+    def _unpack(self):
+        size, exact = self.eigenvectors.shape
+        reflections, factors = torch.zeros(size, size), torch.zeros(size)
+        reflections[:, :exact], factors[:exact] = torch.geqrf(self.eigenvectors)
+        others = reflections[exact:, exact:]
+        others[_below(size - exact)] = self.rest.float()
+        factors[exact:] = 2 / (1 + others.square().sum(0))  # 1 - factor v v^T reflects: so rounding keeps it orthogonal
+        basis = torch.linalg.householder_product(reflections, factors).contiguous()
+        basis[:, :exact] = self.eigenvectors
+        return basis
+
+    def energy(self):
+        """The trace of `sum`."""
+        return self.eigenvalues.double().sum().item() * self.tokens
 
     def sum(self):
         """The sum of x x^T over the tokens, (in, in) float64, to the precision that is stored."""
@@ -98,8 +205,12 @@ class Spectrum(NamedTuple):
             NullSpaceError: if the softness is not above 0.
         """
         check_softness(softness)
-        share = self.eigenvalues.double() / self.eigenvalues.double().sum().clamp_min(1e-300)
-        return (1 + share / softness).rsqrt().float()
+        return (1 + self.shares() / softness).rsqrt().float()
+
+
+def _below(size):
+    """Where a matrix (size, size) is below its diagonal, as a mask."""
+    return torch.ones(size, size, dtype=torch.bool).tril(-1)
 
 
 @contextmanager

@@ -131,14 +131,12 @@ def test_build_samples_it_as_an_lcm(pipeline, tmp_path):
     for steps in config["num_inference_steps"]:
         pipeline.scheduler.set_timesteps(steps)
         visited |= set(pipeline.scheduler.timesteps.tolist())
-    # Every timestep that any of the step counts visits is a group of its own.
-    assert [group["timesteps"] for group in config["groups"][1:]] == [[timestep] for timestep in sorted(visited)]
+    # Every timestep that any of the step counts visits, in one group
+    assert [(group["name"], group["timesteps"]) for group in config["groups"]] == [(JOINT, sorted(visited))]
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
     tokens = pipeline.unet.config.sample_size**2 // 4
-    last, first = config["groups"][1], config["groups"][-1]
-    # One pass for each prompt, without a doubled batch: 139 is visited by 8 steps alone, 999 by all four counts.
-    assert config["tokens"][last["name"]][name] == 9 * tokens
-    assert config["tokens"][first["name"]][name] == 4 * 9 * tokens
+    # One pass for each prompt and step, without a doubled batch
+    assert config["tokens"][JOINT][name] == (1 + 2 + 4 + 8) * 9 * tokens
     Bundle.load(tmp_path / "bundle").check(pipeline.unet)
 
 

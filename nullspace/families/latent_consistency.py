@@ -8,6 +8,7 @@ from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 
 from nullspace.errors import NullSpaceError
 from nullspace.families.stable_diffusion import StableDiffusion
+from nullspace.names import JOINT
 
 
 HUBER = 1e-3  # losses are quadratic below this error of a latent, linear above, as in the distillation
@@ -27,7 +28,7 @@ class LatentConsistency(StableDiffusion):
         "sampler": "lcm",
         "num_inference_steps": [1, 2, 4, 8],
         "guidance_scale": 8.5,
-        "timestep_groups": "steps",
+        "timestep_groups": JOINT,
     }
     samplers = ("lcm",)
     tags = ("latent-consistency-model", "lcm")

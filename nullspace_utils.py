@@ -20,7 +20,7 @@ from pathlib import Path
 
 from nullspace.checks import RANGES, SHARE, HelpFormatter, Parser
 from nullspace.errors import NullSpaceError
-from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER
+from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODERS
 
 
 def parse_args(argv=None):
@@ -101,7 +101,7 @@ def main(args):
     if not layers:
         print(verdict({}, unknown or ["nothing that is a LoRA layer"]))
         return
-    with_text_encoder = any(name.startswith(f"{TEXT_ENCODER}.") for name in layers)
+    with_text_encoder = any(name.partition(".")[0] in TEXT_ENCODERS for name in layers)
     bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
     models = load_audited_models(bundle, args.pretrained_model_name_or_path, with_text_encoder)
     found = audit(layers, bundle, **models, threshold=args.nullspace_threshold)

@@ -55,6 +55,7 @@ UNREADABLE = (
     zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 MIN_TILE, MAX_TILE = 256, 512  # pixels of a picture on a sheet
+ORIGINAL_SIZE = "original_size"  # in the `info` of a picture, beside what its file says
 
 
 # ---- One picture -----------------------------------------------------------------------------------------------------
@@ -131,6 +132,11 @@ def fit(picture, resolution, interpolation):
     return picture if picture.size == size else picture.resize(size, INTERPOLATION[interpolation])
 
 
+def original_size(picture):
+    """Width and height that a picture of `read_instances` had before it was made smaller."""
+    return picture.info.get(ORIGINAL_SIZE, picture.size)
+
+
 def register_heic():
     """Let Pillow read HEIC where pillow-heif is installed."""
     if importlib.util.find_spec("pillow_heif"):
@@ -200,7 +206,9 @@ def read_all(sources, where, background, keep):
             with warnings.catch_warnings(), opened() as picture:
                 # Pillow warns at half of what it refuses, which cameras of phones reach
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                pictures.append(keep(upright_rgb(picture, background)))
+                whole = upright_rgb(picture, background)
+                pictures.append(keep(whole))
+                pictures[-1].info[ORIGINAL_SIZE] = whole.size
         except UNREADABLE as error:
             faults.append(f"{name} cannot be read ({why_unreadable(error, path)})")
     if faults:

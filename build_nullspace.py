@@ -166,7 +166,7 @@ def name_repository(repo_id, folder):
     config, card = read_config(folder), folder / CARD_NAME
     if card.is_file():  # a bundle that was merged has none
         text = card.read_text(encoding="utf-8")
-        text = re.sub(r"(--nullspace_name_or_path ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text, count=1)
+        text = re.sub(r"(--nullspace(?:_name_or_path)? ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text, count=1)
         replace_text(card, text)
         config["files"][CARD_NAME] = sha256(card)
         config["sha256"] = config_sha256(config)

@@ -8,14 +8,15 @@ import torch
 from huggingface_hub import DatasetCardData
 
 from nullspace.bundle import group_file
+from nullspace.families import get_family
 from nullspace.markdown import code_block, code_span, plain, table_cell, utf8
-from nullspace.names import CARD_NAME, CONFIG_NAME, ENERGIES, JOINT, TABLE_NAME, TEXT_ENCODER, TEXT_INPUT
+from nullspace.names import CARD_NAME, CONFIG_NAME, ENERGIES, JOINT, TABLE_NAME, TEXT_ENCODERS, TEXT_INPUT
 
 
 def rank_table(bundle):
     """Header and rows of strings: for each size of layer input, how many directions hold how much of the energy."""
     header = ["input size", "inputs", "layers", *(f"rank at {energy}" for energy in ENERGIES), "bytes"]
-    kinds = {JOINT: "", TEXT_INPUT: " (text)", TEXT_ENCODER: " (text encoder)"}
+    kinds = {JOINT: "", TEXT_INPUT: " (text)", **{name: f" ({name.replace('_', ' ')})" for name in TEXT_ENCODERS}}
     by_kind = {}
     for row in bundle.table():
         if row["group"] in kinds:
@@ -48,7 +49,7 @@ def draw_spectra(bundle, folder):
         share = spectrum.eigenvalues.double() / spectrum.eigenvalues.double().sum()
         size = len(share)
         is_text = source == TEXT_INPUT
-        within_text = source.startswith(f"{TEXT_ENCODER}.")
+        within_text = source.partition(".")[0] in TEXT_ENCODERS
         style = {
             "color": "black" if is_text else "grey" if within_text else f"C{sizes.index(size)}",
             "linestyle": "-" if is_text else ("--" if ".to_out" in source else ":"),
@@ -73,7 +74,7 @@ def draw_spectra(bundle, folder):
             for source, spectrum in bundle.spectra[JOINT].items()
         )
     ]
-    kinds += [("grey", ":", "within the text encoder")] * (TEXT_ENCODER in bundle.spectra)
+    kinds += [("grey", ":", "within the text encoder")] * any(name in bundle.spectra for name in TEXT_ENCODERS)
     lines = [plt.Line2D([], [], color=color, linestyle=line) for color, line, _ in kinds]
     left.legend(lines, [label for _, _, label in kinds], fontsize=7, loc="lower left")
     figure.savefig(folder / "spectra.png", dpi=120)
@@ -114,18 +115,37 @@ def write_dataset_card(license_name):
             for group in config["groups"]
         )
         prompts = config["prompts"]
-        text_modules = config.get(TEXT_ENCODER, {}).get("modules")
+        text_modules = {name: config[name]["modules"] for name in TEXT_ENCODERS if name in config}
         fingerprints_shown = ", ".join(
             f"{part.replace('_', ' ')} `{value}`" for part, value in model["fingerprint"].items()
         )
-        within_text = (
-            f"{len(text_modules)} projections, in `{group_file(TEXT_ENCODER)}`" if text_modules else "not covered"
+        within_text = "; ".join(
+            f"{len(modules)} projections, in `{group_file(name)}`" for name, modules in text_modules.items()
         )
         steps = ", ".join(map(str, config["num_inference_steps"]))
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
         hidden = max(item.distance for spectra in bundle.spectra.values() for item in spectra.values())
         with_skip = f"  --clip_skip {bundle.clip_skip} \\\n" if bundle.clip_skip else ""
         named = f"[{model['id']}](https://huggingface.co/{model['id']})" if is_hub_id else code_span(model["id"])
+        use = f"""## Train with it
+
+```bash
+accelerate launch train_dreambooth_nullspace.py \\
+  --pretrained_model_name_or_path {shlex.quote(model["id"])} \\
+  --nullspace_name_or_path <this repository> \\
+  --instance_data_dir <folder with 3 to 5 pictures> \\
+  --instance_prompt "a photo of a sks dog" \\
+{with_skip}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
+  --output_dir lora
+```"""
+        if not get_family(config["model_type"]).is_trained:
+            use = """## Audit with it
+
+```bash
+python nullspace_utils.py audit \\
+  --nullspace <this repository> \\
+  --lora <folder, file or Hub id>
+```"""
         card = f"""---
 {data.to_yaml()}
 ---
@@ -136,17 +156,7 @@ The directions that the attention layers of {named} use on {prompts["count"]:,} 
 ({code_span(prompts["source"])}, the empty prompt included). A DreamBooth LoRA that is trained outside of them learns
 its subject and leaves these prompts as they were.
 
-## Train with it
-
-```bash
-accelerate launch train_dreambooth_nullspace.py \\
-  --pretrained_model_name_or_path {shlex.quote(model["id"])} \\
-  --nullspace_name_or_path <this repository> \\
-  --instance_data_dir <folder with 3 to 5 pictures> \\
-  --instance_prompt "a photo of a sks dog" \\
-{with_skip}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
-  --output_dir lora
-```
+{use}
 
 ## What is protected
 
@@ -156,7 +166,7 @@ accelerate launch train_dreambooth_nullspace.py \\
 | its fingerprints | {fingerprints_shown} |
 | model type, prediction type | {config["model_type"]}, {config["prediction_type"]} |
 | attention layers | {config["attention"]}, {len(config["modules"])} projections |
-| text encoder | {within_text} |
+| text encoder | {within_text or "not covered"} |
 | sampling | {sampling}, {config["resolution"]} pixels |
 | clip skip | {bundle.clip_skip} |
 | prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |

@@ -366,7 +366,6 @@ def test_what_tells_kohyas_name_of_the_model():
 
 
 def test_a_turbo_is_drawn_and_not_trained(tiny_turbo, tiny_xl, xl_bundle, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red star\n")
     flags = ("--num_inference_steps", 1, 2, "--with_text_encoder")
     bundle = Bundle.load(make_bundle(tiny_turbo, tmp_path / "bundle", *flags), text_encoder=True)
     tokens = {spectrum.tokens for name in TEXT_ENCODERS for spectrum in bundle.spectra[name].values()}
@@ -374,6 +373,9 @@ def test_a_turbo_is_drawn_and_not_trained(tiny_turbo, tiny_xl, xl_bundle, tmp_pa
     assert bundle.config["model_type"] == "sdxl-turbo" and bundle.config["guidance_scale"] == 0
     assert [each["timesteps"] for each in bundle.config["groups"]][0] == [499, 999]
     bundle.check(load(tiny_turbo).unet)
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "nullspace_utils.py audit" in card and "train_dreambooth_nullspace.py" not in card
+    assert "| text encoder | 12 projections, in `text_encoder.safetensors`; 12 projections, in `text_encoder_2." in card
     for given in (tmp_path / "bundle", xl_bundle):
         with pytest.raises(NullSpaceError, match="is an SDXL-Turbo by its scheduler.*pass --model_type sdxl if"):
             train(tiny_turbo, given, tmp_path / "lora")

@@ -31,6 +31,7 @@ class StableDiffusion:
         tags (`tuple[str]`): of model cards.
         text_encoders (`dict[str, type]`): classes, by their names in the pipeline.
         resolution (`int`): side of the pictures that it is trained on, in pixels.
+        is_trained (`bool`): whether the trainer has a loss for it.
     """
 
     name = "sd"
@@ -46,6 +47,7 @@ class StableDiffusion:
     noise_scheduler = DDPMScheduler
     text_encoders = {TEXT_ENCODER: CLIPTextModel}
     resolution = 512
+    is_trained = True
 
     def recognises(self, unet_config):
         """Whether a UNet, by its configuration, is one of the family."""

@@ -6,7 +6,7 @@
 #     "transformers>=5.6,<6",
 # ]
 # ///
-"""Build the null-space bundle of a Stable Diffusion or LCM model, once for all who train on it.
+"""Build the null-space bundle of a Stable Diffusion, SDXL or LCM model, once for all who train on it.
 
     accelerate launch build_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -48,7 +48,8 @@ def parse_args(argv=None):
         "--model_type",
         choices=["auto", *FAMILIES],
         default="auto",
-        help="Stable Diffusion or Latent Consistency Model; auto reads it from the model (default: %(default)s).",
+        help="Stable Diffusion, Stable Diffusion XL, or what was distilled from them; auto reads it from the model's "
+        "UNet and scheduler (default: %(default)s).",
     )
     group.add_argument(
         "--attention",
@@ -59,7 +60,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--with_text_encoder",
         action="store_true",
-        help="Cover the text encoder's own attention too, so that it can be trained with --train_text_encoder.",
+        help="Cover the attention of text encoders too, so that they can be trained with --train_text_encoder.",
     )
 
     group = parser.add_argument_group("prompts to protect; the empty prompt is always one of them")
@@ -71,14 +72,15 @@ def parse_args(argv=None):
     group.add_argument("--max_prompts", type=int, help="Use only the first so many prompts.")
 
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sampler", choices=SAMPLERS, help="Default: ddim, or lcm for an LCM.")
+    group.add_argument("--sampler", choices=SAMPLERS, help="Default: ddim; XL: euler; LCM: lcm.")
     group.add_argument(
         "--num_inference_steps",
         type=int,
         nargs="+",
-        help="Sampler steps; with several numbers the prompts are drawn with each (default: 25; LCM: 1 2 4 8).",
+        help="Sampler steps; with several numbers the prompts are drawn with each (default: 25; LCM: 1 2 4 8; Turbo: "
+        "1 2 4).",
     )
-    group.add_argument("--guidance_scale", type=float, help="Guidance scale (default: 7.5; LCM: 8.5).")
+    group.add_argument("--guidance_scale", type=float, help="Guidance scale (default: 7.5; XL: 5; LCM: 8.5; Turbo: 0).")
     group.add_argument(
         "--clip_skip",
         type=int,
@@ -169,7 +171,7 @@ def name_repository(repo_id, folder):
     config, card = read_config(folder), folder / CARD_NAME
     if card.is_file():  # a bundle that was merged has none
         text = card.read_text(encoding="utf-8")
-        text = re.sub(r"(--nullspace_name_or_path ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text, count=1)
+        text = re.sub(r"(--nullspace(?:_name_or_path)? ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text, count=1)
         write_text(card, text)
         config["files"][CARD_NAME] = sha256(card)
         config["sha256"] = config_sha256(config)

@@ -29,7 +29,7 @@ from pathlib import Path
 from nullspace.checks import COUNT, RANGES, SHARE, HelpFormatter, Parser
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES
-from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER
+from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER, TEXT_ENCODERS
 from nullspace.system import quiet_imports
 
 
@@ -253,7 +253,7 @@ def main(args):
     if not layers:
         print(printable(verdict({}, unknown or ["nothing that is a LoRA layer"])))
         return
-    with_text_encoder = any(name.startswith(f"{TEXT_ENCODER}.") for name in layers)
+    with_text_encoder = any(name.partition(".")[0] in TEXT_ENCODERS for name in layers)
     bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
     models = load_audited_models(bundle, args.pretrained_model_name_or_path, with_text_encoder)
     found = audit(layers, bundle, **models, threshold=args.nullspace_threshold)

@@ -6,7 +6,7 @@
 #     "tqdm", "transformers>=5.6,<6",
 # ]
 # ///
-"""Teach Stable Diffusion or an LCM a subject from a few pictures, with a LoRA that leaves the rest be.
+"""Teach Stable Diffusion, SDXL or an LCM a subject from a few pictures, with a LoRA that leaves the rest be.
 
     accelerate launch train_dreambooth_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
@@ -51,7 +51,6 @@ from nullspace.names import (
     INTERPOLATION,
     JOINT,
     LORA_NAME,
-    TEXT_ENCODER,
     UNPROTECTED_NAME,
     kohya_path,
 )
@@ -95,7 +94,8 @@ def parse_args(argv=None):
         "--model_type",
         choices=["auto", *FAMILIES],
         default="auto",
-        help="Stable Diffusion or Latent Consistency Model; auto reads it from the model (default: %(default)s).",
+        help="Stable Diffusion, Stable Diffusion XL, or what was distilled from them; auto reads it from the model's "
+        "UNet and scheduler (default: %(default)s).",
     )
     group.add_argument("--tokenizer_name", help="Folder or Hub id of another tokenizer than the model's own.")
     group.add_argument("--tokenizer_max_length", type=int, help="Tokens of a prompt (default: the tokenizer's own).")
@@ -194,7 +194,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--train_text_encoder",
         action="store_true",
-        help=f"Train a LoRA on the text encoder's attention too; build the bundle with {BUILDER} --with_text_encoder.",
+        help=f"Train a LoRA on the text encoders' attention too; build the bundle with {BUILDER} --with_text_encoder.",
     )
     group.add_argument(
         "--output_kohya_format",
@@ -239,7 +239,7 @@ def parse_args(argv=None):
         "at random, so that the subject is not tied to the words of one.",
     )
     group.add_argument("--repeats", type=int, default=1, help="Times a picture is in an epoch (default: %(default)s).")
-    group.add_argument("--resolution", type=int, default=512, help="Side of the training pictures (default: 512).")
+    group.add_argument("--resolution", type=int, help="Side of the training pictures (default: 512; XL: 1024).")
     group.add_argument("--center_crop", action="store_true", help="Crop pictures in the centre rather than at random.")
     group.add_argument("--random_flip", action="store_true", help="Mirror pictures at random.")
     group.add_argument(
@@ -276,7 +276,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--pre_compute_text_embeddings",
         action="store_true",
-        help="Free the tokenizer and the text encoder once the prompts are encoded, to save memory.",
+        help="Free tokenizers and text encoders once the prompts are encoded, to save memory.",
     )
     group.add_argument(
         "--cache_latents",
@@ -469,7 +469,7 @@ from nullspace.models import download_model, loading
 from nullspace.optimizers import make_optimizer, make_schedule
 from nullspace.pictures import fit, read_instances, save_picture
 from nullspace.projector import NullSpaceProjector
-from nullspace.prompt_encoder import PromptEncoder, load_tokenizer
+from nullspace.prompt_encoder import PromptEncoder, load_tokenizers
 from nullspace.prompts import prompt_warnings, spread, tokenizer_fault
 from nullspace.protection import add_extra_prompts, closes_any, describe_protection, load_protection, protect
 from nullspace.report import audit_file, save_audited
@@ -521,8 +521,11 @@ def make_accelerator(args):
 def read_subject(accelerator, args):
     """The subject's pictures (`list[Image]`), the captions of each (`list[list[str]]`), and --instance_prompt as given.
 
-    --instance_prompt is from then on what is trained.
+    --instance_prompt is from then on what is trained, and --resolution that of the base model where it is not given.
     """
+    if args.resolution is None:
+        where = args.pretrained_model_name_or_path, args.revision, args.hub_token
+        args.resolution = recognise(*where, args.model_type).resolution
     with accelerator.main_process_first():
         pictures, captions = read_instances(
             args,
@@ -593,10 +596,10 @@ def settle_family(bundle, args):
         NullSpaceError: if a flag contradicts the model, or the bundle, where one is named, is of another family's.
     """
     family = recognise(args.pretrained_model_name_or_path, args.revision, args.hub_token, args.model_type)
+    family.settle(args)
     if bundle:
         bundle.check_model_type(family.name)
     args.model_type = family.name
-    family.settle(args)
     return family
 
 
@@ -610,7 +613,7 @@ def settle_seed(accelerator, checkpoint, args):
 
 
 def load_models(family, captions, given_prompts, args):
-    """Tokenizer, text encoder, UNet, VAE and noise schedule of the base model, whole and in float32.
+    """Tokenizers and models of the base model, by their names in a pipeline, whole and in float32; its noise schedule.
 
     Raises:
         NullSpaceError: if a part is missing, or a flag does not fit the model.
@@ -619,18 +622,21 @@ def load_models(family, captions, given_prompts, args):
         vae_config = AutoencoderKL.load_config(args.model_folder, subfolder="vae")
     if fault := resolution_fault(args.resolution, vae_config["block_out_channels"]):
         raise NullSpaceError(fault)
-    tokenizer = load_tokenizer(args)
-    if fault := tokenizer_fault(tokenizer, args.tokenizer_name or args.pretrained_model_name_or_path):
-        raise NullSpaceError(fault)
+    tokenizers = load_tokenizers(args)
+    for tokenizer in tokenizers.values():
+        if fault := tokenizer_fault(tokenizer, args.tokenizer_name or args.pretrained_model_name_or_path):
+            raise NullSpaceError(fault)
     for sentence in prompt_warnings(tokenizer, captions, given_prompts, args):
         logger.warning(sentence)
     with loading(args.pretrained_model_name_or_path):
         models = family.load_models(args.model_folder, args.variant)
         noise_scheduler = family.load_noise_scheduler(args.model_folder)
-    return tokenizer, models[TEXT_ENCODER], models["unet"], models["vae"], noise_scheduler
+    for name in family.text_encoders:
+        check_clip_skip(args.clip_skip, models[name].config.num_hidden_layers, family.unread_layers(name))
+    return tokenizers, models, noise_scheduler
 
 
-def save_memory(unet, text_encoder, args):
+def save_memory(unet, text_encoders, args):
     """Turn on what trades time for memory."""
     if args.enable_xformers_memory_efficient_attention:
         try:
@@ -641,7 +647,7 @@ def save_memory(unet, text_encoder, args):
             ) from error
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        if args.train_text_encoder:
+        for text_encoder in text_encoders if args.train_text_encoder else ():
             # The reentrant kind would need gradients of the text encoder's inputs, which are none.
             text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -669,39 +675,37 @@ def work(accelerator, args):
     run["--seed"] = args.seed
 
     # Load the base model, and see that the bundle and the checkpoint are of it
-    tokenizer, text_encoder, unet, vae, noise_scheduler = load_models(family, captions, given_prompts, args)
+    tokenizers, models, noise_scheduler = load_models(family, captions, given_prompts, args)
+    unet, vae, text_encoders = models["unet"], models["vae"], {name: models[name] for name in family.text_encoders}
     scaling_factor = vae.config.scaling_factor
-    adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
-    components = {"unet": unet, TEXT_ENCODER: text_encoder, "tokenizer": tokenizer, "noise_scheduler": noise_scheduler}
+    adapted = {"unet": unet} | (text_encoders if args.train_text_encoder else {})
+    parts = {"unet": unet, **text_encoders, **tokenizers, "noise_scheduler": noise_scheduler}  # that a bundle is of
     if bundle:
-        bundle.check(**components)
+        bundle.check(**parts)
     prompts = list(dict.fromkeys(caption for several in captions for caption in several))
-    encoded = prompts + (args.nullspace_extra_prompts or [])
-    run |= describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, encoded)
+    run |= describe_models(models, noise_scheduler, tokenizers, prompts + (args.nullspace_extra_prompts or []))
     check_same_run(checkpoint, run)
-    check_clip_skip(args.clip_skip, text_encoder.config.num_hidden_layers)
-    wanted = None if bundle else Wanted(family, {**components, "vae": vae}, args)
-    if wanted:
-        lora_targets(unet, text_encoder, wanted, {}, args)
+    if not bundle:
+        wanted = Wanted(family, {**parts, "vae": vae}, args)
+        lora_targets(unet, text_encoders, wanted, {}, args)
         is_new = find_or_build(wanted, accelerator, args)
         bundle, nearest, protected = read_protection(accelerator, args)
         if not is_new:  # built from these very models, which have been cast since
-            bundle.check(**components)
+            bundle.check(**parts)
         run |= describe_bundle(bundle.config)
         check_same_run(checkpoint, run)
-    targets = lora_targets(unet, text_encoder, bundle, protected, args)
-    del components, wanted
+        del wanted
+    del parts
+    targets = lora_targets(unet, text_encoders, bundle, protected, args)
     device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    for model in (text_encoder, vae, unet):
+    for model in (*text_encoders.values(), vae, unet):
         model.requires_grad_(False).to(device, weight_dtype)
-    components = {"unet": unet, TEXT_ENCODER: text_encoder, "tokenizer": tokenizer, "vae": vae}
     if closes_any(protected):
-        check_against_model(bundle, components, device, weight_dtype, args)
+        check_against_model(bundle, models | tokenizers, device, weight_dtype, args)
     if args.nullspace_extra_prompts:
-        bundle = add_extra_prompts(bundle, components, accelerator, weight_dtype, args)
+        bundle = add_extra_prompts(bundle, models | tokenizers, accelerator, weight_dtype, args)
         protected = protect(bundle, nearest, args)
-    del components
     if closes_any(protected):
         for line in describe_protection(bundle, next(iter(protected.values())), args):
             logger.info(line)
@@ -710,12 +714,12 @@ def work(accelerator, args):
 
     # Add the LoRA, and an optimizer that is kept in the null space
     parameters = add_lora(adapted, targets, args)
-    save_memory(unet, text_encoder, args)
+    save_memory(unet, text_encoders.values(), args)
     if args.scale_lr:
         args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
     optimizer = make_optimizer(parameters, args)
     protected = {group: {name: items[name] for name in targets if name in items} for group, items in protected.items()}
-    projector = NullSpaceProjector(unet, protected, text_encoder=text_encoder)
+    projector = NullSpaceProjector(unet, protected, **text_encoders)
     projector.attach(optimizer)
 
     # Data: pictures and captions, encoded once where nothing changes them
@@ -727,13 +731,15 @@ def work(accelerator, args):
         num_workers=args.dataloader_num_workers,
         worker_init_fn=signals.leave_to_parent,
     )
-    vae = sound_vae(vae, dataset.first_epoch, args.model_folder, args.variant, args.learning_rate)
+    known = family.needs_float32(vae.config)
+    vae = sound_vae(vae, dataset.first_epoch, args.model_folder, args.variant, args.learning_rate, known)
     args.vae_in_float32 = weight_dtype != vae.dtype
-    prompt_encoder = PromptEncoder(tokenizer, text_encoder, prompts, device, args)
-    kept = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae}  # what validation need not load again
+    prompt_encoder = PromptEncoder(tokenizers, text_encoders, prompts, device, args)
+    kept = {**tokenizers, **text_encoders, "vae": vae}  # what validation need not load again
     if args.pre_compute_text_embeddings:
-        del kept["tokenizer"], kept["text_encoder"]
-        tokenizer = text_encoder = None
+        kept = {"vae": vae}
+        tokenizers, text_encoders = {}, {}
+    del models
     if args.cache_latents:
         dataset.cache(lambda pixel_values: encode_pictures(vae, pixel_values).to(weight_dtype))
         del kept["vae"]
@@ -747,7 +753,7 @@ def work(accelerator, args):
     *models, optimizer, dataloader, lr_scheduler = accelerator.prepare(
         *adapted.values(), optimizer, dataloader, lr_scheduler
     )
-    text_encoder = models[1] if args.train_text_encoder else text_encoder
+    text_encoders |= dict(zip(list(adapted)[1:], models[1:], strict=True))
     keep_checkpoints_small(accelerator, adapted)
     earlier_logs = log_files(args)
     start_trackers(accelerator, args)
@@ -809,14 +815,14 @@ def work(accelerator, args):
         done = (step - epoch * steps_per_epoch) * args.gradient_accumulation_steps  # batches of this epoch
         batches = accelerator.skip_first_batches(dataloader, done) if done else dataloader
         batches.set_epoch(epoch)  # before accelerate 1.15 what skips batches begins at epoch 0 again
-        for index, (batch, numbers) in enumerate(batches, done):
+        for index, (batch, numbers, framings) in enumerate(batches, done):
             with accelerator.accumulate(*models):
                 here = (args.seed, "step", epoch, index, accelerator.process_index)
                 generator = seeded(*here)
                 torch.manual_seed(seeded(*here, "dropout").initial_seed())  # dropout draws from the global generator
                 first, end, group = sampler.group(seeded(args.seed, "group", step))
                 projector.select(group)
-                conditions = prompt_encoder(text_encoder, numbers)
+                conditions = prompt_encoder(text_encoders, numbers) | family.place(framings)
                 loss, latents = batch_loss(batch, conditions, partial(sampler.draw, first, end), generator)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -872,7 +878,7 @@ def work(accelerator, args):
                 for key in ("leakage", "predicted_drift"):
                     if found[key]["max"] is not None:
                         logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
-                del unet, batch_loss, text_encoder, vae, model, models, optimizer, projector, prompt_encoder
+                del unet, batch_loss, text_encoders, vae, model, models, optimizer, projector, prompt_encoder
                 adapted.clear()
                 kept.clear()
                 accelerator.free_memory()  # it keeps what it prepared

@@ -1,4 +1,4 @@
-"""What training a Stable Diffusion 1.5 LoRA at 512 x 512 takes of a GPU's memory, computed without one.
+"""What training a LoRA takes of a GPU's memory, computed without one: Stable Diffusion 1.5 at 512 x 512, SDXL at 1024.
 
     python benchmarks/memory_guide.py
 
@@ -13,8 +13,9 @@ import gc
 import json
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import torch
@@ -23,29 +24,57 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
-
-from nullspace.families.stable_diffusion import diffusion_loss
+from transformers import CLIPTextConfig
 
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import train_dreambooth_nullspace as trainer  # noqa: E402
+from nullspace import moments as moments_room  # noqa: E402
+from nullspace import projector as projector_room  # noqa: E402
+from nullspace.families import get_family  # noqa: E402
+from nullspace.families.stable_diffusion import diffusion_loss  # noqa: E402
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs  # noqa: E402
 from nullspace.moments import SecondMoments  # noqa: E402
-from nullspace.names import JOINT, TEXT_ENCODER  # noqa: E402
+from nullspace.names import JOINT  # noqa: E402
 from nullspace.projector import NullSpaceProjector, Protected  # noqa: E402
 
 
-# The sizes of stable-diffusion-v1-5, from its configuration; diffusers' own defaults are those of its UNet.
-UNET = {"sample_size": 64, "cross_attention_dim": 768}
+class Sizes(NamedTuple):
+    """Of a model, by its configurations: that of the UNet, and of each text encoder by its name."""
+
+    unet: dict
+    text_encoders: dict
+
+
+# Of stable-diffusion-v1-5, the sizes of whose UNet are diffusers' own defaults, and of stable-diffusion-xl-base-1.0.
+TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+LARGE_TEXT = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+MODELS = {
+    "sd": Sizes({"sample_size": 64, "cross_attention_dim": 768}, {"text_encoder": TEXT}),
+    "sdxl": Sizes(
+        {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        {"text_encoder": TEXT, "text_encoder_2": {**LARGE_TEXT, "projection_dim": 1280}},
+    ),
+}
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
 }
-TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 PROTECTED = 0.05  # share of the directions that is closed: the projector holds all others
 RANK = 4  # the trainer's default
 SCHEDULER = DDPMScheduler()
@@ -64,6 +93,17 @@ SETTINGS = {
     "fp16, batch 4, checkpointing": FP16 | {"train_batch_size": 4, "gradient_checkpointing": True},
     "fp16, batch 8": FP16 | {"train_batch_size": 8},
     "fp16, batch 16": FP16 | {"train_batch_size": 16},
+}
+XL_SETTINGS = {
+    "fp16": FP16,
+    "fp16, models freed": FP16 | FREED,
+    "fp16, checkpointing": FP16 | {"gradient_checkpointing": True},
+    "fp16, models freed, checkpointing": FP16 | FREED | {"gradient_checkpointing": True},
+    "fp16, text encoders trained, checkpointing": FP16 | {"train_text_encoder": True, "gradient_checkpointing": True},
+    "fp16, models freed, batch 4, checkpointing": FP16
+    | FREED
+    | {"train_batch_size": 4, "gradient_checkpointing": True},
+    "fp16, models freed, batch 4": FP16 | FREED | {"train_batch_size": 4},
 }
 
 
@@ -126,8 +166,25 @@ def as_on_a_gpu(dtype=None):
             setattr(F, name, function)
 
 
-def memory(setting):
-    """Bytes (`dict`): the `models` that stay, and the peaks of `encoding`, `training` and `drawing`."""
+def make_models(family, dtype):
+    """UNet, VAE and text encoders (`dict`) of a family, as the trainer and the builder hold them."""
+    sizes = MODELS[family.name]
+    unet, vae = UNet2DConditionModel(**sizes.unet).to(dtype), AutoencoderKL(**VAE)
+    vae.to(torch.float32 if dtype == torch.float16 and family.needs_float32(vae.config) else dtype)
+    text_encoders = {
+        name: kind(CLIPTextConfig(**sizes.text_encoders[name])).to(dtype) for name, kind in family.text_encoders.items()
+    }
+    return unet, vae, text_encoders
+
+
+def tell(family, text_encoders, batch):
+    """What the denoiser is told of a batch of prompts and pictures."""
+    tokens = {name: {"input_ids": torch.zeros(batch, 77, dtype=torch.long)} for name in text_encoders}
+    return family.encode(text_encoders, tokens) | family.place(torch.zeros(batch, 6))
+
+
+def memory(setting, family, projected=True):
+    """Bytes (`dict`): the `models` that stay, the projector among them, and the peaks of each kind of work."""
     flags = {"rank": RANK, "train_batch_size": 1, "mixed_precision": "no", **setting}
     line = ["--pretrained_model_name_or_path", "m", "--nullspace_name_or_path", "b", "--instance_data_dir", "d"]
     line += ["--instance_prompt", "p"]
@@ -139,41 +196,48 @@ def memory(setting):
     batch = args.train_batch_size
 
     with LiveBytes() as live, torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**UNET).to(dtype), AutoencoderKL(**VAE).to(dtype)
-        text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT)).to(dtype)
-        for model in (unet, vae, text_encoder):
+        unet, vae, text_encoders = make_models(family, dtype)
+        side, scale = family.resolution, 2 ** (len(vae.config.block_out_channels) - 1)
+        for model in (*text_encoders.values(), vae, unet):
             model.requires_grad_(False)
-        adapted = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if args.train_text_encoder else {})
-        sources = attention_inputs(unet) | (text_encoder_inputs(text_encoder) if args.train_text_encoder else {})
+        adapted, sources = {"unet": unet}, attention_inputs(unet)
+        if args.train_text_encoder:
+            adapted |= text_encoders
+            for name, text_encoder in text_encoders.items():
+                sources |= text_encoder_inputs(text_encoder, name)
+            del text_encoder
         parameters = trainer.add_lora(adapted, list(sources), args)
-        trainer.save_memory(unet, text_encoder, args)
+        trainer.save_memory(unet, text_encoders.values(), args)
         optimizer = trainer.make_optimizer(parameters, args)
         items = {}
         for name, source in sources.items():
-            size = find_module(name, unet, text_encoder=text_encoder).in_features
+            size = find_module(name, unet, **text_encoders).in_features
             closed = int(size * PROTECTED)
             gains = torch.empty(size - closed, device="cpu")
             items.setdefault(source, Protected(torch.empty(size, size, device="cpu"), closed, gains))
-        protected = {JOINT: {name: items[source] for name, source in sources.items()}}
-        projector = NullSpaceProjector(unet, protected, text_encoder=text_encoder)
+        protected = {JOINT: {name: items[source] for name, source in sources.items() if projected}}
+        before = live.now
+        projector = NullSpaceProjector(unet, protected, **text_encoders)
+        held = live.now - before
         projector.attach(optimizer)
 
-        numbers = torch.zeros(batch, 77, dtype=torch.long)
+        denoise = family.denoiser(unet, unet.config, None)
         live.peak = live.now
         with torch.no_grad(), as_on_a_gpu():
-            moments = trainer.encode_pictures(vae, torch.empty(1 if args.cache_latents else batch, 3, 512, 512))
-            embeddings = text_encoder(numbers)[0]
+            moments = trainer.encode_pictures(vae, torch.empty(1 if args.cache_latents else batch, 3, side, side))
+            moments = moments.to(dtype)
+            conditions = tell(family, text_encoders, batch)
             encoding, live.peak = live.peak, live.now
-            unet(
-                torch.empty(2, 4, 64, 64, dtype=dtype), 0, torch.empty(2, *embeddings.shape[1:], dtype=dtype)
-            )  # with guidance
-            vae.decode(torch.empty(1, 4, 64, 64, dtype=dtype))
+            both = {key: torch.empty(2, *value.shape[1:], dtype=value.dtype) for key, value in conditions.items()}
+            denoise(torch.empty(2, 4, side // scale, side // scale, dtype=dtype), 0, **both)  # with guidance
+            vae.decode(torch.empty(1, 4, side // scale, side // scale, dtype=vae.dtype))
+            del both
         drawing = live.peak
         if args.cache_latents:
             del vae
             moments = torch.empty(batch, *moments.shape[1:])
         if args.pre_compute_text_embeddings:
-            del text_encoder, model
+            text_encoders.clear()
         gc.collect()
         models, live.peak = live.now, live.now
         for model in adapted.values():
@@ -182,42 +246,56 @@ def memory(setting):
             latents, _ = moments.chunk(2, dim=1)
             timesteps = torch.zeros(batch, dtype=torch.long)
             with as_on_a_gpu(autocast):
-                embeds = text_encoder(numbers)[0] if args.train_text_encoder else embeddings
+                told = tell(family, text_encoders, batch) if args.train_text_encoder else conditions
                 noise = torch.empty_like(latents)
-                loss = diffusion_loss(unet, SCHEDULER, latents, timesteps, noise, encoder_hidden_states=embeds)
+                loss = diffusion_loss(denoise, SCHEDULER, latents, timesteps, noise, **told)
                 loss.backward()  # in it, since checkpointing computes again what it did before
             projector.project_gradients()
             optimizer.step()
             optimizer.zero_grad()
-            del loss, embeds
-        return {"models": models, "encoding": encoding, "training": live.peak, "drawing": drawing}
+            del loss, told
+        return {"models": models, "projector": held, "encoding": encoding, "training": live.peak, "drawing": drawing}
 
 
-def memory_of_building(batch, dtype=torch.float16):
+def memory_of_building(batch, family, dtype=torch.float16):
     """Bytes (`dict`): the models and sums that stay, and the peak of a step of build_nullspace.py's sampler."""
     with LiveBytes() as live, torch.device("meta"), torch.no_grad(), as_on_a_gpu():
-        unet, vae = UNet2DConditionModel(**UNET).to(dtype), AutoencoderKL(**VAE).to(dtype)
-        text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT)).to(dtype)
+        unet, vae, text_encoders = make_models(family, dtype)
+        vae.to(dtype)  # it draws nothing to the end
         moments = SecondMoments(unet, attention_inputs(unet), {0: JOINT})
-        embeddings = torch.empty(2 * batch, 77, 768, dtype=dtype)
-        latents = torch.empty(2 * batch, 4, 64, 64, dtype=dtype)
+        conditions = tell(family, text_encoders, 2 * batch)
+        side = unet.config.sample_size
+        latents = torch.empty(2 * batch, 4, side, side, dtype=dtype)
+        denoise = family.denoiser(unet, unet.config, None)
+        gc.collect()
         with moments.collect():
             moments.start_batch()
             live.peak = live.now
-            unet(latents, timestep=0, encoder_hidden_states=embeddings)
-        del vae, text_encoder, embeddings, latents
+            denoise(latents, torch.zeros(()), **conditions)
+        del vae, text_encoders, conditions, latents
         return {"models": live.now, "drawing": live.peak}
 
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     diffusers.utils.logging.set_verbosity_error()
-    results = {name: memory(setting) for name, setting in tqdm(SETTINGS.items(), desc="Settings")}
-    results |= {f"build, fp16, batch {batch}": memory_of_building(batch) for batch in (1, 8)}
+    for room in (moments_room, projector_room):
+        room.tf32 = lambda *_: nullcontext()  # which the meta device has no autocast for, and no arithmetic
+    sd, xl = get_family("sd"), get_family("sdxl")
+    jobs = {name: (setting, sd) for name, setting in SETTINGS.items()}
+    jobs |= {f"SDXL, {name}": (setting, xl) for name, setting in XL_SETTINGS.items()}
+    jobs["SDXL, fp16, models freed, checkpointing, unprotected"] = (
+        FP16 | FREED | {"gradient_checkpointing": True},
+        xl,
+        False,
+    )
+    results = {name: memory(*job) for name, job in tqdm(jobs.items(), desc="Settings")}
+    results |= {f"build, fp16, batch {batch}": memory_of_building(batch, sd) for batch in (1, 8)}
+    results |= {f"SDXL, build, fp16, batch {batch}": memory_of_building(batch, xl) for batch in (1, 8)}
     for name, row in results.items():
-        print(f"{name:40}", *(f"{key} {value / 2**30:.2f} GiB" for key, value in row.items()))
+        print(f"{name:52}", *(f"{key} {value / 2**30:.2f} GiB" for key, value in row.items()))
     (HERE / "results").mkdir(exist_ok=True)
-    written = {"torch": torch.__version__, "resolution": 512, "rank": RANK, "bytes": results}
+    written = {"torch": torch.__version__, "rank": RANK, "bytes": results}
     (HERE / "results" / "memory_guide.json").write_text(json.dumps(written, indent=2) + "\n")
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, inject_adapter_in_model
@@ -15,17 +15,18 @@ from torch import nn
 
 from nullspace.checks import rank_fault
 from nullspace.errors import NullSpaceError
+from nullspace.families import get_family
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs, without_skipped
 from nullspace.lora import load_lora
-from nullspace.names import LORA_NAME, TEXT_ENCODER
+from nullspace.names import LORA_NAME, TEXT_ENCODERS
 from nullspace.system import replacing, sort_header
 
 
 logger = get_logger(__name__)
 
 
-def lora_targets(unet, text_encoder, bundle, protected, args):
-    """Names of the layers to train: the UNet's of the bundle's attention, or --lora_layers, and the text encoder's.
+def lora_targets(unet, text_encoders, bundle, protected, args):
+    """Names of the layers to train: the UNet's of the bundle's attention, or --lora_layers, and the text encoders'.
 
     Args:
         protected (`dict[str, dict[str, Protected]]`): what each group of timesteps that is used protects.
@@ -44,8 +45,10 @@ def lora_targets(unet, text_encoder, bundle, protected, args):
                 raise NullSpaceError(f"--lora_layers names '{ending.strip()}', which no layer of the UNet ends with.")
             targets |= dict.fromkeys(found)
     if args.train_text_encoder:
-        depth = text_encoder.config.num_hidden_layers
-        targets |= dict.fromkeys(without_skipped(text_encoder_inputs(text_encoder), args.clip_skip, depth))
+        for encoder, model in text_encoders.items():
+            unread = get_family(args.model_type).unread_layers(encoder, args.clip_skip)
+            names = text_encoder_inputs(model, encoder)
+            targets |= dict.fromkeys(without_skipped(names, unread, model.config.num_hidden_layers, encoder))
     unprotected = [name for name in targets if name not in bundle.modules]
     if args.nullspace_threshold:  # 0 closes nothing, as it says
         covered = [name for name in targets if name in bundle.modules]
@@ -64,7 +67,7 @@ def lora_targets(unet, text_encoder, bundle, protected, args):
         )
     if unprotected:
         logger.warning(f"{len(unprotected)} of {len(targets)} layers train unprotected: {kinds_of(unprotected)}.")
-    weights = {name: find_module(name, unet, text_encoder=text_encoder).weight.flatten(1) for name in targets}
+    weights = {name: find_module(name, unet, **text_encoders).weight.flatten(1) for name in targets}
     if fault := rank_fault(args.rank, {name: tuple(weight.shape) for name, weight in weights.items()}):
         raise NullSpaceError(fault)
     return list(targets)
@@ -79,10 +82,7 @@ def kinds_of(names):
 def add_lora(adapted, targets, args):
     """Put LoRA layers on the targets of the adapted models, and return their parameters, in float32."""
     for name, model in adapted.items():
-        prefix = f"{TEXT_ENCODER}." if name == TEXT_ENCODER else ""
-        own = [
-            target.removeprefix(prefix) for target in targets if target.startswith(f"{TEXT_ENCODER}.") == bool(prefix)
-        ]
+        own = [target.removeprefix(f"{name}.") for target in targets if model_of(target) == name]
         # peft's own, since transformers' and diffusers' add_adapter ask for a peft of the same week
         inject_adapter_in_model(
             LoraConfig(
@@ -98,6 +98,12 @@ def add_lora(adapted, targets, args):
     return [parameter for model in adapted.values() for parameter in model.parameters() if parameter.requires_grad]
 
 
+def model_of(layer):
+    """The name of the model that has the layer of this name: "unet", or a text encoder's."""
+    model = layer.partition(".")[0]
+    return model if model in TEXT_ENCODERS else "unet"
+
+
 def enable_lora(adapted, enabled):
     """Let the adapted models answer with or without their LoRA."""
     for model in adapted.values():
@@ -106,21 +112,20 @@ def enable_lora(adapted, enabled):
                 module.enable_adapters(enabled)
 
 
-def save_lora(folder, unet, text_encoder=None, dtype=torch.float32, adapter="default"):
-    """Write the LoRA of a UNet, and of a text encoder that has one, in diffusers' format, whole or not at all.
+def save_lora(folder, unet, dtype=torch.float32, adapter="default", **text_encoders):
+    """Write the LoRA of a UNet, and of text encoders that have one, in diffusers' format, whole or not at all.
 
     Args:
         adapter (`str`): its name.
     """
     layers = {"unet": convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=adapter))}
-    adapted = {"unet": unet}
-    if text_encoder is not None:
+    adapted = {"unet": unet, **text_encoders}
+    for name, text_encoder in text_encoders.items():
         state_dict = get_peft_model_state_dict(text_encoder, adapter_name=adapter, save_embedding_layers=False)
         # Files name the module that holds the layers, whether this version of transformers has it or not.
         prefix = "" if hasattr(text_encoder, "text_model") else "text_model."
         state_dict = {f"{prefix}{key}": value for key, value in state_dict.items()}
-        layers[TEXT_ENCODER] = convert_state_dict_to_diffusers(state_dict)
-        adapted[TEXT_ENCODER] = text_encoder
+        layers[name] = convert_state_dict_to_diffusers(state_dict)
     layers = {
         f"{model}_lora_layers": {key: state_dict[key].to(dtype) for key in sorted(state_dict)}
         for model, state_dict in layers.items()
@@ -137,7 +142,8 @@ def save_lora(folder, unet, text_encoder=None, dtype=torch.float32, adapter="def
     }  # fmt: skip
     size = sum(tensor.nbytes for state_dict in layers.values() for tensor in state_dict.values())
     with replacing(folder / LORA_NAME, size) as partial:
-        StableDiffusionPipeline.save_lora_weights(folder, weight_name=partial.name, **layers, **metadata)
+        # Of all pipelines it knows the most models, and the files of those with fewer are as their own write them
+        StableDiffusionXLPipeline.save_lora_weights(folder, weight_name=partial.name, **layers, **metadata)
         sort_header(partial)
 
 
@@ -146,14 +152,12 @@ def _in_order(targets):
     return targets if isinstance(targets, str) else sorted(targets)
 
 
-def restore_lora(folder, unet, text_encoder=None):
+def restore_lora(folder, unet, **text_encoders):
     """Put the LoRA of a checkpoint back into models that have adapters on the same layers."""
     layers = load_lora(folder)
     adapted = {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A")}
-    if text_encoder is not None:
-        layers_of = {
-            name: find_module(name, unet, text_encoder=text_encoder) for name in text_encoder_inputs(text_encoder)
-        }
+    for encoder, model in text_encoders.items():
+        layers_of = {name: find_module(name, unet, **text_encoders) for name in text_encoder_inputs(model, encoder)}
         adapted |= {name: layer for name, layer in layers_of.items() if hasattr(layer, "lora_A")}
     elsewhere = sorted(layers.keys() ^ adapted.keys())
     if elsewhere:

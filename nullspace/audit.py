@@ -5,10 +5,11 @@ import math
 import torch
 
 from nullspace.errors import NullSpaceError, listed, reason
+from nullspace.families import get_family
 from nullspace.layers import base_layer, find_module
 from nullspace.lora import with_magnitude
 from nullspace.models import load_whole
-from nullspace.names import DEFAULT_THRESHOLDS, JOINT, TEXT_ENCODER
+from nullspace.names import DEFAULT_THRESHOLDS, JOINT
 
 
 # Root mean square drifts of the layers between which the verdict changes. On the demo's model held-out pictures then
@@ -99,7 +100,7 @@ def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS
 
 
 def load_audited_models(bundle, name_or_path, with_text_encoder):
-    """The base model's UNet, and its text encoder if asked for: arguments for `audit`.
+    """The base model's UNet, and its text encoders if asked for: arguments for `audit`.
 
     Args:
         name_or_path (`str` or `None`): of the base model; None is the one that the bundle names.
@@ -107,12 +108,13 @@ def load_audited_models(bundle, name_or_path, with_text_encoder):
     Raises:
         NullSpaceError: if they cannot be had, or are not those that the bundle was built from.
     """
-    from diffusers import UNet2DConditionModel  # slow to import, and only this needs them
-    from transformers import CLIPTextModel
+    from diffusers import UNet2DConditionModel  # slow to import, and only this needs it
 
     base = bundle.config["base_model"]
     where = {key: base[key] for key in ("revision", "variant")} if name_or_path is None else {}
-    kinds = {"unet": UNet2DConditionModel} | ({TEXT_ENCODER: CLIPTextModel} if with_text_encoder else {})
+    kinds = {"unet": UNet2DConditionModel}
+    if with_text_encoder:
+        kinds |= get_family(bundle.config["model_type"]).text_encoders
     try:
         models = {kind: load_whole(model, name_or_path or base["id"], kind, **where) for kind, model in kinds.items()}
     except (OSError, ValueError) as error:

@@ -33,6 +33,7 @@ from nullspace.names import (
     JOINT,
     TABLE_NAME,
     TEXT_ENCODER,
+    TEXT_ENCODERS,
     TEXT_INPUT,
     TIMELESS,
 )
@@ -189,8 +190,9 @@ class Bundle:
 
     @property
     def modules(self):
-        """What is covered in the UNet and the text encoder: `dict[str, dict]` with input name and sizes, by module."""
-        return {**self.config["modules"], **self.config.get(TEXT_ENCODER, {}).get("modules", {})}
+        """What is covered in the UNet and text encoders: `dict[str, dict]` with input name and sizes, by module."""
+        covered = [self.config, *(self.config.get(name, {}) for name in TEXT_ENCODERS)]
+        return {name: info for part in covered for name, info in part.get("modules", {}).items()}
 
     def protected(
         self, name=JOINT, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"], softness=DEFAULT_SOFTNESS
@@ -262,17 +264,24 @@ class Bundle:
 
         Args:
             unet (`UNet2DConditionModel`), text_encoder (`CLIPTextModel`, *optional*): with or without LoRA layers.
-            others: `tokenizer` and `noise_scheduler`; what is not given is not compared.
+            others: `tokenizer`, `noise_scheduler`, and those of a second text encoder by their names in a pipeline;
+                what is not given is not compared.
         """
-        self.check_model_type(family_of(unet.config).name)
+        if not get_family(self.config["model_type"]).recognises(unet.config):
+            self.check_model_type(family_of(unet.config).name)
         present = dict(unet.named_modules())
         if not any(name in present for name in self.config["modules"]):
             raise NullSpaceError("The bundle covers no layer of this UNet; build one for this model.")
-        covered = self.config["modules"] if text_encoder is None else self.modules
-        for name, info in covered.items():
-            self._check_size(name, info, unet, text_encoder=text_encoder)
-        reads = attention_inputs(unet, "all") | ({} if text_encoder is None else text_encoder_inputs(text_encoder))
-        for name, info in covered.items():
+        given = {"unet": unet, TEXT_ENCODER: text_encoder, **others}
+        given = {name: part for name, part in given.items() if part is not None}
+        text_encoders = {name: given[name] for name in TEXT_ENCODERS if name in given}
+        reads = attention_inputs(unet, "all")
+        for name, model in text_encoders.items():
+            reads |= text_encoder_inputs(model, name)
+        for name, info in self.modules.items():
+            if name.partition(".")[0] in TEXT_ENCODERS and name.partition(".")[0] not in text_encoders:
+                continue
+            self._check_size(name, info, unet, **text_encoders)
             if reads.get(name) != info["input"]:
                 raise NullSpaceError(
                     f"The bundle gives {name} the input {info['input']}, and in the model it reads {reads.get(name)}; "
@@ -282,7 +291,6 @@ class Bundle:
         if isinstance(expected, str):
             differing = self._check_projections(unet, text_encoder)
         else:
-            given = {"unet": unet, **({} if text_encoder is None else {TEXT_ENCODER: text_encoder}), **others}
             found = fingerprints(**given)
             differing = [part.replace("_", " ") for part in found if found[part] != expected.get(part)]
         if differing:
@@ -356,7 +364,7 @@ class Bundle:
         Raises:
             NullSpaceError: if they do not.
         """
-        for key in ("model_type", "base_model", "modules", "groups", TEXT_ENCODER, "clip_skip"):
+        for key in ("model_type", "base_model", "modules", "groups", *TEXT_ENCODERS, "clip_skip"):
             mine, theirs = (config.get(key) or None for config in (self.config, other.config))
             if key == "base_model":
                 mine, theirs = mine["fingerprint"], theirs["fingerprint"]
@@ -368,7 +376,7 @@ class Bundle:
             if mine != theirs:
                 raise NullSpaceError(f"These bundles cannot be merged: their {key.replace('_', ' ')} differ.")
         for bundle in (self, other):
-            needed = {group["name"] for group in bundle.config["groups"]} | {TEXT_ENCODER} & set(bundle.config)
+            needed = {group["name"] for group in bundle.config["groups"]} | set(TEXT_ENCODERS) & set(bundle.config)
             if not needed <= set(bundle.spectra):
                 raise NullSpaceError("These bundles cannot be merged: they were loaded in part; load all groups.")
         merged = Bundle(copy.deepcopy(self.config))

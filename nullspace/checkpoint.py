@@ -82,18 +82,18 @@ def describe_bundle(config):
     return {_named("the bundle"): f"sha256 {config_sha256({**config, 'files': files})}"}
 
 
-def describe_models(unet, text_encoder, vae, noise_scheduler, tokenizer, prompts):
+def describe_models(models, noise_scheduler, tokenizers, prompts):
     """The same of the base model, once it is loaded and before its precision is changed.
 
-    All weights count, the scheduler's noise levels and what it predicts, and what the tokenizer makes of the prompts
-    (`list[str]`).
+    All weights count, the scheduler's noise levels and what it predicts, and what the tokenizers make of the prompts
+    (`list[str]`). `models` and `tokenizers` (`dict`) are by their names in the pipeline.
     """
-    models = {"unet": unet, "text_encoder": text_encoder, "vae": vae}
     described = {f"{_named('the model')}, {name}": f"sha256 {_weights_sha256(model)}" for name, model in models.items()}
     levels = noise_scheduler.alphas_cumprod.double().tolist()
     prediction = noise_scheduler.config.prediction_type
     described[f"{_named('the model')}, scheduler"] = f"{prediction}, sha256 {_hash(levels)}"
-    described[_named("the tokenizer")] = f"sha256 {_hash(tokenizer(prompts).input_ids, tokenizer.model_max_length)}"
+    tokens = [part for each in tokenizers.values() for part in (each(prompts).input_ids, each.model_max_length)]
+    described[_named("the tokenizer")] = f"sha256 {_hash(*tokens)}"
     return described
 
 

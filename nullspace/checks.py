@@ -253,9 +253,13 @@ def require(package, flag):
         raise NullSpaceError(f"{flag} needs {package}, which is not installed: pip install {package}")
 
 
-def check_clip_skip(clip_skip, layers):
-    """Raise `NullSpaceError` unless a text encoder of so many layers has one left when `clip_skip` are skipped."""
-    if not 0 <= clip_skip < layers:
+def check_clip_skip(clip_skip, layers, unread=0):
+    """Raise `NullSpaceError` unless a text encoder of so many layers has one left when `clip_skip` are skipped.
+
+    Args:
+        unread (`int`): how many of its last layers are skipped anyway.
+    """
+    if not 0 <= clip_skip < layers - unread:
         raise NullSpaceError(
             f"--clip_skip {clip_skip} leaves nothing of the text encoder, which has {layers} layers; skip fewer."
         )

@@ -30,7 +30,7 @@ from nullspace.launch import without_token
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
 from nullspace.models import loading
 from nullspace.moments import SecondMoments
-from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT
+from nullspace.names import JOINT, TEXT_ENCODERS, TEXT_INPUT, tokenizer_of
 from nullspace.prompts import length_warnings, tokenizer_fault
 from nullspace.samplers import make_scheduler
 from nullspace.system import check_space, make_inside, replacing
@@ -112,10 +112,12 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
     """Draw this process's share of the prompts and return the `SecondMoments` over all processes."""
     group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
     inputs = attention_inputs(pipeline.unet, args.attention)
-    if args.with_text_encoder:
-        inputs |= text_encoder_inputs(pipeline.text_encoder)
     family = get_family(args.model_type)
-    moments = SecondMoments(pipeline.unet, inputs, group_of, text_encoder=pipeline.text_encoder)
+    text_encoders = {name: getattr(pipeline, name) for name in family.text_encoders}
+    if args.with_text_encoder:
+        for name, text_encoder in text_encoders.items():
+            inputs |= text_encoder_inputs(text_encoder, name)
+    moments = SecondMoments(pipeline.unet, inputs, group_of, **text_encoders)
     done = checkpoint.load(moments)
     steps_per_batch = sum(args.num_inference_steps)
     share = range(state.process_index, len(prompts), state.num_processes)
@@ -167,11 +169,13 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
 
 def describe(pipeline, prompts, revision, args):
     """The bundle's configuration: all that one needs to know to use it or to build it again."""
-    unet, text_encoder = pipeline.unet, pipeline.text_encoder
+    unet = pipeline.unet
+    text_encoders = {name: getattr(pipeline, name) for name in get_family(args.model_type).text_encoders}
+    tokenizers = {name: getattr(pipeline, name) for name in map(tokenizer_of, text_encoders)}
     inputs = attention_inputs(unet, args.attention)
 
     def describe_modules(inputs):
-        layers = {name: find_module(name, unet, text_encoder=text_encoder) for name in inputs}
+        layers = {name: find_module(name, unet, **text_encoders) for name in inputs}
         return {
             name: {"input": inputs[name], "in_features": layer.in_features, "out_features": layer.out_features}
             for name, layer in layers.items()
@@ -179,17 +183,15 @@ def describe(pipeline, prompts, revision, args):
 
     covered = {"modules": describe_modules(inputs)}
     if args.with_text_encoder:
-        text_inputs = text_encoder_inputs(text_encoder)
-        covered[TEXT_ENCODER] = {"modules": describe_modules(text_inputs)}
+        for name, text_encoder in text_encoders.items():
+            covered[name] = {"modules": describe_modules(text_encoder_inputs(text_encoder, name))}
     source = args.prompts_file.name if args.prompts_file else args.prompts_dataset_name
     return {
         "base_model": {
             "id": args.pretrained_model_name_or_path,
             "revision": revision,
             "variant": args.variant,
-            "fingerprint": fingerprints(
-                unet=unet, text_encoder=text_encoder, tokenizer=pipeline.tokenizer, noise_scheduler=pipeline.scheduler
-            ),
+            "fingerprint": fingerprints(unet=unet, **text_encoders, **tokenizers, noise_scheduler=pipeline.scheduler),
         },
         "model_type": args.model_type,
         "prediction_type": pipeline.scheduler.config.prediction_type,
@@ -237,15 +239,17 @@ def load_collected(family, folder, prompts, tell, args):
     if args.resolution and (fault := resolution_fault(args.resolution, vae_config["block_out_channels"])):
         raise NullSpaceError(fault)
     with loading(model):
-        tokenizer = family.load_tokenizer(folder)
-    if fault := tokenizer_fault(tokenizer, model):
-        raise NullSpaceError(fault)
+        tokenizers = family.load_tokenizers(folder)
+    for tokenizer in tokenizers.values():
+        if fault := tokenizer_fault(tokenizer, model):
+            raise NullSpaceError(fault)
     for sentence in length_warnings(tokenizer, prompts, "the prompts"):
         tell(sentence)
     with loading(model):
         models = family.load_models(folder, args.variant)
-        pipeline = family.load_pipeline(folder, args.variant, tokenizer=tokenizer, **models)
-    check_clip_skip(args.clip_skip, pipeline.text_encoder.config.num_hidden_layers)
+        pipeline = family.load_pipeline(folder, args.variant, **tokenizers, **models)
+    for name in family.text_encoders:
+        check_clip_skip(args.clip_skip, models[name].config.num_hidden_layers, family.unread_layers(name))
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -253,7 +257,8 @@ def load_collected(family, folder, prompts, tell, args):
 
 def needed_space(pipeline, config, groups, processes):
     """Bytes that a build writes at most: each process's checkpoint twice, as it is replaced, and the bundle."""
-    timeless = {info["input"]: info["in_features"] for info in config.get(TEXT_ENCODER, {}).get("modules", {}).values()}
+    layers = [info for name in TEXT_ENCODERS for info in config.get(name, {}).get("modules", {}).values()]
+    timeless = {info["input"]: info["in_features"] for info in layers}
     timed = {info["input"]: info["in_features"] for info in config["modules"].values()}
     timeless |= {name: timed.pop(name) for name in list(timed) if name == TEXT_INPUT}
 
@@ -277,7 +282,8 @@ def collect(pipeline, prompts, revision, args, state):
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)
     args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     config = describe(pipeline, prompts, revision, args)
-    weights = weights_sha256(pipeline.unet, pipeline.text_encoder)
+    names = get_family(args.model_type).text_encoders
+    weights = weights_sha256(pipeline.unet, *(getattr(pipeline, name) for name in names))
     pipeline.to(state.device, getattr(torch, PRECISIONS[args.mixed_precision]))
     visited = []
     for steps in args.num_inference_steps:

@@ -8,7 +8,7 @@ from PIL import ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from nullspace.pictures import fit
+from nullspace.pictures import fit, original_size
 
 
 def seeded(*parts):
@@ -21,7 +21,10 @@ def seeded(*parts):
 
 
 class InstanceDataset(Dataset):
-    """Pictures (3, resolution, resolution) in [-1, 1] and the numbers of their captions.
+    """Pictures (3, resolution, resolution) in [-1, 1], the numbers of their captions, and their framings (6,).
+
+    A framing is, in pixels: height and width of the picture as its file has it, top and left of the crop once it is
+    resized (and mirrored), height and width of the crop.
 
     Crops, unless they are centred, mirroring and one of several captions are drawn anew in each epoch, for each of the
     repeats.
@@ -34,6 +37,7 @@ class InstanceDataset(Dataset):
 
     def __init__(self, pictures, captions, args):
         self.pictures, self.captions, self.args = [], captions, args
+        self.sizes = [original_size(picture) for picture in pictures]
         for picture in pictures:
             self.pictures.append(fit(picture, args.resolution, args.image_interpolation_mode))
         self.epoch = 0
@@ -51,12 +55,14 @@ class InstanceDataset(Dataset):
         flip = self.args.random_flip and torch.rand(1, generator=self._generator("flip", index)).item() < 0.5
         captions = self.captions[number]
         caption = captions[torch.randint(len(captions), (), generator=self._generator("caption", index))]
-        return self.picture(index, flip) if self.cached is None else self.cached[number][flip], caption
+        picture, framing = self.picture(index, flip) if self.cached is None else self.cached[number][flip]
+        return picture, caption, framing
 
     def _generator(self, what, index):
         return seeded(self.args.seed, what, self.epoch, index)
 
     def picture(self, index, flip):
+        """A picture as it is trained on, and its framing."""
         picture, side = self.pictures[index % len(self.pictures)], self.args.resolution
         slack = torch.tensor(picture.size) - side
         if self.args.center_crop:
@@ -64,14 +70,19 @@ class InstanceDataset(Dataset):
         else:
             left, top = (torch.rand(2, generator=self._generator("crop", index)) * (slack + 1)).long().tolist()
         cropped = picture.crop((left, top, left + side, top + side))
-        return self.processor.preprocess(ImageOps.mirror(cropped) if flip else cropped)[0]
+        if flip:
+            cropped, left = ImageOps.mirror(cropped), slack[0].item() - left
+        width, height = self.sizes[index % len(self.pictures)]
+        framing = torch.tensor([height, width, top, left, side, side], dtype=torch.float32)
+        return self.processor.preprocess(cropped)[0], framing
 
     def first_epoch(self):
         """Each of the pictures (3, side, side) once, as the first epoch has it but for mirroring."""
-        return (self.picture(number, False) for number in range(len(self.pictures)))
+        return (self.picture(number, False)[0] for number in range(len(self.pictures)))
 
     def cache(self, encode):
         """From now on give, instead of pictures, what `encode` makes of them, (1, 3, side, side) each, crops fixed."""
         flips = (False, True) if self.args.random_flip else (False,)
         numbers = tqdm(range(len(self.pictures)), desc="Caching latents", unit="picture")
-        self.cached = [[encode(self.picture(number, flip)[None])[0].cpu() for flip in flips] for number in numbers]
+        framed = ([self.picture(number, flip) for flip in flips] for number in numbers)
+        self.cached = [[(encode(picture[None])[0].cpu(), framing) for picture, framing in each] for each in framed]

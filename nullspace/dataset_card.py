@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import DatasetCardData
 
 from nullspace.bundle import group_file
+from nullspace.families import get_family
 from nullspace.markdown import code_block, code_span, link, plain, table_cell, utf8
 from nullspace.names import (
     CARD_NAME,
@@ -16,7 +17,7 @@ from nullspace.names import (
     ENERGIES,
     JOINT,
     TABLE_NAME,
-    TEXT_ENCODER,
+    TEXT_ENCODERS,
     TEXT_INPUT,
 )  # fmt: skip
 from nullspace.spectrum import Spectrum
@@ -25,7 +26,7 @@ from nullspace.spectrum import Spectrum
 def rank_table(bundle):
     """Header and rows of strings: for each size of layer input, how many directions hold how much of the energy."""
     header = ["input size", "inputs", "layers", *(f"rank at {energy}" for energy in ENERGIES), "bytes"]
-    kinds = {JOINT: "", TEXT_INPUT: " (text)", TEXT_ENCODER: " (text encoder)"}
+    kinds = {JOINT: "", TEXT_INPUT: " (text)", **{name: f" ({name.replace('_', ' ')})" for name in TEXT_ENCODERS}}
     by_kind = {}
     for row in bundle.table():
         if row["group"] in kinds:
@@ -58,7 +59,7 @@ def draw_spectra(bundle, folder):
         share = spectrum.eigenvalues.double() / spectrum.eigenvalues.double().sum()
         size = len(share)
         is_text = source == TEXT_INPUT
-        within_text = source.startswith(f"{TEXT_ENCODER}.")
+        within_text = source.partition(".")[0] in TEXT_ENCODERS
         style = {
             "color": "black" if is_text else "grey" if within_text else f"C{sizes.index(size)}",
             "linestyle": "-" if is_text else ("--" if ".to_out" in source else ":"),
@@ -83,7 +84,7 @@ def draw_spectra(bundle, folder):
             for source, spectrum in bundle.spectra[JOINT].items()
         )
     ]
-    kinds += [("grey", ":", "within the text encoder")] * (TEXT_ENCODER in bundle.spectra)
+    kinds += [("grey", ":", "within the text encoder")] * any(name in bundle.spectra for name in TEXT_ENCODERS)
     lines = [plt.Line2D([], [], color=color, linestyle=line) for color, line, _ in kinds]
     left.legend(lines, [label for _, _, label in kinds], fontsize=7, loc="lower left")
     figure.savefig(folder / "spectra.png", dpi=120)
@@ -124,12 +125,12 @@ def write_dataset_card(license_name):
             for group in config["groups"]
         )
         prompts = config["prompts"]
-        text_modules = config.get(TEXT_ENCODER, {}).get("modules")
+        text_modules = {name: config[name]["modules"] for name in TEXT_ENCODERS if name in config}
         fingerprints_shown = ", ".join(
             f"{part.replace('_', ' ')} `{value}`" for part, value in model["fingerprint"].items()
         )
-        within_text = (
-            f"{len(text_modules)} projections, in `{group_file(TEXT_ENCODER)}`" if text_modules else "not covered"
+        within_text = "; ".join(
+            f"{len(modules)} projections, in `{group_file(name)}`" for name, modules in text_modules.items()
         )
         steps = ", ".join(map(str, config["num_inference_steps"]))
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
@@ -144,6 +145,11 @@ def write_dataset_card(license_name):
   --instance_prompt "a photo of a sks dog" \\
 {with_skip}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
   --output_dir lora"""
+        use = f"## Train with it\n\n{code_block('bash', training)}"
+        if not get_family(config["model_type"]).is_trained:
+            audit = "python nullspace_utils.py audit \\\n  --nullspace <this repository> \\\n"
+            audit += "  --lora <folder, file or Hub id>"
+            use = f"## Audit with it\n\n{code_block('bash', audit)}"
         card = f"""---
 {data.to_yaml()}
 ---
@@ -154,9 +160,7 @@ The directions that the attention layers of {named} use on {prompts["count"]:,} 
 ({code_span(prompts["source"])}, the empty prompt included). A DreamBooth LoRA that is trained outside of them learns
 its subject and leaves these prompts as they were.
 
-## Train with it
-
-{code_block("bash", training)}
+{use}
 
 ## What is protected
 
@@ -166,7 +170,7 @@ its subject and leaves these prompts as they were.
 | its fingerprints | {fingerprints_shown} |
 | model type, prediction type | {config["model_type"]}, {config["prediction_type"]} |
 | attention layers | {config["attention"]}, {len(config["modules"])} projections |
-| text encoder | {within_text} |
+| text encoder | {within_text or "not covered"} |
 | sampling | {sampling}, {config["resolution"]} pixels |
 | clip skip | {bundle.clip_skip} |
 | prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |

@@ -157,10 +157,11 @@ def overflows(vae, pictures):
     return None
 
 
-def sound_vae(vae, pictures, folder, variant, learning_rate):
+def sound_vae(vae, pictures, folder, variant, learning_rate, known=False):
     """A VAE whose latents and pictures are finite: the one given, or in float32 where it overflows in float16.
 
-    In float16 it is tried on all pictures, in other types, which hardly overflow, on the first.
+    In float16, unless it is `known` to overflow there, it is tried on all pictures, in other types, which hardly
+    overflow, on the first.
 
     Args:
         vae (`AutoencoderKL`): in the type that is trained in.
@@ -172,7 +173,7 @@ def sound_vae(vae, pictures, folder, variant, learning_rate):
         DivergedError: if it is not finite, in float16 if it is not in float32 either.
     """
     is_half, when = vae.dtype == torch.float16, "before the first step"
-    number = overflows(vae, pictures() if is_half else islice(pictures(), 1))
+    number = 0 if is_half and known else overflows(vae, pictures() if is_half else islice(pictures(), 1))
     if number is not None and is_half:
         with loading(folder):
             vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=variant, torch_dtype=torch.float32).to(

@@ -28,7 +28,7 @@ from nullspace.hub import fetch_files
 from nullspace.launch import on_main_process
 from nullspace.layers import attention_inputs, text_encoder_inputs
 from nullspace.models import download_model, loading
-from nullspace.names import CONFIG_NAME, FORMAT_VERSION, JOINT, TEXT_ENCODER
+from nullspace.names import CONFIG_NAME, FORMAT_VERSION, JOINT
 from nullspace.prompts import length_warnings, prompts_of_model
 
 
@@ -52,7 +52,7 @@ class Wanted:
 
     Args:
         family: of the models.
-        components (`dict`): `unet`, `text_encoder`, `vae`, `tokenizer` and `noise_scheduler`, as they were loaded.
+        components (`dict`): `unet`, `vae`, text encoders, tokenizers and `noise_scheduler`, as they were loaded.
         args: the trainer's flags.
 
     Attributes:
@@ -62,11 +62,13 @@ class Wanted:
 
     def __init__(self, family, components, args):
         self.family, self.components, self.args = family, components, args
-        unet, text_encoder = components["unet"], components[TEXT_ENCODER]
+        unet = components["unet"]
         self.attention = attention_to_cover(unet, args.lora_layers)
         inputs = attention_inputs(unet, self.attention)
         self.config = {"attention": self.attention}
-        self.modules = inputs | (text_encoder_inputs(text_encoder) if args.train_text_encoder else {})
+        self.modules = dict(inputs)
+        for name in family.text_encoders if args.train_text_encoder else ():
+            self.modules |= text_encoder_inputs(components[name], name)
 
     def settings(self):
         """The builder's flags that make the bundle what it is: `dict`."""
@@ -91,7 +93,7 @@ class Wanted:
             and config["model_type"] == self.family.name
             and config["attention"] == self.attention
             and config.get("clip_skip", 0) == self.args.clip_skip
-            and (TEXT_ENCODER in config or not self.args.train_text_encoder)
+            and (set(self.family.text_encoders) <= config.keys() or not self.args.train_text_encoder)
         )
 
 
@@ -348,7 +350,7 @@ def bundles_of_model(args, tell):
     folder = download_model(model, args.revision, args.variant, args.hub_token)
     with loading(model):
         components = family.load_models(folder, args.variant)
-        components["tokenizer"] = family.load_tokenizer(folder)
+        components |= family.load_tokenizers(folder)
         components["noise_scheduler"] = family.load_noise_scheduler(folder)
     fingerprint = fingerprint_of(components)
 

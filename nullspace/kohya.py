@@ -1,6 +1,7 @@
 """A LoRA as kohya's trainer writes it, which is what AUTOMATIC1111, Forge and ComfyUI look for."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -8,21 +9,59 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nullspace.errors import NullSpaceError
+from nullspace.names import TEXT_ENCODER, TEXT_ENCODERS
 from nullspace.system import replacing, sort_header
 
 
-TEXT_ENCODER = "text_encoder."  # begins the names of a text encoder's layers
 REPORT_NAME = "nullspace_report.json"
-VERSIONS = {768: "sd_v1", 1024: "sd_v2"}  # of Stable Diffusion, by the width of its text embeddings
+VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of the text embeddings
+LAYERS_PER_BLOCK = 2  # of every UNet that kohya's trainer knows
+ATTENTION = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.(.*)")
+# Only models with two text encoders have more than one transformer block in a row
+OF_TWO = re.compile(rf"{TEXT_ENCODERS[1]}\.|.*\.transformer_blocks\.[1-9]")
 
 
-def kohya_name(name):
-    """What kohya's trainer calls a layer of `attention_inputs` or `text_encoder_inputs`."""
-    if name.startswith(TEXT_ENCODER):
-        name = f"te_text_model_{name.removeprefix(TEXT_ENCODER)}"
+def kohya_name(name, of_two=False):
+    """What kohya's trainer calls a layer of `attention_inputs` or `text_encoder_inputs`.
+
+    Args:
+        of_two (`bool`): whether the model has two text encoders; its UNet's layers have the names of the original code.
+
+    Raises:
+        ValueError: if that has no name for it here.
+    """
+    model, _, rest = name.partition(".")
+    if model in TEXT_ENCODERS:
+        number = TEXT_ENCODERS.index(model) + 1
+        name = f"te{number if of_two or number > 1 else ''}_text_model_{rest}"
     else:
-        name = f"unet_{name}"
+        name = f"unet_{_original_name(name) if of_two else name}"
     return f"lora_{name.replace('.', '_')}"
+
+
+def kohya_names(name):
+    """All that kohya's trainer calls a layer, by model."""
+    yield kohya_name(name)
+    try:
+        yield kohya_name(name, of_two=True)
+    except ValueError:
+        return
+
+
+def _original_name(name):
+    """The name in the original code of a layer within a UNet's attention.
+
+    Raises:
+        ValueError: if it is another layer.
+    """
+    match = ATTENTION.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is no layer of an attention block")
+    kind, block, index, rest = match.groups()
+    if kind == "mid_block":
+        return f"middle_block.1.{rest}"
+    number = int(block) * (LAYERS_PER_BLOCK + 1) + int(index)
+    return f"input_blocks.{number + 1}.1.{rest}" if kind == "down_blocks" else f"output_blocks.{number}.1.{rest}"
 
 
 def kohya_alpha(layer):
@@ -37,9 +76,13 @@ def kohya_alpha(layer):
 
 def kohya_tensors(layers):
     """The tensors of kohya's file for `dict[str, LoraLayer]`: down (r, in) and up (out, r) as they are, and alpha."""
-    tensors = {}
+    tensors, of_two = {}, _base_model_version(layers, {}) == VERSIONS[2048]
+    try:
+        keys = {name: kohya_name(name, of_two) for name in layers}
+    except ValueError:  # a layer beyond attention; programs know today's names too, but not both kinds in one file
+        keys = {name: kohya_name(name, of_two and name.startswith(f"{TEXT_ENCODER}.")) for name in layers}
     for name, layer in layers.items():
-        key = kohya_name(name)
+        key = keys[name]
         tensors[f"{key}.lora_down.weight"] = layer.down.contiguous()
         tensors[f"{key}.lora_up.weight"] = layer.up.contiguous()
         tensors[f"{key}.alpha"] = kohya_alpha(layer)
@@ -56,6 +99,8 @@ def _base_model_version(layers, report):
     """kohya's name of the kind of base model, by the width of the text that its layers read, or None."""
     widths = {layer.down.shape[1] for name, layer in layers.items() if name.endswith(("attn2.to_k", "attn2.to_v"))}
     widths |= {layer.down.shape[1] for name, layer in layers.items() if name.endswith("self_attn.q_proj")}
+    if max(widths, default=0) == 2048 or any(OF_TWO.match(name) for name in layers):
+        return VERSIONS[2048]
     version = VERSIONS.get(widths.pop()) if len(widths) == 1 else None
     return "sd_v2_v" if version == "sd_v2" and report.get("prediction_type") == "v_prediction" else version
 

@@ -28,16 +28,16 @@ def attention_inputs(unet, attention="cross"):
     return inputs
 
 
-def text_encoder_inputs(text_encoder):
+def text_encoder_inputs(text_encoder, encoder=TEXT_ENCODER):
     """Map each attention projection of a CLIP text encoder to the name of its input, as `attention_inputs` does.
 
-    q_proj, k_proj and v_proj of a layer read the same hidden states. Names begin with "text_encoder." and go on from
-    the module that holds the layers, which is the model itself or its `text_model`, by version of transformers.
+    q_proj, k_proj and v_proj of a layer read the same hidden states. Names begin with the text encoder's own in its
+    pipeline, `encoder`, and a dot, and go on from the module that holds the layers.
     """
     inputs = {}
     for name, module in text_layers(text_encoder).named_modules():
         if hasattr(module, "q_proj"):
-            name = f"{TEXT_ENCODER}.{name}"
+            name = f"{encoder}.{name}"
             inputs |= {f"{name}.{kind}": f"{name}.q_proj" for kind in ("q_proj", "k_proj", "v_proj")}
             inputs[f"{name}.out_proj"] = f"{name}.out_proj"
     return inputs
@@ -56,7 +56,7 @@ def find_module(name, unet, **text_encoders):
 
 
 def text_layers(text_encoder):
-    """The module that holds a text encoder's layers: itself, or its `text_model`, by version of transformers."""
+    """The module that holds a text encoder's layers: itself or its `text_model`, by class and version."""
     return getattr(text_encoder, "text_model", text_encoder)
 
 
@@ -65,7 +65,7 @@ def base_layer(module):
     return getattr(module, "base_layer", module)
 
 
-def without_skipped(names, clip_skip, layers):
-    """The names of a text encoder's modules that lie in none of its last `clip_skip` layers, of so many."""
-    skipped = tuple(f"{TEXT_ENCODER}.encoder.layers.{index}." for index in range(layers - clip_skip, layers))
+def without_skipped(names, skipped, layers, encoder=TEXT_ENCODER):
+    """The names of a text encoder's modules that lie in none of its last `skipped` layers, of so many."""
+    skipped = tuple(f"{encoder}.encoder.layers.{index}." for index in range(layers - skipped, layers))
     return [name for name in names if not name.startswith(skipped)]

@@ -1,15 +1,17 @@
 """LoRA files: reading any that diffusers reads."""
 
 import math
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from peft.utils.other import get_pattern_key
 
 from nullspace.errors import NullSpaceError, listed, reason
-from nullspace.kohya import kohya_name
-from nullspace.names import LORA_NAME, TEXT_ENCODER
+from nullspace.kohya import LAYERS_PER_BLOCK, kohya_names
+from nullspace.names import LORA_NAME, TEXT_ENCODERS
 
 
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
@@ -55,7 +57,7 @@ def load_lora(name_or_path):
     if unknown:
         raise NullSpaceError(
             f"{name_or_path} holds what is not understood ({listed(unknown, 3)}); only LoRA and DoRA layers of a UNet "
-            "and of the first text encoder are."
+            "and of text encoders are."
         )
     return layers
 
@@ -79,7 +81,7 @@ def _split_kohya(state_dict):
             continue
         known |= {key: state_dict[key] for key in keys if not key.endswith(".dora_scale")}
         if "dora_scale" in kinds:
-            magnitudes[layer.replace("lora_te1_", "lora_te_")] = state_dict[f"{layer}.dora_scale"]
+            magnitudes[layer] = state_dict[f"{layer}.dora_scale"]
     return known, magnitudes, sorted(unknown)
 
 
@@ -87,8 +89,8 @@ def read_lora(name_or_path):
     """Read a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name, and what else it holds.
 
     Names are those of `attention_inputs` and `text_encoder_inputs`. The second is the list of the file's keys (as
-    diffusers converts them) that are no part of these layers: LoHa, LoKr, a second text encoder, anything. Biases are
-    among them, for what they do to a layer's output depends on the mean of its inputs, which no bundle holds.
+    diffusers converts them) that are no part of these layers: LoHa, LoKr, anything. Biases are among them, for what
+    they do to a layer's output depends on the mean of its inputs, which no bundle holds.
 
     Raises:
         NullSpaceError: if it cannot be read.
@@ -110,18 +112,22 @@ def read_lora(name_or_path):
             **dict.fromkeys(options),
         )[:2]
         tensors, magnitudes, unknown = _split_kohya(tensors)
-        state_dict, alphas = StableDiffusionPipeline.lora_state_dict(tensors) if tensors else ({}, {})
+        # By the configuration of the UNet it renames blocks that have the names of the original code
+        unet_config = SimpleNamespace(layers_per_block=LAYERS_PER_BLOCK)
+        lora_state_dict = partial(StableDiffusionPipeline.lora_state_dict, unet_config=unet_config)
+        state_dict, alphas = lora_state_dict(tensors) if tensors else ({}, {})
     except Exception as error:  # whatever diffusers and the HTTP library raise for a wrong path or a strange file
         raise NullSpaceError(f"{name_or_path} cannot be read as a LoRA: {reason(error)}") from error
     read, layers = (state_dict, alphas, config_of_file), {}
-    unknown += sorted(key for key in state_dict if not key.startswith(("unet.", f"{TEXT_ENCODER}.")))
-    for model in ("unet", TEXT_ENCODER):
+    models = ("unet", *TEXT_ENCODERS)
+    unknown += sorted(key for key in state_dict if key.partition(".")[0] not in models)
+    for model in models:
         prefix = f"{model}."
         state_dict, alphas, config = (
             {key.removeprefix(prefix): value for key, value in (part or {}).items() if key.startswith(prefix)}
             for part in read
         )
-        convert = _text_encoder_keys_to_peft if model == TEXT_ENCODER else convert_unet_state_dict_to_peft
+        convert = convert_unet_state_dict_to_peft if model == "unet" else _text_encoder_keys_to_peft
         state_dict, alphas = convert(state_dict), convert(alphas)
         used = set()
         for key, down in state_dict.items():
@@ -133,10 +139,10 @@ def read_lora(name_or_path):
                     pattern = config.get("alpha_pattern") or {}
                     alpha = pattern.get(get_pattern_key(pattern, name), config["lora_alpha"])
                 scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-                full_name = f"{TEXT_ENCODER}.{name}" if model == TEXT_ENCODER else name
+                full_name = name if model == "unet" else f"{model}.{name}"
                 up = state_dict[f"{name}.lora_B.weight"]
                 vectors = {key: state_dict.get(key) for key in _magnitude_keys(name)}
-                found = [*vectors.values(), magnitudes.pop(kohya_name(full_name), None)]
+                found = [*vectors.values(), *(magnitudes.pop(key, None) for key in kohya_names(full_name))]
                 magnitude = next((each for each in found if each is not None), None)
                 if magnitude is not None and magnitude.shape not in ((len(up),), (len(up), 1)):
                     unknown.append(f"magnitude of {full_name}, not of its {len(up)} outputs")

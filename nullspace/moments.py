@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 
 from nullspace.layers import base_layer, find_module
-from nullspace.names import TEXT_ENCODER, TEXT_INPUT, TIMELESS
+from nullspace.names import TEXT_ENCODERS, TEXT_INPUT, TIMELESS
 from nullspace.spectrum import tf32
 
 
@@ -52,7 +52,7 @@ class SecondMoments:
     def _on_forward(self, unet, args, kwargs):
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         self._group = self.group_of.get(round(float(timestep)))
-        self._pending.discard(TEXT_ENCODER)  # it has read the prompts, the empty one included
+        self._pending.difference_update(TEXT_ENCODERS)  # they have read the prompts, the empty one included
 
     def _reader(self, source):
         def read(module, args):

@@ -5,8 +5,9 @@ CONFIG_NAME = "nullspace_config.json"
 TABLE_NAME = "modules.csv"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 TEXT_INPUT = "encoder_hidden_states"
-TEXT_ENCODER = "text_encoder"  # names of the text encoder's own layers and inputs begin with it and a dot
-TIMELESS = [TEXT_INPUT, TEXT_ENCODER]  # groups of inputs that do not depend on the timestep
+TEXT_ENCODER = "text_encoder"  # names of a text encoder's own layers and inputs begin with its name and a dot
+TEXT_ENCODERS = [TEXT_ENCODER, "text_encoder_2"]  # all that a model may have
+TIMELESS = [TEXT_INPUT, *TEXT_ENCODERS]  # groups of inputs that do not depend on the timestep
 JOINT = "joint"
 ENERGIES = (0.9, 0.99, 0.999, 0.9999)
 DEFAULT_THRESHOLDS = {"energy": 0.9, "eigenvalue": 2e-2, "percentile": 10.0}
@@ -18,6 +19,11 @@ CARD_NAME = "README.md"
 # --image_interpolation_mode, by diffusers' names: Pillow's own
 INTERPOLATION = {name: name.upper() for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")}
 INTERPOLATION["nearest_exact"] = "NEAREST"
+
+
+def tokenizer_of(text_encoder):
+    """What a pipeline calls the tokenizer of the text encoder of this name."""
+    return text_encoder.replace(TEXT_ENCODER, "tokenizer")
 
 
 def kohya_path(output_dir):

@@ -21,6 +21,7 @@ from nullspace.names import (
     LORA_NAME,
     REPORT_NAME,
     TEXT_ENCODER,
+    TEXT_ENCODERS,
     UNPROTECTED_NAME,
 )
 from nullspace.projector import NullSpaceProjector
@@ -70,15 +71,18 @@ class NullSpace:
         self.bundle = Bundle.load(name_or_path, revision=revision, token=token, text_encoder=True)
         self.projector, self._checked, self._adapted = None, WeakSet(), {}
 
-    def check(self, unet, text_encoder=None, tokenizer=None, noise_scheduler=None):
+    def check(self, unet, text_encoder=None, **others):
         """Raise `NullSpaceError` unless the bundle was built from these parts of a model; those given are compared.
+
+        Args:
+            others: `text_encoder_2`, tokenizers and `noise_scheduler`, by their names in a pipeline.
 
         `attach` does it with what it is given. Do it before where models are cast to bfloat16, in which they cannot be
         recognised, and to compare parts that are not trained.
         """
-        parts = {TEXT_ENCODER: text_encoder, "tokenizer": tokenizer, "noise_scheduler": noise_scheduler}
+        parts = {TEXT_ENCODER: text_encoder, **others}
         parts = {name: part for name, part in parts.items() if part is not None}
-        models = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if text_encoder is not None else {})
+        models = {"unet": unet} | {name: parts[name] for name in TEXT_ENCODERS if name in parts}
         for name, model in models.items():
             models[name] = model = _plain(model)
             if any(each.dtype == torch.bfloat16 for key, each in model.named_parameters() if "lora_" not in key):
@@ -90,11 +94,11 @@ class NullSpace:
         self.bundle.check(**(parts | models))
         self._checked |= set(models.values())
 
-    def attach(self, unet, optimizer, text_encoder=None, allow_unprotected=False):
-        """Keep the LoRA of a UNet, and of a text encoder, in the null space in every step of their optimizer.
+    def attach(self, unet, optimizer, allow_unprotected=False, **text_encoders):
+        """Keep the LoRA of a UNet, and of text encoders, in the null space in every step of their optimizer.
 
         Args:
-            unet (`UNet2DConditionModel`), text_encoder (`CLIPTextModel`, *optional*): those that are trained, with
+            unet (`UNet2DConditionModel`), text_encoders (`CLIPTextModel`): those that are trained, with
                 LoRA layers of peft, alone or wrapped by `get_peft_model`, accelerate or `torch.compile`.
             optimizer (`torch.optim.Optimizer`): also as accelerate wraps it, see `NullSpaceProjector.attach`.
             allow_unprotected (`bool`): whether it may also train what the bundle does not cover.
@@ -103,8 +107,8 @@ class NullSpace:
             NullSpaceError: if the bundle is another model's or does not cover what is trained, the adapter is more
                 than a LoRA, or the optimizer cannot be kept in the null space.
         """
-        models = {"unet": unet} | ({TEXT_ENCODER: text_encoder} if text_encoder is not None else {})
-        models = {name: _plain(model) for name, model in models.items()}
+        models = {"unet": unet, **text_encoders}
+        models = {name: _plain(model) for name, model in models.items() if model is not None}
         if not all(model in self._checked for model in models.values()):
             self.check(**models)
         layers = {}  # name -> A and B
@@ -185,7 +189,7 @@ class NullSpace:
             raise NullSpaceError(f"A LoRA is not saved in {dtype}; choose one of {listed(LEAKAGE_BOUNDS)}.")
         setting = {"criterion": self.criterion, "threshold": self.threshold, "softness": self.softness}
         told = {"rank": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-        told |= {"train_text_encoder": TEXT_ENCODER in self._adapted, "clip_skip": self.bundle.clip_skip}
+        told |= {"train_text_encoder": len(self._adapted) > 1, "clip_skip": self.bundle.clip_skip}
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="partial-lora-", dir=folder) as staging:
             found = save_audited(

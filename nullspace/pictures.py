@@ -54,6 +54,7 @@ UNREADABLE = (
     zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 MIN_TILE, MAX_TILE = 256, 512  # pixels of a picture on a sheet
+ORIGINAL_SIZE = "original_size"  # in the `info` of a picture, beside what its file says
 
 
 # ---- One picture -----------------------------------------------------------------------------------------------------
@@ -121,6 +122,11 @@ def fit(picture, resolution, interpolation):
     scale = resolution / min(picture.size)
     size = tuple(max(resolution, round(side * scale)) for side in picture.size)
     return picture if picture.size == size else picture.resize(size, Image.Resampling[INTERPOLATION[interpolation]])
+
+
+def original_size(picture):
+    """Width and height that a picture of `read_instances` had before it was made smaller."""
+    return picture.info.get(ORIGINAL_SIZE, picture.size)
 
 
 def register_heic():
@@ -192,7 +198,9 @@ def read_all(sources, where, background, keep):
             with warnings.catch_warnings(), opened() as picture:
                 # Pillow warns at half of what it refuses, which cameras of phones reach
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                pictures.append(keep(upright_rgb(picture, background)))
+                whole = upright_rgb(picture, background)
+                pictures.append(keep(whole))
+                pictures[-1].info[ORIGINAL_SIZE] = whole.size
         except UNREADABLE as error:
             faults.append(f"{name} cannot be read ({why_unreadable(error, path)})")
     if faults:

@@ -7,36 +7,42 @@ from transformers import CLIPTokenizer
 from nullspace.errors import NullSpaceError, reason
 from nullspace.families import get_family
 from nullspace.models import loading
+from nullspace.names import tokenizer_of
 
 
-def load_tokenizer(args):
-    """The model's tokenizer, or that of --tokenizer_name."""
+def load_tokenizers(args):
+    """The model's tokenizers by their names in the pipeline, or that of --tokenizer_name."""
     if not args.tokenizer_name:
         with loading(args.pretrained_model_name_or_path):
-            return get_family(args.model_type).load_tokenizer(args.model_folder)
+            return get_family(args.model_type).load_tokenizers(args.model_folder)
     try:
-        return CLIPTokenizer.from_pretrained(args.tokenizer_name, token=args.hub_token)
+        return {"tokenizer": CLIPTokenizer.from_pretrained(args.tokenizer_name, token=args.hub_token)}
     except (OSError, ValueError) as error:
         raise NullSpaceError(f"--tokenizer_name {args.tokenizer_name} cannot be had ({reason(error)}).") from error
 
 
 class PromptEncoder:
-    """What the denoiser is told of captions: encoded anew for each batch where the text encoder is trained, else once.
+    """What the denoiser is told of captions: encoded anew for each batch where text encoders are trained, else once.
 
     Args:
+        tokenizers (`dict`), text_encoders (`dict`): by their names in the pipeline.
         captions (`list[str]`): different ones; batches name them by number.
         args: --model_type, --tokenizer_max_length, --text_encoder_use_attention_mask, --clip_skip and
             --train_text_encoder.
     """
 
-    def __init__(self, tokenizer, text_encoder, captions, device, args):
-        length = args.tokenizer_max_length or tokenizer.model_max_length
-        longest = text_encoder.config.max_position_embeddings
-        if length > longest:
-            raise NullSpaceError(f"--tokenizer_max_length {length} is more than the text encoder's {longest} tokens.")
-        self.tokens = tokenizer(
-            captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
-        ).to(device)
+    def __init__(self, tokenizers, text_encoders, captions, device, args):
+        self.tokens = {}
+        for name, text_encoder in text_encoders.items():
+            tokenizer, longest = tokenizers[tokenizer_of(name)], text_encoder.config.max_position_embeddings
+            length = args.tokenizer_max_length or tokenizer.model_max_length
+            if length > longest:
+                raise NullSpaceError(
+                    f"--tokenizer_max_length {length} is more than the text encoder's {longest} tokens."
+                )
+            self.tokens[name] = tokenizer(
+                captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
+            ).to(device)
         self.family = get_family(args.model_type)
         self.use_mask, self.clip_skip = args.text_encoder_use_attention_mask, args.clip_skip
         self.encoded = None
@@ -44,15 +50,16 @@ class PromptEncoder:
             batches = torch.arange(len(captions)).split(16)
             progress = tqdm(batches, desc="Encoding prompts", unit="batch", disable=len(batches) == 1)
             with torch.no_grad():
-                parts = [self.encode(text_encoder, batch) for batch in progress]
+                parts = [self.encode(text_encoders, batch) for batch in progress]
             self.encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def encode(self, text_encoder, numbers):
-        mask = self.tokens.attention_mask[numbers] if self.use_mask else None
-        return self.family.encode(text_encoder, self.tokens.input_ids[numbers], mask, self.clip_skip)
+    def encode(self, text_encoders, numbers):
+        kinds = ("input_ids", "attention_mask") if self.use_mask else ("input_ids",)
+        tokens = {name: {kind: each[kind][numbers] for kind in kinds} for name, each in self.tokens.items()}
+        return self.family.encode(text_encoders, tokens, self.clip_skip)
 
-    def __call__(self, text_encoder, numbers):
+    def __call__(self, text_encoders, numbers):
         """The captions of these numbers (batch,), as keyword arguments of the denoiser: tensors (batch, ...)."""
         if self.encoded is None:
-            return self.encode(text_encoder, numbers)
+            return self.encode(text_encoders, numbers)
         return {name: value[numbers] for name, value in self.encoded.items()}

@@ -7,7 +7,7 @@ from nullspace.bundle import Bundle
 from nullspace.errors import NullSpaceError
 from nullspace.families import get_family
 from nullspace.moments import SecondMoments
-from nullspace.names import JOINT, TEXT_ENCODER
+from nullspace.names import JOINT, TEXT_ENCODER, TEXT_ENCODERS
 from nullspace.samplers import make_scheduler
 from nullspace.timesteps import split_groups
 from nullspace.validation import load_pipeline
@@ -70,7 +70,9 @@ def add_extra_prompts(bundle, components, accelerator, dtype, args):
     group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
     read = bundle.group(JOINT)
     inputs = {name: info["input"] for name, info in bundle.modules.items() if info["input"] in read}
-    moments = SecondMoments(components["unet"], inputs, group_of, text_encoder=components[TEXT_ENCODER])
+    moments = SecondMoments(
+        components["unet"], inputs, group_of, **{name: components[name] for name in family.text_encoders}
+    )
     prompts = [prompt for prompt in args.nullspace_extra_prompts for _ in range(PICTURES_PER_EXTRA_PROMPT)]
     starts = range(0, len(prompts), args.train_batch_size)
     with moments.collect():
@@ -107,7 +109,7 @@ def describe_protection(bundle, protected, args):
     )
     ranks_of = {}
     for name, item in protected.items():
-        where = "text encoder layers" if name.startswith(f"{TEXT_ENCODER}.") else "layers"
+        where = "text encoder layers" if name.partition(".")[0] in TEXT_ENCODERS else "layers"
         others = "free" if item.gains is None else "held back by their energy"
         ranks_of.setdefault((len(item.basis), where, others), []).append(item.rank)
     for (size, where, others), ranks in sorted(ranks_of.items()):

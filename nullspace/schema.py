@@ -8,7 +8,7 @@ import torch
 
 from nullspace.errors import NullSpaceError, listed
 from nullspace.families import FAMILIES
-from nullspace.names import CONFIG_NAME, FORMAT_VERSION, JOINT, TEXT_ENCODER, TEXT_INPUT, TIMELESS
+from nullspace.names import CONFIG_NAME, FORMAT_VERSION, JOINT, TEXT_ENCODERS, TEXT_INPUT, TIMELESS
 from nullspace.samplers import SAMPLERS
 
 
@@ -173,7 +173,7 @@ CONFIG = record(
         "sha256": HEX,
     },
     {
-        TEXT_ENCODER: record({"modules": LAYERS}, {"fingerprint": HEX}),
+        **{name: record({"modules": LAYERS}, {"fingerprint": HEX}) for name in TEXT_ENCODERS},
         "prediction_type": text(64),
         "clip_skip": integer(0, 1000),
         "mixed_precision": choice("no", "fp16", "bf16"),
@@ -205,10 +205,11 @@ def check_config(config, path):
 def _check_layers(config):
     """That no model's layers are given for another's, and that layers with one input agree on its size."""
     sizes = {}
-    for part, modules in (("", config["modules"]), (TEXT_ENCODER, config.get(TEXT_ENCODER, {}).get("modules", {}))):
+    for part, modules in [("", config["modules"]), *_of_text_encoders(config).items()]:
         for name, info in modules.items():
             for given in (name, info["input"]):
-                if (given.partition(".")[0] == TEXT_ENCODER) != bool(part):
+                model = given.partition(".")[0]
+                if (model if model in TEXT_ENCODERS else "") != part:
                     raise Wrong(f"{given} is no layer of the model that {part + '.' if part else ''}modules are of")
             if sizes.setdefault(info["input"], info["in_features"]) != info["in_features"]:
                 raise Wrong(f"layers that read {info['input']} have it in different sizes ({name})")
@@ -238,10 +239,10 @@ def _check_groups(config):
 def _check_tokens(config):
     """That each group has the inputs of all layers, and a file, and that counts add up."""
     read = {info["input"] for info in config["modules"].values()}
-    own = {info["input"] for info in config.get(TEXT_ENCODER, {}).get("modules", {}).values()}
+    own = {name: {info["input"] for info in modules.values()} for name, modules in _of_text_encoders(config).items()}
     names = [group["name"] for group in config["groups"]]
     expected = {name: inputs for name in names if (inputs := read - {TEXT_INPUT})}
-    expected |= {name: inputs for name, inputs in ((TEXT_INPUT, read & {TEXT_INPUT}), (TEXT_ENCODER, own)) if inputs}
+    expected |= {name: inputs for name, inputs in [(TEXT_INPUT, read & {TEXT_INPUT}), *own.items()] if inputs}
     tokens = config["tokens"]
     for name in [*expected, *tokens]:
         differing = expected.get(name, set()) ^ tokens.get(name, {}).keys()
@@ -301,8 +302,17 @@ def file_bytes(specs):
     return HEADER_BYTES + sum(math.prod(shape) * TYPE_BYTES[kinds[0]] for shape, kinds in specs.values())
 
 
+def _of_text_encoders(config):
+    """The layers that are covered of each text encoder, by its name."""
+    return {name: config[name]["modules"] for name in TEXT_ENCODERS if name in config}
+
+
 def _modules(config):
-    return {**config["modules"], **config.get(TEXT_ENCODER, {}).get("modules", {})}
+    return {
+        name: info
+        for modules in (config["modules"], *_of_text_encoders(config).values())
+        for name, info in modules.items()
+    }
 
 
 def check_header(path, file, specs):

@@ -9,7 +9,7 @@ from nullspace.divergence import Drawn, run_in_float32
 from nullspace.families import get_family
 from nullspace.models import loading
 from nullspace.pictures import comparison_grid
-from nullspace.prompt_encoder import load_tokenizer
+from nullspace.prompt_encoder import load_tokenizers
 
 
 def load_pipeline(args, dtype, device, **components):
@@ -18,7 +18,7 @@ def load_pipeline(args, dtype, device, **components):
     Components that are given, which may be in training, are left as they are.
     """
     if args.tokenizer_name:
-        components.setdefault("tokenizer", load_tokenizer(args))
+        components = load_tokenizers(args) | components
     family = get_family(args.model_type)
     pipeline = family.load_pipeline(args.model_folder, args.variant, **components)
     pipeline.scheduler = family.sampler.from_config(pipeline.scheduler.config)

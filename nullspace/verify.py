@@ -8,7 +8,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.families import get_family, recognise
 from nullspace.models import download_model, loading
 from nullspace.moments import SecondMoments
-from nullspace.names import JOINT, TEXT_INPUT, TIMELESS
+from nullspace.names import JOINT, TEXT_INPUT, TIMELESS, tokenizer_of
 from nullspace.prompts import spread
 from nullspace.samplers import make_scheduler
 from nullspace.spectrum import tf32
@@ -80,7 +80,8 @@ def load_verified(bundle, name_or_path):
         pipeline = family.load_pipeline(folder, variant, **models)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    bundle.check(pipeline.unet, pipeline.text_encoder, tokenizer=pipeline.tokenizer, noise_scheduler=pipeline.scheduler)
+    text_encoders, tokenizers = readers(pipeline, family)
+    bundle.check(pipeline.unet, **text_encoders, **tokenizers, noise_scheduler=pipeline.scheduler)
     return pipeline
 
 
@@ -143,13 +144,19 @@ def inputs_of(bundle, timeless):
     return {name: source for name, source in inputs.items() if source.startswith(names) == timeless}
 
 
+def readers(pipeline, family):
+    """The text encoders of a pipeline and their tokenizers: two `dict`s by their names in it."""
+    text_encoders = {name: getattr(pipeline, name) for name in family.text_encoders}
+    return text_encoders, {name: getattr(pipeline, name) for name in map(tokenizer_of, text_encoders)}
+
+
 def draw(bundle, pipeline, prompts, whole, seed):
     """Second moments of what is read at the joint group's timesteps: `dict[str, Tensor (in, in)]` by input."""
     config, family = bundle.config, get_family(bundle.config["model_type"])
     first, last = next(group["range"] for group in config["groups"] if group["name"] == JOINT)
     inputs = inputs_of(bundle, timeless=False) | (inputs_of(bundle, timeless=True) if whole else {})
     group_of = dict.fromkeys(range(first, last + 1), JOINT)
-    moments = SecondMoments(pipeline.unet, inputs, group_of, text_encoder=pipeline.text_encoder)
+    moments = SecondMoments(pipeline.unet, inputs, group_of, **readers(pipeline, family)[0])
     numbered = spread(list(enumerate(examples(bundle), 1)), prompts) or [(0, "")]  # as when it was built
     seed = config["seed"] if seed is None else seed
     all_steps = config["num_inference_steps"]
@@ -178,20 +185,24 @@ def draw(bundle, pipeline, prompts, whole, seed):
 
 def read_texts(bundle, pipeline):
     """Second moments of what does not depend on the timestep, from the text encoder alone, as `draw`."""
-    tokenizer, text_encoder = pipeline.tokenizer, pipeline.text_encoder
-    inputs = {name: source for name, source in inputs_of(bundle, timeless=True).items() if source != TEXT_INPUT}
-    moments = SecondMoments(pipeline.unet, inputs, {}, text_encoder=text_encoder)
-    texts = ["", *examples(bundle)]
-    tokens = tokenizer(
-        texts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
-    ).to(text_encoder.device)
-    uses_mask = getattr(text_encoder.config, "use_attention_mask", False)  # as its pipeline asks
     family = get_family(bundle.config["model_type"])
+    text_encoders, tokenizers = readers(pipeline, family)
+    inputs = {name: source for name, source in inputs_of(bundle, timeless=True).items() if source != TEXT_INPUT}
+    moments = SecondMoments(pipeline.unet, inputs, {}, **text_encoders)
+    texts = ["", *examples(bundle)]
+    tokens = {}
+    for name, text_encoder in text_encoders.items():
+        tokenizer = tokenizers[tokenizer_of(name)]
+        found = tokenizer(
+            texts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+        ).to(text_encoder.device)
+        uses_mask = getattr(text_encoder.config, "use_attention_mask", False)  # as its pipeline asks
+        tokens[name] = {kind: found[kind] for kind in ("input_ids", *["attention_mask"] * uses_mask)}
     with moments.collect():
         moments.start_batch()
         for part in torch.arange(len(texts)).split(TEXTS_AT_ONCE):
-            mask = tokens.attention_mask[part] if uses_mask else None
-            encoded = family.encode(text_encoder, tokens.input_ids[part], mask, bundle.clip_skip)
+            few = {name: {kind: each[part] for kind, each in kinds.items()} for name, kinds in tokens.items()}
+            encoded = family.encode(text_encoders, few, bundle.clip_skip)
             moments.add(TEXT_INPUT, TEXT_INPUT, encoded[TEXT_INPUT])
     return {source: total for (_, source), total in moments.sums.items()}
 

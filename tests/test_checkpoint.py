@@ -131,22 +131,22 @@ def test_a_checkpoint_without_a_record_is_refused(tmp_path):
 
 def test_every_part_of_the_model_is_compared(tiny_sd1, tiny_sd2):
     def load(folder):
-        return [
-            UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
-            CLIPTextModel.from_pretrained(folder, subfolder="text_encoder"),
-            AutoencoderKL.from_pretrained(folder, subfolder="vae"),
-            DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
-            CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-        ]
+        kinds = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
+        kinds |= {"scheduler": DDPMScheduler, "tokenizer": CLIPTokenizer}
+        return {name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()}
+
+    def describe_models(parts):
+        models = {name: parts[name] for name in ("unet", "text_encoder", "vae")}
+        return room.describe_models(models, parts["scheduler"], {"tokenizer": parts["tokenizer"]}, ["a red star"])
 
     parts, others = load(tiny_sd1), load(tiny_sd2)
-    before = room.describe_models(*parts, ["a red star"])
-    assert before == room.describe_models(*load(tiny_sd1), ["a red star"]) and len(before) == 5
-    for index, key in enumerate(list(before)[:4]):
-        changed = room.describe_models(*parts[:index], others[index], *parts[index + 1 :], ["a red star"])
+    before = describe_models(parts)
+    assert before == describe_models(load(tiny_sd1)) and len(before) == 5
+    for name, key in zip(list(parts)[:4], before, strict=False):
+        changed = describe_models(parts | {name: others[name]})
         assert [name for name in before if changed[name] != before[name]] == [key]
-    parts[4].add_tokens("star")
-    changed = room.describe_models(*parts, ["a red star"])
+    parts["tokenizer"].add_tokens("star")
+    changed = describe_models(parts)
     assert [name for name in before if changed[name] != before[name]] == ["the tokenizer (--tokenizer_name)"]
 
 

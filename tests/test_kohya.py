@@ -127,12 +127,13 @@ def test_the_kind_of_base_model():
     name, report = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", {"prediction_type": "v_prediction"}
     report |= {"base_model": {"id": "a/b"}, "training": {"clip_skip": 1}, "leakage": {"max": None}}
     report["nullspace"] = {"bundle": "a/c", "revision": "f00", "prompts": {"sha256": "1"}}
-    versions = [(768, {}, "sd_v1"), (2048, {}, None), (1024, {}, "sd_v2"), (1024, report, "sd_v2_v")]
+    versions = [(768, {}, "sd_v1"), (512, {}, None), (2048, {}, "sdxl_base_v1-0")]
+    versions += [(1024, {}, "sd_v2"), (1024, report, "sd_v2_v")]
     for width, given, version in versions:
         layers = {name: LoraLayer(torch.ones(2, width), torch.ones(3, 2), 1.0)}
         found = kohya_metadata(layers, given, "x")
         assert found.get("ss_base_model_version") == version
-        assert found.get("ss_v2") == {"sd_v1": "False", None: None}.get(version, "True")
+        assert found.get("ss_v2") == (version and str("sd_v2" in version))
     own = {name.replace("attn2", "attn1"): LoraLayer(torch.ones(2, 1024), torch.ones(3, 2), 1.0)}
     assert "ss_base_model_version" not in kohya_metadata(own)  # reads no text
     found = kohya_metadata(layers, report, "x")

@@ -554,7 +554,7 @@ def test_defaults_are_those_of_the_reference():
     line = ["--pretrained_model_name_or_path", "m", "--nullspace_name_or_path", "b", "--instance_data_dir", "d"]
     args = vars(trainer.parse_args([*line, "--instance_prompt", "p"]))
     expected = {
-        "resolution": 512, "train_batch_size": 4, "num_train_epochs": 1, "gradient_accumulation_steps": 1,
+        "resolution": None, "train_batch_size": 4, "num_train_epochs": 1, "gradient_accumulation_steps": 1,
         "learning_rate": 5e-4, "lr_scheduler": "constant", "lr_warmup_steps": 500, "lr_num_cycles": 1, "lr_power": 1.0,
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
         "rank": 4, "checkpointing_steps": 500, "num_validation_images": 4, "validation_epochs": 50,

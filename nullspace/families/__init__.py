@@ -10,6 +10,9 @@ from nullspace.errors import NullSpaceError, cannot_be_had
 FAMILIES = {
     "sd": "stable_diffusion.StableDiffusion",
     "lcm": "latent_consistency.LatentConsistency",
+    "sdxl": "sdxl.StableDiffusionXL",
+    "sdxl-turbo": "sdxl.StableDiffusionXLTurbo",
+    "sdxl-lcm": "sdxl.LatentConsistencyXL",
 }
 
 
@@ -21,14 +24,15 @@ def get_family(name):
 
 
 def family_of(unet_config):
-    """The family of a UNet, by its configuration, or None."""
+    """The first family that a UNet can be of, by its configuration, or None."""
     return next((each for each in map(get_family, FAMILIES) if each.recognises(unet_config)), None)
 
 
 def recognise(name_or_path, revision=None, token=None, wanted="auto"):
     """The family of a pipeline in a folder or on the Hub.
 
-    Its UNet decides. Where pipeline or scheduler are another family's, only the user can know.
+    Its UNet decides, and its scheduler between families with one kind of UNet, unless the user says which. Where
+    pipeline or scheduler are another family's, only the user can know.
 
     Args:
         wanted (`str`): "auto", or the name of the family that the user says it is of.
@@ -36,7 +40,7 @@ def recognise(name_or_path, revision=None, token=None, wanted="auto"):
     Raises:
         NullSpaceError: if it cannot be had, is of no family, or not of the one that is wanted.
     """
-    from diffusers import DiffusionPipeline, UNet2DConditionModel  # take seconds to import
+    from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel  # take seconds to import
 
     from nullspace.hub import patiently
 
@@ -50,16 +54,33 @@ def recognise(name_or_path, revision=None, token=None, wanted="auto"):
             raise NullSpaceError(cannot_be_had(name_or_path, error)) from error
 
     index, families = load(DiffusionPipeline), [get_family(name) for name in FAMILIES]
-    pipelines = [each.pipeline.__name__ for each in families]
+    pipelines = list(dict.fromkeys(each.pipeline.__name__ for each in families))
     if index["_class_name"] not in pipelines:
         raise NullSpaceError(
-            f"{name_or_path} is a {index['_class_name']}; only {' and '.join(pipelines)} models are supported."
+            f"{name_or_path} is a {index['_class_name']}; only {', '.join(pipelines[:-1])} and {pipelines[-1]} "
+            "models are supported."
         )
-    found = family_of(load(UNet2DConditionModel, subfolder="unet"))
-    if found is None:
+    unet_config = load(UNet2DConditionModel, subfolder="unet")
+    fitting = [each for each in families if each.recognises(unet_config)]
+    if not fitting:
         raise NullSpaceError(f"The UNet of {name_or_path} is of no kind that is supported; choose another base model.")
     classes = (index["_class_name"], index.get("scheduler", [None])[-1])
-    marks = [(mark, each) for mark in classes for each in families if mark in each.marks and each is not found]
+    if str(classes[1]).startswith("EDM"):
+        raise NullSpaceError(
+            f"{name_or_path} has a {classes[1]}: it was trained with EDM's noise (arXiv 2206.00364), which is not "
+            "supported; choose another base model."
+        )
+    found = fitting[0]
+    if len(fitting) > 1:
+        scheduler_config = load(DDPMScheduler, subfolder="scheduler")  # of any scheduler, as it is written
+        named = [each for each in fitting if each.name == wanted]
+        found = next(iter(named or [each for each in fitting if each.claims(scheduler_config)]), found)
+    marks = [
+        (mark, each)
+        for mark in classes
+        for each in families
+        if mark in each.marks and mark not in found.marks and each is not found
+    ]
     if marks and wanted != found.name:
         mark, seeming = marks[0]
         raise NullSpaceError(

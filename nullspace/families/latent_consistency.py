@@ -34,7 +34,7 @@ class LatentConsistency(StableDiffusion):
     tags = ("latent-consistency-model", "lcm")
 
     def recognises(self, unet_config):
-        return unet_config.get("time_cond_proj_dim") is not None
+        return unet_config.get("time_cond_proj_dim") is not None and unet_config.get("addition_embed_type") is None
 
     def settle(self, args):
         args.lcm_loss = args.lcm_loss or "x0"

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from nullspace.errors import NullSpaceError
 from nullspace.layers import text_layers
 from nullspace.models import load_whole
-from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT
+from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT, tokenizer_of
 
 
 class StableDiffusion:
@@ -29,6 +29,9 @@ class StableDiffusion:
         collection (`dict`): the builder's defaults, those of its pipeline.
         samplers (`tuple[str]` or `None`): those that draw with it, all if None.
         tags (`tuple[str]`): of model cards.
+        text_encoders (`dict[str, type]`): classes, by their names in the pipeline.
+        resolution (`int`): side of the pictures that it is trained on, in pixels.
+        is_trained (`bool`): whether the trainer has a loss for it.
     """
 
     name = "sd"
@@ -42,19 +45,31 @@ class StableDiffusion:
     samplers = None
     tags = ("stable-diffusion", "stable-diffusion-diffusers")
     noise_scheduler = DDPMScheduler
+    text_encoders = {TEXT_ENCODER: CLIPTextModel}
+    resolution = 512
+    is_trained = True
 
     def recognises(self, unet_config):
         """Whether a UNet, by its configuration, is one of the family."""
-        return unet_config.get("time_cond_proj_dim") is None
+        keys = ("addition_embed_type", "time_cond_proj_dim")
+        return all(unet_config.get(key) is None for key in keys)
+
+    def claims(self, scheduler_config):
+        """Whether a UNet that several families recognise is this one's, by the configuration of its scheduler."""
+        return False
 
     # Loading
 
-    def load_tokenizer(self, folder):
-        """Raises OSError or ValueError, as the library does, if the folder of a base model has none."""
-        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    def load_tokenizers(self, folder):
+        """The tokenizers of a base model's folder, by their names in the pipeline.
+
+        Raises OSError or ValueError, as the library does, if one is missing.
+        """
+        names = map(tokenizer_of, self.text_encoders)
+        return {name: CLIPTokenizer.from_pretrained(folder, subfolder=name) for name in names}
 
     def load_models(self, folder, variant=None):
-        """Text encoder, UNet and VAE of a base model's folder, in float32: `dict[str, Module]`.
+        """Text encoders, UNet and VAE of a base model's folder, in float32: `dict[str, Module]`.
 
         Args:
             variant (`str`, *optional*): that of the files, for those that have it.
@@ -62,7 +77,7 @@ class StableDiffusion:
         Raises:
             OSError, ValueError: if a file is missing or lacks weights.
         """
-        kinds = {TEXT_ENCODER: CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
+        kinds = {**self.text_encoders, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
         return {part: load_whole(kind, folder, part, variant) for part, kind in kinds.items()}
 
     def load_pipeline(self, folder, variant=None, **components):
@@ -72,6 +87,10 @@ class StableDiffusion:
     def load_noise_scheduler(self, folder):
         """The noise schedule that it is trained with."""
         return self.noise_scheduler.from_pretrained(folder, subfolder="scheduler")
+
+    def needs_float32(self, vae_config):
+        """Whether the VAE is known to overflow in float16; where it is not, it is tried."""
+        return False
 
     # Training
 
@@ -86,9 +105,22 @@ class StableDiffusion:
                 f"--lcm_loss is not for {self.title}, which {args.pretrained_model_name_or_path} is; leave it out."
             )
 
-    def encode(self, text_encoder, input_ids, attention_mask=None, clip_skip=0):
-        """What the denoiser is told of prompts, tokens (batch, tokens): its keyword arguments, tensors (batch, ...)."""
-        return {TEXT_INPUT: encode_tokens(text_encoder, input_ids, attention_mask, clip_skip)}
+    def encode(self, text_encoders, tokens, clip_skip=0):
+        """What the denoiser is told of prompts: its keyword arguments, tensors (batch, ...).
+
+        Args:
+            text_encoders (`dict[str, Callable]`): by name, whatever they are wrapped in.
+            tokens (`dict[str, dict]`): for each its `input_ids` and perhaps `attention_mask`, (batch, tokens).
+        """
+        return {TEXT_INPUT: encode_tokens(text_encoders[TEXT_ENCODER], **tokens[TEXT_ENCODER], clip_skip=clip_skip)}
+
+    def unread_layers(self, encoder, clip_skip=0):
+        """How many of the last layers of the text encoder of this name give nothing that the denoiser is told."""
+        return clip_skip
+
+    def place(self, framings):
+        """What the denoiser is told of where pictures were cut, framings (batch, 6) of `InstanceDataset`, as above."""
+        return {}
 
     def training_timesteps(self, noise_scheduler):
         """The timesteps to train at, ascending."""

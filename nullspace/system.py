@@ -21,12 +21,9 @@ LEFTOVER = re.compile(r"(?P<name>.*)\.(?P<kind>partial|old|probe)-(?P<pid>\d+)")
 # What earlier versions left behind, which name no process: they are given a day.
 EARLIER = re.compile(r"partial-(checkpoint-\d+|lora-\w{8}|.+\.(safetensors|png|json|md))")
 DAY = 24 * 60 * 60  # seconds
-# What a disk, or who looks after it, says no with; anything else is a fault of the code.
-REFUSALS = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ESTALE", "ENOTDIR")
-    if hasattr(errno, name)
-}
+# What a disk, or who looks after it, says no with; anything else is a fault of the code. Windows lacks some.
+FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")} - {None}
+REFUSALS = FULL | {getattr(errno, name, None) for name in ("EROFS", "EACCES", "EPERM", "EIO", "ESTALE")} - {None}
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
@@ -146,7 +143,7 @@ def write_fault(path, partial, error, size=None):
     number = error.errno if isinstance(error, OSError) else None
     if found := re.search(r"os error (\d+)", str(error)):  # as safetensors says it
         number = int(found[1])
-    if "PytorchStreamWriter failed" in str(error):  # as torch says it, whatever it was
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch's writer, which does not say why
         number = errno.ENOSPC
     folder = path.parent
     if isinstance(error, OSError) and not folder.is_dir():
@@ -154,11 +151,15 @@ def write_fault(path, partial, error, size=None):
     if number not in REFUSALS:
         return None
     written = sum(file.stat().st_size for file in [partial, *partial.rglob("*")] if file.is_file())
-    needed = f"{in_bytes(size)} are needed" if size else f"more than {in_bytes(written)} are needed"
+    space = ""
+    if number in FULL:
+        needed = in_bytes(size) if size else f"more than {in_bytes(written)}"
+        free = in_bytes(shutil.disk_usage(folder).free + written)  # as it was before
+        space = f", where {free} were free, quotas aside, and {needed} are needed"
     return (
-        f"{path} cannot be written ({os.strerror(number)}): {needed} and {in_bytes(shutil.disk_usage(folder).free)} "
-        "are free there, quotas aside; what was there before is as it was. Make room, or name another folder, and run "
-        "the command again."
+        f"{path} cannot be written ({os.strerror(number)}{space}); what was there before is as it was: "
+        f"{'make room' if number in FULL else 'see to it that it can be'}, or name another folder, and run the command "
+        "again."
     )
 
 

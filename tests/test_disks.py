@@ -1,6 +1,7 @@
 """Full disks, folders that go away, runs that were killed, and two at once: what was there stays whole."""
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import save_file
 
 from nullspace import bundle as bundle_room
 from nullspace import locks, system
@@ -96,7 +98,7 @@ def test_a_file_that_cannot_grow_leaves_the_earlier_one(name, tmp_path):
     for size in {0, 1, 64, largest // 4, largest // 2, largest - 1}:
         with largest_file(size), pytest.raises(NullSpaceError) as caught:
             write(path, 2)
-        assert "cannot be written (File too large)" in str(caught.value) and "are free there" in str(caught.value)
+        assert "cannot be written (File too large, where" in str(caught.value) and "needed" in str(caught.value)
         assert contents(tmp_path) == before, size
     write(path, 2)
     assert contents(tmp_path) != before and contents(tmp_path).keys() == before.keys()
@@ -169,6 +171,42 @@ def test_a_folder_that_was_removed_is_not_made_again(name, tmp_path):
     assert not home.exists()
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting is not allowed here ({done.stderr.strip()})")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_each_library_says_that_a_disk_is_full_or_read_only(small_disk):
+    """In words of its own, which ours take the place of."""
+    tensors = {"x": torch.zeros(100_000)}
+
+    def in_a_folder(path):
+        path.mkdir()
+        torch.save(tensors, path / "optimizer.bin")
+
+    writers = (
+        lambda path: save_file(tensors, path),
+        lambda path: torch.save(tensors, path),
+        lambda path: path.write_bytes(bytes(100_000)),
+        in_a_folder,
+    )
+    for message in ("No space left on device, where 65.5 kB were free", "Read-only file system"):
+        for write in writers:
+            with pytest.raises(NullSpaceError) as caught, replacing(small_disk / "file") as partial:
+                write(partial)
+            assert message in str(caught.value) and not list(small_disk.iterdir())
+            del caught  # whose frames hold a file open
+            gc.collect()
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+
+
 def test_an_error_of_the_code_stays_what_it_is(tmp_path):
     for error in (KeyError("x"), FileNotFoundError(2, "No such file", "elsewhere"), RuntimeError("no more paper")):
         with pytest.raises(type(error)), replacing(tmp_path / "a") as partial:
@@ -180,10 +218,13 @@ def test_an_error_of_the_code_stays_what_it_is(tmp_path):
 def test_the_sentence_says_what_is_needed_and_what_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(system.shutil, "disk_usage", lambda path: SimpleNamespace(free=12_300_000))
     error = OSError(errno.ENOSPC, "x")
-    assert "1.5 GB are needed and 12.3 MB are free" in system.write_fault(tmp_path / "a", tmp_path / "b", error, 15e8)
-    (tmp_path / "b").write_bytes(bytes(2000))
+    fault = system.write_fault(tmp_path / "a", tmp_path / "b", error, 15e8)
+    assert "where 12.3 MB were free, quotas aside, and 1.5 GB are needed); what was there before is as it was" in fault
+    (tmp_path / "b").write_bytes(bytes(700_000))
     fault = system.write_fault(tmp_path / "a", tmp_path / "b", error)
-    assert "more than 2 kB are needed and 12.3 MB are free" in fault
+    assert "where 13 MB were free, quotas aside, and more than 700 kB are needed" in fault
+    fault = system.write_fault(tmp_path / "a", tmp_path / "b", OSError(errno.EROFS, "x"))
+    assert "cannot be written (Read-only file system); what" in fault and "free" not in fault
     with pytest.raises(NullSpaceError, match="too full for the bundle: 20 MB are needed and 12.3 MB are free"):
         system.check_space(tmp_path / "not" / "there", 20_000_000, "the bundle")
     system.check_space(tmp_path, 12_000_000, "the bundle")

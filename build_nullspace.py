@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.40,<1", "filelock>=3.12", "huggingface_hub>=1.23,<3",
-#     "matplotlib", "peft>=0.19,<1", "psutil", "safetensors>=0.8,<1", "torch>=2.6,<2.14", "tqdm",
+#     "matplotlib", "peft>=0.19,<1", "pillow>=10.3", "psutil", "safetensors>=0.8,<1", "torch>=2.6,<2.14", "tqdm",
 #     "transformers>=5.6,<6",
 # ]
 # ///

@@ -6,7 +6,7 @@
 #     "tqdm", "transformers>=5.6,<6",
 # ]
 # ///
-"""Teach Stable Diffusion, SDXL or an LCM a subject from a few pictures, with a LoRA that leaves the rest be.
+"""Teach Stable Diffusion, SDXL or an LCM a subject from pictures, with a LoRA that leaves the rest be.
 
     accelerate launch train_dreambooth_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\

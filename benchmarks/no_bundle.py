@@ -53,7 +53,7 @@ def costs(scratch):
         args = parse_args(command(cache, scratch / "lora"))
         args.model_folder = MODEL
         components = family.load_models(MODEL)
-        components["tokenizer"] = family.load_tokenizer(MODEL)
+        components |= family.load_tokenizers(MODEL)
         components["noise_scheduler"] = family.load_noise_scheduler(MODEL)
         return finding.find_or_build(finding.Wanted(family, components, args), accelerator, args)
 

@@ -1,7 +1,5 @@
 """The null space in a training loop of one's own: open a bundle, attach it to a LoRA, save that with its report."""
 
-import os
-import tempfile
 from pathlib import Path
 from weakref import WeakSet
 
@@ -26,6 +24,7 @@ from nullspace.names import (
 )
 from nullspace.projector import NullSpaceProjector
 from nullspace.report import LEAKAGE_BOUNDS, make_report, save_audited, write_json
+from nullspace.system import put, staging
 
 
 class NullSpace:
@@ -191,9 +190,9 @@ class NullSpace:
         told = {"rank": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
         told |= {"train_text_encoder": len(self._adapted) > 1, "clip_skip": self.bundle.clip_skip}
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="partial-lora-", dir=folder) as staging:
+        with staging(folder / "lora") as staged:
             found = save_audited(
-                Path(staging), self.bundle, self._adapted, dtype, self.criterion, self.threshold,
+                staged, self.bundle, self._adapted, dtype, self.criterion, self.threshold,
                 unprotected=folder / UNPROTECTED_NAME,
                 advice="see that nothing but the attached optimizer moves the LoRA, and train and save it in float32",
                 adapter=self.adapter,
@@ -201,7 +200,7 @@ class NullSpace:
             report = make_report(
                 found, self.bundle, dtype, self.name, {**setting, "timesteps": JOINT}, told | (training or {})
             )
-            os.replace(Path(staging) / LORA_NAME, folder / LORA_NAME)
+            put(staged / LORA_NAME, folder / LORA_NAME)
         (folder / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier attempt, whose place this one takes
         write_json(folder / REPORT_NAME, report)
         return report

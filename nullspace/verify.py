@@ -58,6 +58,8 @@ def check_against_model(bundle, components, device, dtype, args):
         components (`dict`): of the base model's pipeline, without LoRA, on the device.
         args: the trainer's flags.
     """
+    if args.tokenizer_name:  # a bundle is judged with the model's own
+        components = components | get_family(args.model_type).load_tokenizers(args.model_folder)
     refuse(verify(bundle, load_pipeline(args, dtype, device, **components)))
 
 

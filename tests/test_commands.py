@@ -46,7 +46,7 @@ def test_merged_bundles_are_that_of_all_their_prompts(folders, tmp_path, capsys)
     assert merged.spectra.keys() == whole.spectra.keys() and len(merged.spectra) == 5
     for group, spectra in whole.spectra.items():
         for source, spectrum in spectra.items():
-            assert distance(merged.spectra[group][source].sum(), spectrum.sum()) < 1e-5
+            assert distance(merged.spectra[group][source].sum(), spectrum.sum()) < 1e-4  # 16 bits hold the tails
     assert merged.config["prompts"]["examples"] == ["prompt 0", "prompt 1"]
     # A third one, to an earlier bundle's place
     others = ("--nullspace", folders / "half-1", "--nullspace", folders / "whole")

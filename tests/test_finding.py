@@ -53,7 +53,7 @@ class Run:
         self.args.model_folder = model
         family = get_family("sd")
         self.components = family.load_models(model)
-        self.components["tokenizer"] = family.load_tokenizer(model)
+        self.components |= family.load_tokenizers(model)
         self.components["noise_scheduler"] = family.load_noise_scheduler(model)
         self.wanted = finding.Wanted(family, self.components, self.args)
         self.accelerator = SimpleNamespace(device=torch.device("cpu"), is_local_main_process=True, mixed_precision="no")

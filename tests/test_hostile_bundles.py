@@ -340,9 +340,9 @@ def meet(folder, pipeline):
     bundle.check(pipeline.unet, pipeline.text_encoder, tokenizer=pipeline.tokenizer, noise_scheduler=pipeline.scheduler)
     args = Namespace(
         lora_layers=None, train_text_encoder=True, clip_skip=0, allow_unprotected=False, rank=2,
-        nullspace_threshold=0.9, nullspace_criterion="energy",
+        nullspace_threshold=0.9, nullspace_criterion="energy", model_type="sd",
     )  # fmt: skip
-    return lora_targets(pipeline.unet, pipeline.text_encoder, bundle, {JOINT: bundle.protected()}, args)
+    return lora_targets(pipeline.unet, {TEXT_ENCODER: pipeline.text_encoder}, bundle, {JOINT: bundle.protected()}, args)
 
 
 def refusal(folder, pipeline):

@@ -280,7 +280,7 @@ def test_a_run_without_prompt_and_captions_is_refused_before_a_model(tmp_path):
     line = ["--pretrained_model_name_or_path", "/nowhere", "--nullspace_name_or_path", "/nowhere"]
     line += ["--instance_data_dir", str(instances(tmp_path / "star")), "--output_dir", str(tmp_path / "lora")]
     with pytest.raises(NullSpaceError, match="without a caption"):
-        trainer.main(trainer.parse_args([*line, "--report_to", "none"]))
+        trainer.main(trainer.parse_args([*line, "--report_to", "none", "--resolution", "32"]))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ from nullspace.latents import draw_noise
 from nullspace.layers import attention_inputs, find_module
 from nullspace.lora import load_lora
 from nullspace.names import COMPARISON_NAME, CONFIG_NAME, JOINT, LORA_NAME, REPORT_NAME, TEXT_INPUT
+from nullspace.samplers import make_scheduler
 from shapes import DEMO
 
 
@@ -254,7 +255,7 @@ def test_extra_prompts_are_drawn_as_the_bundle_was(flags, tiny_sd1, bundle1, tmp
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = build_nullspace.make_scheduler("ddim", pipeline.scheduler.config)
+    pipeline.scheduler = make_scheduler("ddim", pipeline.scheduler.config)
     layer = next(name for name in bundle.config["modules"] if name.endswith("to_out.0"))
     seen, now = {}, {}  # input and timestep -> what was read
 
@@ -392,7 +393,8 @@ def test_timestep_sampler_is_uniform_and_names_the_group():
 def test_flag_changes_the_lora_and_keeps_the_guarantee(flags, tiny_sd1, bundle1, reference, tmp_path):
     tensors = train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
     assert not same(tensors, reference)
-    assert report(tmp_path / "lora")["leakage"]["max"] < 1e-5
+    for layer in report(tmp_path / "lora")["layers"]:  # but for what may hide where more is closed than stored in full
+        assert layer["leakage"] - layer["rounding"]["leakage"] < 1e-5 and layer["rounding"]["leakage"] < 4e-3
 
 
 @pytest.mark.parametrize(
@@ -502,6 +504,7 @@ def test_pictures_are_drawn_in_25_steps_as_the_bundle_was(tiny_sd1, tmp_path, mo
         return call(pipeline, *args, **kwargs)
 
     bundle = make_bundle(tiny_sd1, tmp_path / "bundle", "--guidance_scale", 3)
+    monkeypatch.setattr(trainer, "check_against_model", lambda *_: None)  # which draws, too
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", record)
     train(tiny_sd1, bundle, tmp_path / "lora", "--validation_epochs", 1)
     assert drawn == [(DPMSolverMultistepScheduler, 25, 3)] * 4  # base and tuned, in training and at the end
@@ -593,6 +596,7 @@ def test_the_header_for_uv_names_what_the_script_imports(script):
         module = waiting.pop()
         imported.add(module)
         path = README.parent / f"{module.replace('.', '/')}.py"
+        path = path if path.is_file() else path.with_suffix("") / "__init__.py"
         if path.is_file() and (module.partition(".")[0] in own or module == Path(script).stem):
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

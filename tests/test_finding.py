@@ -211,7 +211,7 @@ def test_a_disk_that_is_full_while_drawing(tiny_sd1, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
     try:
-        with pytest.raises(NullSpaceError, match="cannot be written .*make room there: the same command then goes on"):
+        with pytest.raises(NullSpaceError, match="cannot be written .*make room"):
             run.find()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -238,7 +238,7 @@ def test_a_disk_that_is_full_half_way_leaves_nothing_half_written(tiny_sd1, buil
     kept = {path.name.rpartition(".")[2] for path in (tmp_path / "cache").iterdir()}
     assert kept == {"lock", "checkpoint"}
     drawn = count_drawn(run, monkeypatch)
-    assert run.find()[1] and len(drawn) == PROMPTS % 5  # a checkpoint every 5 batches of one
+    assert run.find()[1] and not drawn  # the last batch is kept, too
 
 
 def count_drawn(run, monkeypatch, stop_after=None):
@@ -357,6 +357,8 @@ try:
 except NullSpaceError as error:
     found += f" {error}"
 (folder / f"found-{state.process_index}").write_text(found)
+state.wait_for_everyone()
+state.destroy_process_group()
 """
 
 

@@ -109,6 +109,7 @@ def test_while_libraries_are_imported_it_ends_without_a_word(start):
 def test_what_can_be_left_is_left(start):
     process = start("cut")
     assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)  # for what prints it to be left
     process.terminate()
     out, said = process.communicate(timeout=10)
     assert out == "went on\n" and process.returncode == 143 and said.startswith("Stopped by SIGTERM. Go on with:\n")

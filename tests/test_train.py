@@ -1332,7 +1332,8 @@ def test_bad_flags(flags, message, capsys):
 
 
 def test_an_error_ends_the_script_with_its_sentence_and_no_traceback(run_script, tmp_path):
-    line = command_line(NOWHERE, tmp_path, tmp_path / "lora", "--instance_data_dir", tmp_path)
+    (tmp_path / "empty").mkdir()
+    line = command_line(NOWHERE, tmp_path, tmp_path / "lora", "--instance_data_dir", tmp_path / "empty")
     done = run_script("train_dreambooth_nullspace.py", *line, check=False)
     assert done.returncode != 0
     assert "error: --instance_data_dir" in done.stderr and "NullSpaceError" not in done.stderr

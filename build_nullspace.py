@@ -27,7 +27,7 @@ from pathlib import Path
 
 from nullspace import signals
 from nullspace.checks import HelpFormatter, Parser, hub_token, launched, require
-from nullspace.errors import DamagedError, NullSpaceError
+from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES, recognise
 from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT
 from nullspace.samplers import SAMPLERS
@@ -180,10 +180,8 @@ def name_repository(repo_id, folder):
 
 
 def check_published(folder):
-    """Raise `NullSpaceError` unless what a bundle's configuration lists are plain names of files in its folder."""
+    """Raise `NullSpaceError` if one of the files that a bundle's configuration lists, all plain names, is a link."""
     for name in read_config(folder)["files"]:
-        if not re.fullmatch(r"\w[\w.-]*", name):  # no path, no pattern, nothing hidden
-            raise DamagedError(f"{folder / CONFIG_NAME} lists {name!r}, which is no file of a bundle; build it again.")
         if linked(folder, name):
             raise NullSpaceError(
                 f"{folder / name} is a link, which is not published: copy the bundle as files, with cp -rL, and name "

@@ -397,7 +397,7 @@ def test_a_latent_consistency_model_is_trained(tiny_xl_lcm, tmp_path):
     [
         (("--tokenizer_name", "t"), "--tokenizer_name names one tokenizer"),
         (("--text_encoder_use_attention_mask",), "--text_encoder_use_attention_mask hides the padding"),
-        (("--lcm_loss", "x0"), "--lcm_loss x0 is none of a Stable Diffusion XL model"),
+        (("--lcm_loss", "x0"), "--lcm_loss is not for a Stable Diffusion XL model"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(flags, message, tiny_xl, xl_bundle, tmp_path):

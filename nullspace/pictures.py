@@ -365,7 +365,7 @@ def why_no_dataset(error):
     if cause is None:
         return reason(error)
     different = sorted({*cause.table_column_names} ^ {*cause.requested_column_names})
-    return f"its files have different columns: not in all of them are {', '.join(different)}"
+    return f"its files have different columns, give all of them the same: not in all are {', '.join(different)}"
 
 
 def check_layout(folder, column):

@@ -79,11 +79,16 @@ def build(model, scratch, flags=""):
 # ---- Forgeries: each of a spectrum, by the number of directions that are closed --------------------------------------
 
 
+def with_vectors(spectrum, vectors):
+    """The spectrum with eigenvectors (in, in), all of them in float32."""
+    return spectrum._replace(eigenvectors=vectors.contiguous(), rest=None)
+
+
 def shuffled(spectrum, indices, generator):
     """The spectrum in which the eigenvectors of these indices stand in another order."""
     order = torch.arange(len(spectrum.eigenvalues))
     order[indices] = indices[torch.randperm(len(indices), generator=generator)]
-    return spectrum._replace(eigenvectors=spectrum.eigenvectors[:, order])
+    return with_vectors(spectrum, spectrum.orthonormal()[:, order])
 
 
 def some_held_back(share):
@@ -96,14 +101,14 @@ def some_held_back(share):
 
 
 def random_vectors(spectrum, rank, generator):
-    noise = torch.randn(spectrum.eigenvectors.shape, generator=generator)
-    return spectrum._replace(eigenvectors=torch.linalg.qr(noise).Q)
+    size = len(spectrum.eigenvalues)
+    return with_vectors(spectrum, torch.linalg.qr(torch.randn(size, size, generator=generator)).Q)
 
 
 def swap(spectrum, first, second):
     order = torch.arange(len(spectrum.eigenvalues))
     order[[first, second]] = order[[second, first]]
-    return spectrum._replace(eigenvectors=spectrum.eigenvectors[:, order])
+    return with_vectors(spectrum, spectrum.orthonormal()[:, order])
 
 
 def nothing_held_back(spectrum, rank, generator):
@@ -114,7 +119,7 @@ def nothing_held_back(spectrum, rank, generator):
 
 FORGERIES = {
     "random orthonormal vectors": random_vectors,
-    "reversed eigenvectors": lambda spectrum, *_: spectrum._replace(eigenvectors=spectrum.eigenvectors.flip(1)),
+    "reversed eigenvectors": lambda spectrum, *_: with_vectors(spectrum, spectrum.orthonormal().flip(1)),
     "leading ones right, held-back ones shuffled": some_held_back(1),
     "half of the held-back ones shuffled": some_held_back(0.5),
     "a fifth of the held-back ones shuffled": some_held_back(0.2),

@@ -73,20 +73,25 @@ def case(request):
     return request.getfixturevalue(request.param)
 
 
+def with_vectors(spectrum, vectors):
+    """The spectrum with eigenvectors (in, in), all of them in float32."""
+    return spectrum._replace(eigenvectors=vectors.contiguous(), rest=None)
+
+
 def random_vectors(spectrum):
-    noise = torch.randn(spectrum.eigenvectors.shape, generator=torch.Generator().manual_seed(0))
-    return spectrum._replace(eigenvectors=torch.linalg.qr(noise).Q)
+    size = len(spectrum.eigenvalues)
+    noise = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    return with_vectors(spectrum, torch.linalg.qr(noise).Q)
 
 
 def reversed_vectors(spectrum):
-    return spectrum._replace(eigenvectors=spectrum.eigenvectors.flip(1))
+    return with_vectors(spectrum, spectrum.orthonormal().flip(1))
 
 
 def shuffled_where_held_back(spectrum):
     """Leading directions right; of the others, the least used are in the place of the most used ones."""
-    rank = spectrum.rank()
-    vectors = torch.cat([spectrum.eigenvectors[:, :rank], spectrum.eigenvectors[:, rank:].flip(1)], dim=1)
-    return spectrum._replace(eigenvectors=vectors)
+    rank, vectors = spectrum.rank(), spectrum.orthonormal()
+    return with_vectors(spectrum, torch.cat([vectors[:, :rank], vectors[:, rank:].flip(1)], dim=1))
 
 
 def nothing_held_back(spectrum):

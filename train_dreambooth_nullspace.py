@@ -20,30 +20,24 @@ protects: that of --nullspace_name_or_path, or one that is found or built for th
 
 import argparse
 import math
-import os
-import random
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from nullspace import signals
 from nullspace.checks import (
     HelpFormatter,
     Parser,
-    check_clip_skip,
     check_softness,
     check_threshold,
-    check_writable,
     colour,
     hub_token,
     launched,
-    output_folder_fault,
-    require,
-    resolution_fault,
     unquoted_prompt,
 )
-from nullspace.errors import NullSpaceError, reason
-from nullspace.families import FAMILIES, recognise
+from nullspace.errors import NullSpaceError
+from nullspace.families import FAMILIES
 from nullspace.flags import resume_help
 from nullspace.names import (
     DEFAULT_SOFTNESS,
@@ -54,7 +48,7 @@ from nullspace.names import (
     UNPROTECTED_NAME,
     kohya_path,
 )
-from nullspace.system import check_space, put, quiet_imports, remove_leftovers, staging
+from nullspace.system import put, quiet_imports, remove_leftovers, staging
 
 
 # All of diffusers' `SchedulerType` but piecewise_constant, which needs rules of its own.
@@ -425,232 +419,43 @@ if __name__ == "__main__":
     quiet_imports(hidden=[] if ARGS.use_8bit_adam else ["bitsandbytes"])
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    set_seed,
-)
-from diffusers import AutoencoderKL
 from diffusers.training_utils import free_memory
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from nullspace.adapters import add_lora, lora_targets
 from nullspace.batch_loss import BatchLoss
-from nullspace.captions import trained_prompts
-from nullspace.checkpoint import (
-    check_same_run,
-    describe_bundle,
-    describe_models,
-    describe_run,
-    find_checkpoint,
-    going_on_from,
-    how_to_go_on,
-    keep_checkpoints_small,
-    read_record,
-    save_checkpoint,
-    write_state,
-)
-from nullspace.dataset import InstanceDataset, seeded
+from nullspace.bundle import Bundle
+from nullspace.checkpoint import check_same_run, describe_bundle, describe_models, going_on_from, write_state
+from nullspace.checkpointer import Checkpointer
+from nullspace.dataset import InstanceDataset, epoch_batches, make_dataloader, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
-from nullspace.finding import Wanted, find_or_build
-from nullspace.hub import create_repository, hub_repository
-from nullspace.kohya import check_replaceable
 from nullspace.latents import encode_pictures
-from nullspace.launch import PROCESS_TIMEOUT, check_launcher
 from nullspace.locks import alone
-from nullspace.logs import ScalarLog, log_audit, log_picture, set_up_logging, start_trackers
-from nullspace.models import download_model, loading
+from nullspace.logs import ScalarLog, log_audit, set_up_logging
 from nullspace.optimizers import make_optimizer, make_schedule
-from nullspace.pictures import fit, read_instances, save_picture
+from nullspace.preparation import (
+    check_output,
+    find_out,
+    find_protection,
+    load_models,
+    make_accelerator,
+    read_subject,
+    save_memory,
+    start_or_resume,
+)
 from nullspace.projector import NullSpaceProjector
-from nullspace.prompt_encoder import PromptEncoder, load_tokenizers
-from nullspace.prompts import prompt_warnings, spread, tokenizer_fault
-from nullspace.protection import add_extra_prompts, closes_any, describe_protection, load_protection, protect
+from nullspace.prompt_encoder import PromptEncoder
+from nullspace.prompts import spread
+from nullspace.protection import add_extra_prompts, closes_any, log_protection, protect
 from nullspace.report import audit_file, save_audited
-from nullspace.results import log_files, needed_space, push, write_results
+from nullspace.results import log_files, push, write_results
 from nullspace.timesteps import TimestepSampler
-from nullspace.validation import draw_in_training, draw_saved
+from nullspace.validation import draw_saved, validate
 from nullspace.verify import check_against_model
 
 
 logger = get_logger(__name__)
-
-# ---- Setting up ------------------------------------------------------------------------------------------------------
-
-
-def make_accelerator(args):
-    """The `Accelerator`.
-
-    Raises:
-        NullSpaceError: if something that a flag asks for is not there, or the launcher shards gradients.
-    """
-    if args.local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    for wanted, package, flag in (
-        (args.enable_xformers_memory_efficient_attention, "xformers", "--enable_xformers_memory_efficient_attention"),
-        (args.use_8bit_adam, "bitsandbytes", "--use_8bit_adam"),
-        (args.optimizer == "prodigy", "prodigyopt", "--optimizer prodigy"),
-        (args.report_to in ("tensorboard", "wandb", "comet_ml"), args.report_to, f"--report_to {args.report_to}"),
-    ):
-        if wanted:
-            require(package, flag)
-    check_launcher()
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, args.output_dir / args.logging_dir),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
-        )
-    except ValueError as error:  # a tracker that is not installed, a precision that the device does not have
-        raise NullSpaceError(reason(error)) from error
-    check_launcher(accelerator.distributed_type)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return accelerator
-
-
-def read_subject(accelerator, args):
-    """The subject's pictures (`list[Image]`), the captions of each (`list[list[str]]`), and --instance_prompt as given.
-
-    --instance_prompt is from then on what is trained, and --resolution that of the base model where it is not given.
-    """
-    if args.resolution is None:
-        where = args.pretrained_model_name_or_path, args.revision, args.hub_token
-        args.resolution = recognise(*where, args.model_type).resolution
-    with accelerator.main_process_first():
-        pictures, captions = read_instances(
-            args,
-            args.background,
-            keep=partial(fit, resolution=args.resolution, interpolation=args.image_interpolation_mode),
-            tell=logger.info,
-            need_captions=True,
-        )
-    given, args.instance_prompt = args.instance_prompt, trained_prompts(captions, args.instance_prompt)
-    return pictures, captions, given
-
-
-def check_output(args):
-    """Raise `NullSpaceError` unless the results can be written to --output_dir."""
-    if fault := output_folder_fault(args.output_dir, args.instance_data_dir, args.dataset_name):
-        raise NullSpaceError(fault)
-    if not args.output_dir.is_dir():
-        check_writable(args.output_dir)
-    if args.output_kohya_format:
-        check_replaceable(kohya_path(args.output_dir))
-
-
-def find_out(accelerator, captions, pictures, args):
-    """Meet all that can go wrong before the work, and settle the flags that depend on model and bundle.
-
-    Returns:
-        The family, the checkpoint to go on from or None, the bundle, its groups of timesteps to draw from, what each
-        protects (all three None where no bundle is named), and what is known of the run so far.
-
-    Raises:
-        NullSpaceError: if something is wrong.
-    """
-    checkpoint = find_checkpoint(args)
-    if args.push_to_hub and accelerator.is_main_process:
-        args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, "model", args.hub_token)
-    bundle, nearest, protected = read_protection(accelerator, args) if args.nullspace_name_or_path else (None,) * 3
-    family = settle_family(bundle, args)
-    config = bundle.config if bundle else None
-    run = describe_run(args, pictures, captions, config, accelerator.num_processes, accelerator.mixed_precision)
-    check_same_run(checkpoint, run)
-    if args.push_to_hub and accelerator.is_main_process:
-        create_repository(args.hub_model_id, "model", args.hub_private_repo, args.hub_token)
-    with accelerator.main_process_first():  # all of it, so that nothing is left to download after the training
-        args.model_folder = download_model(
-            args.pretrained_model_name_or_path, args.revision, args.variant, args.hub_token
-        )
-    return family, checkpoint, bundle, nearest, protected, run
-
-
-def read_protection(accelerator, args):
-    """What `load_protection` gives; settles what depends on it: --compare_with_base, and the guidance scale.
-
-    Raises:
-        NullSpaceError: if the bundle cannot be had, or does not protect what is to be trained.
-    """
-    with accelerator.main_process_first():
-        bundle, nearest, protected = load_protection(args)
-    if args.compare_with_base is None:
-        args.compare_with_base = closes_any(protected)
-    args.guidance_scale = bundle.config["guidance_scale"]
-    return bundle, nearest, protected
-
-
-def settle_family(bundle, args):
-    """The base model's family; settles --model_type and its family's own flags.
-
-    Raises:
-        NullSpaceError: if a flag contradicts the model, or the bundle, where one is named, is of another family's.
-    """
-    family = recognise(args.pretrained_model_name_or_path, args.revision, args.hub_token, args.model_type)
-    family.settle(args)
-    if bundle:
-        bundle.check_model_type(family.name)
-    args.model_type = family.name
-    return family
-
-
-def settle_seed(accelerator, checkpoint, args):
-    """Set --seed, where it is not given, to that of the checkpoint, or to one that all processes agree on."""
-    if args.seed is None:
-        saved = read_record(checkpoint)["seed"] if checkpoint else None
-        args.seed = broadcast_object_list([random.randrange(2**31) if saved is None else saved])[0]
-        accelerator.dataloader_config.data_seed = args.seed
-    set_seed(args.seed)
-
-
-def load_models(family, captions, given_prompts, args):
-    """Tokenizers and models of the base model, by their names in a pipeline, whole and in float32; its noise schedule.
-
-    Raises:
-        NullSpaceError: if a part is missing, or a flag does not fit the model.
-    """
-    with loading(args.pretrained_model_name_or_path):
-        vae_config = AutoencoderKL.load_config(args.model_folder, subfolder="vae")
-    if fault := resolution_fault(args.resolution, vae_config["block_out_channels"]):
-        raise NullSpaceError(fault)
-    tokenizers = load_tokenizers(args)
-    for tokenizer in tokenizers.values():
-        if fault := tokenizer_fault(tokenizer, args.tokenizer_name or args.pretrained_model_name_or_path):
-            raise NullSpaceError(fault)
-    for sentence in prompt_warnings(tokenizer, captions, given_prompts, args):
-        logger.warning(sentence)
-    with loading(args.pretrained_model_name_or_path):
-        models = family.load_models(args.model_folder, args.variant)
-        noise_scheduler = family.load_noise_scheduler(args.model_folder)
-    for name in family.text_encoders:
-        check_clip_skip(args.clip_skip, models[name].config.num_hidden_layers, family.unread_layers(name))
-    return tokenizers, models, noise_scheduler
-
-
-def save_memory(unet, text_encoders, args):
-    """Turn on what trades time for memory."""
-    if args.enable_xformers_memory_efficient_attention:
-        try:
-            unet.enable_xformers_memory_efficient_attention()
-        except (ValueError, NotImplementedError) as error:  # no GPU, or an xformers built for another torch
-            raise NullSpaceError(
-                f"--enable_xformers_memory_efficient_attention fails here ({reason(error)})."
-            ) from error
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        for text_encoder in text_encoders if args.train_text_encoder else ():
-            # The reentrant kind would need gradients of the text encoder's inputs, which are none.
-            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-
 
 # ---- The job ---------------------------------------------------------------------------------------------------------
 
@@ -665,58 +470,58 @@ def main(args):
             for folder in (args.output_dir, args.output_dir / "pictures", args.output_dir / "validation"):
                 remove_leftovers(folder, logger.info)
         accelerator.wait_for_everyone()
-        work(accelerator, args)
+        earlier_logs = log_files(args)
+        trained = train(accelerator, args)
+        save(accelerator, trained, earlier_logs, args)
 
 
-def work(accelerator, args):
+class Trained(NamedTuple):
+    """What saving needs of a training; all else that it held is freed with `train`, to make room for pictures."""
+
+    adapted: dict  # the models that have a LoRA, by name
+    bundle: Bundle
+    dtype: torch.dtype  # that the models ran in
+    lora_dtype: torch.dtype  # that the LoRA is saved in
+    step: int
+    saved: int | None  # the step of the last checkpoint
+    run: dict  # what the result depends on
+
+
+def train(accelerator, args):
+    """Train a LoRA, with checkpoints and pictures on the way."""
+    # Arguments: what can be wrong with them is found before the work
     pictures, captions, given_prompts = read_subject(accelerator, args)
     family, checkpoint, bundle, nearest, protected, run = find_out(accelerator, captions, pictures, args)
-    settle_seed(accelerator, checkpoint, args)
-    run["--seed"] = args.seed
+    prompts = list(dict.fromkeys(caption for several in captions for caption in several))
 
-    # Load the base model, and see that the bundle and the checkpoint are of it
+    # Model: the one that the bundle and the checkpoint are of
     tokenizers, models, noise_scheduler = load_models(family, captions, given_prompts, args)
     unet, vae, text_encoders = models["unet"], models["vae"], {name: models[name] for name in family.text_encoders}
-    scaling_factor = vae.config.scaling_factor
-    adapted = {"unet": unet} | (text_encoders if args.train_text_encoder else {})
     parts = {"unet": unet, **text_encoders, **tokenizers, "noise_scheduler": noise_scheduler}  # that a bundle is of
     if bundle:
         bundle.check(**parts)
-    prompts = list(dict.fromkeys(caption for several in captions for caption in several))
     run |= describe_models(models, noise_scheduler, tokenizers, prompts + (args.nullspace_extra_prompts or []))
     check_same_run(checkpoint, run)
     if not bundle:
-        wanted = Wanted(family, {**parts, "vae": vae}, args)
-        lora_targets(unet, text_encoders, wanted, {}, args)
-        is_new = find_or_build(wanted, accelerator, args)
-        bundle, nearest, protected = read_protection(accelerator, args)
-        if not is_new:  # built from these very models, which have been cast since
-            bundle.check(**parts)
+        bundle, nearest, protected = find_protection(accelerator, family, parts, vae, args)
         run |= describe_bundle(bundle.config)
         check_same_run(checkpoint, run)
-        del wanted
     del parts
     targets = lora_targets(unet, text_encoders, bundle, protected, args)
-    device = accelerator.device
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for model in (*text_encoders.values(), vae, unet):
-        model.requires_grad_(False).to(device, weight_dtype)
+        model.requires_grad_(False).to(accelerator.device, weight_dtype)
     if closes_any(protected):
-        check_against_model(bundle, models | tokenizers, device, weight_dtype, args)
+        check_against_model(bundle, models | tokenizers, accelerator.device, weight_dtype, args)
     if args.nullspace_extra_prompts:
         bundle = add_extra_prompts(bundle, models | tokenizers, accelerator, weight_dtype, args)
         protected = protect(bundle, nearest, args)
-    if closes_any(protected):
-        for line in describe_protection(bundle, next(iter(protected.values())), args):
-            logger.info(line)
-    else:
-        logger.warning("Nothing is protected: this trains a plain DreamBooth LoRA.")
+    log_protection(bundle, protected, args)
 
-    # Add the LoRA, and an optimizer that is kept in the null space
+    # LoRA, and a projector that keeps its optimizer in the null space
+    adapted = {"unet": unet} | (text_encoders if args.train_text_encoder else {})
     parameters = add_lora(adapted, targets, args)
     save_memory(unet, text_encoders.values(), args)
-    if args.scale_lr:
-        args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
     optimizer = make_optimizer(parameters, args)
     protected = {group: {name: items[name] for name in targets if name in items} for group, items in protected.items()}
     projector = NullSpaceProjector(unet, protected, **text_encoders)
@@ -724,97 +529,42 @@ def work(accelerator, args):
 
     # Data: pictures and captions, encoded once where nothing changes them
     dataset = InstanceDataset(pictures, [[prompts.index(caption) for caption in several] for several in captions], args)
-    dataloader = DataLoader(
-        dataset,
-        args.train_batch_size,
-        shuffle=True,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=signals.leave_to_parent,
-    )
-    known = family.needs_float32(vae.config)
+    dataloader = make_dataloader(dataset, args)
+    scaling_factor, known = vae.config.scaling_factor, family.needs_float32(vae.config)
     vae = sound_vae(vae, dataset.first_epoch, args.model_folder, args.variant, args.learning_rate, known)
     args.vae_in_float32 = weight_dtype != vae.dtype
-    prompt_encoder = PromptEncoder(tokenizers, text_encoders, prompts, device, args)
-    kept = {**tokenizers, **text_encoders, "vae": vae}  # what validation need not load again
+    prompt_encoder = PromptEncoder(tokenizers, text_encoders, prompts, accelerator.device, args)
     if args.pre_compute_text_embeddings:
-        kept = {"vae": vae}
         tokenizers, text_encoders = {}, {}
-    del models
     if args.cache_latents:
         dataset.cache(lambda pixel_values: encode_pictures(vae, pixel_values).to(weight_dtype))
-        del kept["vae"]
         vae = None
+    kept = {**tokenizers, **text_encoders} | ({} if vae is None else {"vae": vae})  # what validation need not load
+    del models
     free_memory()
 
+    # Start or resume; `adapted` keeps the models as they are, whatever wraps them to train (DDP, torch.compile)
     lr_scheduler, steps_per_epoch = make_schedule(optimizer, dataloader, accelerator, args)
     run["--max_train_steps"] = args.max_train_steps
     check_same_run(checkpoint, run)
-    # `adapted` keeps the models as they are, whatever they are wrapped in to train (DDP, torch.compile)
     *models, optimizer, dataloader, lr_scheduler = accelerator.prepare(
         *adapted.values(), optimizer, dataloader, lr_scheduler
     )
     text_encoders |= dict(zip(list(adapted)[1:], models[1:], strict=True))
-    keep_checkpoints_small(accelerator, adapted)
-    earlier_logs = log_files(args)
-    start_trackers(accelerator, args)
-    step = 0
-    if checkpoint:
-        step = read_record(checkpoint)["step"]
-    check_space(args.output_dir, needed_space(parameters, step, args), "what this run will write")
-    if checkpoint:
-        accelerator.load_state(checkpoint)
-        logger.info(f"Resuming from {checkpoint} at step {step}")
+    step = start_or_resume(accelerator, checkpoint, adapted, parameters, len(pictures), args)
 
-    # Train
-    criterion = args.nullspace_criterion, args.nullspace_threshold
-    logger.info(
-        f"Training on {len(pictures)} pictures for {args.max_train_steps} steps, {args.num_train_epochs} epochs, "
-        f"batch {args.train_batch_size} x {accelerator.num_processes} processes x "
-        f"{args.gradient_accumulation_steps} accumulated"
-    )
+    # Training loop
     batch_loss = BatchLoss(family, models[0], unet.config, noise_scheduler, vae, scaling_factor, weight_dtype, args)
     sampler = TimestepSampler(nearest, family.training_timesteps(noise_scheduler))
-    progress = tqdm(
-        total=args.max_train_steps,
-        initial=step,
-        desc="Training",
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-    )
-    scalars = ScalarLog(accelerator, progress)
-
-    def validate():
-        if accelerator.is_main_process and not signals.asked():
-            scalars.flush()
-            with signals.cut_short():
-                picture = draw_in_training(accelerator, adapted, kept, weight_dtype, step, args)
-                save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
-                log_picture(accelerator, "validation", picture, step)
-
-    agreement, saved = signals.Agreement(accelerator.num_processes, PROCESS_TIMEOUT), step if checkpoint else None
-
-    def stop_if_asked():
-        """At the same step in all processes, with a checkpoint of it."""
-        number = agreement.asked()
-        if number:
-            scalars.flush()
-            progress.close()  # which would write over the sentence that follows
-            check_weights(parameters, step, args.learning_rate)
-            if saved != step:
-                save_checkpoint(accelerator, step, args, run)
-            accelerator.end_training()
-            raise signals.Stopped(number, *how_to_go_on(args.output_dir, step))
-
+    scalars = ScalarLog(accelerator, lr_scheduler, step, args.max_train_steps)
+    checkpointer = Checkpointer(accelerator, parameters, scalars, run, step if checkpoint else None, args)
     # Resumed from its last checkpoint, a run has nothing left to do, even in the middle of an epoch
     epochs = range(step // steps_per_epoch, args.num_train_epochs) if step < args.max_train_steps else ()
     for epoch in signals.noted_during(epochs):
         for model in models:
             model.train()
-        dataset.set_epoch(epoch)
-        dataloader.set_epoch(epoch)
         done = (step - epoch * steps_per_epoch) * args.gradient_accumulation_steps  # batches of this epoch
-        batches = accelerator.skip_first_batches(dataloader, done) if done else dataloader
-        batches.set_epoch(epoch)  # before accelerate 1.15 what skips batches begins at epoch 0 again
+        batches = epoch_batches(accelerator, dataset, dataloader, epoch, done)
         for index, (batch, numbers, framings) in enumerate(batches, done):
             with accelerator.accumulate(*models):
                 here = (args.seed, "step", epoch, index, accelerator.process_index)
@@ -838,56 +588,55 @@ def work(accelerator, args):
             step += 1
             scalars.add(
                 step,
-                lr_scheduler.get_last_lr()[0],
-                accelerator.optimizer_step_was_skipped,
                 latents=latents.float().sum(),
                 loss=loss.detach(),
                 grad_norm=norm,
                 grad_norm_projected=allowed_norm,
             )
             if step % args.checkpointing_steps == 0:
-                scalars.flush()
-                check_weights(parameters, step, args.learning_rate)
-                folder, saved = save_checkpoint(accelerator, step, args, run), step
+                folder = checkpointer.save(step)
                 if accelerator.trackers:
-                    log_audit(accelerator, audit_file(folder, bundle, adapted, *criterion), step)
+                    audited = audit_file(folder, bundle, adapted, args.nullspace_criterion, args.nullspace_threshold)
+                    log_audit(accelerator, audited, step)
             if args.validation_prompt and args.validation_steps and step % args.validation_steps == 0:
-                validate()
-            stop_if_asked()
+                validate(accelerator, scalars, adapted, kept, weight_dtype, step, args)
+            checkpointer.stop_if_asked(step)
             if step >= args.max_train_steps:
                 break
         if args.validation_prompt and not args.validation_steps and epoch % args.validation_epochs == 0:
-            validate()
-            stop_if_asked()
-    scalars.flush()
-    progress.close()
-
-    # Save the LoRA, read it back, and show what it did
+            validate(accelerator, scalars, adapted, kept, weight_dtype, step, args)
+            checkpointer.stop_if_asked(step)
+    scalars.close()
     lora_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     check_weights(parameters, step, args.learning_rate, lora_dtype)
-    # It takes its place, and that of an earlier one, only once the file and its pictures turn out sound
+    return Trained(adapted, bundle, weight_dtype, lora_dtype, step, checkpointer.saved, run)
+
+
+def save(accelerator, trained, earlier_logs, args):
+    """Save the LoRA, read it back, show what it did, and publish it."""
+    bundle, adapted, step = trained.bundle, trained.adapted, trained.step
+    # The LoRA takes its place, and that of an earlier one, only once the file and its pictures turn out sound
     with staging(args.output_dir / "lora") if accelerator.is_main_process else nullcontext() as staged:
-        if saved != step:  # for a signal that comes while pictures are drawn, without what training needs
-            write_state(accelerator, staged and staged / "checkpoint", step, args, run)
+        if trained.saved != step:  # for a signal that comes while pictures are drawn, without what training needs
+            write_state(accelerator, staged and staged / "checkpoint", step, args, trained.run)
         with going_on_from(staged, args.output_dir, step):
             if accelerator.is_main_process:
                 # nearest promises nothing
                 unprotected = args.output_dir / UNPROTECTED_NAME if args.nullspace_timesteps == JOINT else None
-                found = save_audited(staged, bundle, adapted, lora_dtype, *criterion, unprotected)
+                criterion = args.nullspace_criterion, args.nullspace_threshold
+                found = save_audited(staged, bundle, adapted, trained.lora_dtype, *criterion, unprotected)
                 log_audit(accelerator, found, step)
                 for key in ("leakage", "predicted_drift"):
                     if found[key]["max"] is not None:
                         logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
-                del unet, batch_loss, text_encoders, vae, model, models, optimizer, projector, prompt_encoder
                 adapted.clear()
-                kept.clear()
                 accelerator.free_memory()  # it keeps what it prepared
                 free_memory()
                 others = spread(bundle.config["prompts"]["examples"], 3)
                 prompts = args.validation_prompt or [args.instance_prompt[0], *others]
-                rows = draw_saved(staged, prompts, device, weight_dtype, args)
+                rows = draw_saved(staged, prompts, accelerator.device, trained.dtype, args)
                 put(staged / LORA_NAME, args.output_dir / LORA_NAME)
-                written = write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args)
+                written = write_results(accelerator, found, bundle, trained.lora_dtype, prompts, rows, step, args)
             accelerator.end_training()
             if args.push_to_hub and accelerator.is_main_process:
                 push(written, earlier_logs, args)

@@ -28,6 +28,7 @@ from nullspace.adapters import add_lora
 from nullspace.bundle import Bundle
 from nullspace.families import get_family, latent_consistency
 from nullspace.names import JOINT, REPORT_NAME
+from nullspace.optimizers import make_optimizer
 from nullspace.projector import NullSpaceProjector
 
 
@@ -135,7 +136,7 @@ def seconds_a_step(bundle, rounds=9, steps=5):
     protected = Bundle.load(bundle).protected()
     parameters = add_lora({"unet": unet}, list(protected), args)
     projector = NullSpaceProjector(unet, {JOINT: protected})
-    optimizer = trainer.make_optimizer(parameters, args)
+    optimizer = make_optimizer(parameters, args)
     projector.attach(optimizer)
     guidance = latent_consistency.embed_guidance(GUIDANCE, unet.config.time_cond_proj_dim)
     denoise = partial(unet, timestep_cond=guidance)

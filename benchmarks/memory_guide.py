@@ -29,15 +29,19 @@ from transformers import CLIPTextConfig
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import train_dreambooth_nullspace as trainer  # noqa: E402
 from nullspace import moments as moments_room  # noqa: E402
 from nullspace import projector as projector_room  # noqa: E402
+from nullspace.adapters import add_lora  # noqa: E402
 from nullspace.families import get_family  # noqa: E402
 from nullspace.families.stable_diffusion import diffusion_loss  # noqa: E402
+from nullspace.latents import encode_pictures  # noqa: E402
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs  # noqa: E402
 from nullspace.moments import SecondMoments  # noqa: E402
 from nullspace.names import JOINT  # noqa: E402
+from nullspace.optimizers import make_optimizer  # noqa: E402
+from nullspace.preparation import save_memory  # noqa: E402
 from nullspace.projector import NullSpaceProjector, Protected  # noqa: E402
+from train_dreambooth_nullspace import parse_args  # noqa: E402
 
 
 class Sizes(NamedTuple):
@@ -190,7 +194,7 @@ def memory(setting, family, projected=True):
     line += ["--instance_prompt", "p"]
     for name, value in flags.items():
         line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    args = trainer.parse_args(line)
+    args = parse_args(line)
     dtype = DTYPES[args.mixed_precision]
     autocast = dtype if args.mixed_precision != "no" else None
     batch = args.train_batch_size
@@ -206,9 +210,9 @@ def memory(setting, family, projected=True):
             for name, text_encoder in text_encoders.items():
                 sources |= text_encoder_inputs(text_encoder, name)
             del text_encoder
-        parameters = trainer.add_lora(adapted, list(sources), args)
-        trainer.save_memory(unet, text_encoders.values(), args)
-        optimizer = trainer.make_optimizer(parameters, args)
+        parameters = add_lora(adapted, list(sources), args)
+        save_memory(unet, text_encoders.values(), args)
+        optimizer = make_optimizer(parameters, args)
         items = {}
         for name, source in sources.items():
             size = find_module(name, unet, **text_encoders).in_features
@@ -224,7 +228,7 @@ def memory(setting, family, projected=True):
         denoise = family.denoiser(unet, unet.config, None)
         live.peak = live.now
         with torch.no_grad(), as_on_a_gpu():
-            moments = trainer.encode_pictures(vae, torch.empty(1 if args.cache_latents else batch, 3, side, side))
+            moments = encode_pictures(vae, torch.empty(1 if args.cache_latents else batch, 3, side, side))
             moments = moments.to(dtype)
             conditions = tell(family, text_encoders, batch)
             encoding, live.peak = live.peak, live.now

@@ -5,10 +5,11 @@ import random
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from nullspace.pictures import fit, original_size
+from nullspace.signals import leave_to_parent
 
 
 def seeded(*parts):
@@ -86,3 +87,23 @@ class InstanceDataset(Dataset):
         numbers = tqdm(range(len(self.pictures)), desc="Caching latents", unit="picture")
         framed = ([self.picture(number, flip) for flip in flips] for number in numbers)
         self.cached = [[(encode(picture[None])[0].cpu(), framing) for picture, framing in each] for each in framed]
+
+
+def make_dataloader(dataset, args):
+    """Batches of --train_batch_size, shuffled, loaded by --dataloader_num_workers."""
+    return DataLoader(
+        dataset,
+        args.train_batch_size,
+        shuffle=True,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_to_parent,
+    )
+
+
+def epoch_batches(accelerator, dataset, dataloader, epoch, done):
+    """The batches of an epoch, without the first `done` of them, from a dataloader that accelerate has prepared."""
+    dataset.set_epoch(epoch)
+    dataloader.set_epoch(epoch)
+    batches = accelerator.skip_first_batches(dataloader, done) if done else dataloader
+    batches.set_epoch(epoch)  # before accelerate 1.15 what skips batches begins at epoch 0 again
+    return batches

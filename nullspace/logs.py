@@ -6,6 +6,7 @@ import diffusers
 import torch
 import transformers
 from accelerate.logging import get_logger
+from tqdm.auto import tqdm
 
 from nullspace.divergence import SkippedSteps, check_scalars
 from nullspace.terminal import printable
@@ -49,18 +50,28 @@ def start_trackers(accelerator, args):
 
 
 class ScalarLog:
-    """Sends the scalars of every step to the trackers and the progress bar, a few steps at a time.
+    """Sends the scalars of every step to the trackers and a progress bar, a few steps at a time.
 
     Reading a value from the device waits for all that it has still to do, so values stay there until `flush`, which
     stops a training that has diverged. Of the latents (their sum) nothing but that is looked at.
+
+    Args:
+        lr_scheduler: whose learning rate goes with each step.
+        step, total (`int`): where the bar begins and ends.
+        every (`int`): so many steps at a time.
     """
 
-    def __init__(self, accelerator, progress, every=10):
-        self.accelerator, self.progress, self.every = accelerator, progress, every
+    def __init__(self, accelerator, lr_scheduler, step, total, every=10):
+        self.accelerator, self.lr_scheduler, self.every = accelerator, lr_scheduler, every
+        self.progress = tqdm(
+            total=total, initial=step, desc="Training", unit="step", disable=not accelerator.is_local_main_process
+        )
         self.pending = []  # (step, lr, whether the step was skipped, scalar tensors by name)
         self.skipped_steps = SkippedSteps()
 
-    def add(self, step, lr, skipped, **tensors):
+    def add(self, step, **tensors):
+        """Take the scalar tensors of the step that optimizer and schedule have just made."""
+        lr, skipped = self.lr_scheduler.get_last_lr()[0], self.accelerator.optimizer_step_was_skipped
         self.pending.append((step, lr, skipped, tensors))
         self.progress.update()
         if len(self.pending) == self.every:
@@ -77,6 +88,11 @@ class ScalarLog:
             check_scalars(values, step, lr, skipped)
         self.progress.set_postfix(loss=values["loss"], lr=lr)
         self.pending.clear()
+
+    def close(self):
+        """Flush, and end the progress bar, which would write over what is said next."""
+        self.flush()
+        self.progress.close()
 
 
 def log_audit(accelerator, found, step):

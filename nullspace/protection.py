@@ -1,5 +1,6 @@
 """What a training protects: the bundle, the user's own prompts besides, and what is closed in each layer."""
 
+from accelerate.logging import get_logger
 from accelerate.utils import reduce
 from tqdm.auto import tqdm
 
@@ -12,6 +13,8 @@ from nullspace.samplers import make_scheduler
 from nullspace.timesteps import split_groups
 from nullspace.validation import load_pipeline
 
+
+logger = get_logger(__name__)
 
 PICTURES_PER_EXTRA_PROMPT = 8
 
@@ -38,6 +41,20 @@ def load_protection(args):
         )
     nearest = split_groups(bundle.config) if args.nullspace_timesteps == "nearest" else []
     return bundle, nearest, protect(bundle, nearest, args)
+
+
+def read_protection(accelerator, args):
+    """What `load_protection` gives; settles what depends on it: --compare_with_base, and the guidance scale.
+
+    Raises:
+        NullSpaceError: if the bundle cannot be had, or does not protect what is to be trained.
+    """
+    with accelerator.main_process_first():
+        bundle, nearest, protected = load_protection(args)
+    if args.compare_with_base is None:
+        args.compare_with_base = closes_any(protected)
+    args.guidance_scale = bundle.config["guidance_scale"]
+    return bundle, nearest, protected
 
 
 def protect(bundle, nearest, args):
@@ -99,8 +116,17 @@ def describe_setting(args):
     )
 
 
+def log_protection(bundle, protected, args):
+    """Say what this run protects, or that it protects nothing."""
+    if closes_any(protected):
+        for line in describe_protection(bundle, next(iter(protected.values())), args):
+            logger.info(line)
+    else:
+        logger.warning("Nothing is protected: this trains a plain DreamBooth LoRA.")
+
+
 def describe_protection(bundle, protected, args):
-    """The lines that say what this run protects."""
+    """The lines that say what this run protects, by what one group of timesteps does (`dict[str, Protected]`)."""
     prompts, groups = bundle.config["prompts"], bundle.config["groups"]
     extra = f" and {len(args.nullspace_extra_prompts)} of your own" if args.nullspace_extra_prompts else ""
     yield (

@@ -4,11 +4,13 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
+from nullspace import signals
 from nullspace.adapters import enable_lora
 from nullspace.divergence import Drawn, run_in_float32
 from nullspace.families import get_family
+from nullspace.logs import log_picture
 from nullspace.models import loading
-from nullspace.pictures import comparison_grid
+from nullspace.pictures import comparison_grid, save_picture
 from nullspace.prompt_encoder import load_tokenizers
 
 
@@ -56,6 +58,23 @@ def draw(pipeline, prompts, args, description):
             )  # fmt: skip
         drawn.check(description, args.learning_rate)
     return rows
+
+
+def validate(accelerator, scalars, adapted, kept, dtype, step, args):
+    """Draw the validation prompts, save the picture and send it to the trackers; a signal cuts that short.
+
+    Args:
+        scalars (`ScalarLog`): flushed first, so that nothing is drawn by a training that has diverged.
+        adapted (`dict`): the models in training, by name.
+        kept (`dict`): other components of the pipeline, which need not be loaded again.
+        dtype (`torch.dtype`): that the models run in.
+    """
+    if accelerator.is_main_process and not signals.asked():
+        scalars.flush()
+        with signals.cut_short():
+            picture = draw_in_training(accelerator, adapted, kept, dtype, step, args)
+            save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
+            log_picture(accelerator, "validation", picture, step)
 
 
 def draw_in_training(accelerator, adapted, kept, dtype, step, args):

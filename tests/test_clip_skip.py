@@ -16,6 +16,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.families.stable_diffusion import encode_tokens, prompt_arguments
 from nullspace.lora import load_lora
 from nullspace.names import LORA_NAME, TEXT_ENCODER, TEXT_INPUT
+from nullspace.protection import load_protection
 from test_train import bundle1, command_line, drawing_in_two_steps, make_bundle, report, same, train  # noqa: F401
 
 
@@ -120,7 +121,7 @@ def test_in_half_precision(tiny_sd1, skipping, tmp_path):
 def test_another_clip_skip_than_the_bundles_is_refused(flags, built, asked, skipping, bundle1, tmp_path):  # noqa: F811
     args = trainer.parse_args(command_line("nowhere", skipping if built else bundle1, tmp_path / "lora", *flags))
     with pytest.raises(NullSpaceError, match=f"--clip_skip {asked} is not the {built} that the bundle was built with"):
-        trainer.load_protection(args)
+        load_protection(args)
     assert not (tmp_path / "lora").exists()
 
 

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import train_dreambooth_nullspace as trainer
-from nullspace import results
+from nullspace import preparation, results
 from nullspace.checkpoint import checkpoints
 from nullspace.divergence import (
     MOST_SKIPPED,
@@ -150,8 +150,8 @@ def test_pictures_that_are_not_finite_put_the_earlier_lora_back(
     before = {name: sha256(output / name) for name in names if earlier}
     pushed, flags = [], ("--push_to_hub", "--validation_steps", 100)
     monkeypatch.setattr(results, "push_folder", lambda *args: pushed.append(args))
-    monkeypatch.setattr(trainer, "hub_repository", lambda *args: "someone/lora")
-    monkeypatch.setattr(trainer, "create_repository", lambda *args: None)
+    monkeypatch.setattr(preparation, "hub_repository", lambda *args: "someone/lora")
+    monkeypatch.setattr(preparation, "create_repository", lambda *args: None)
     with pytest.raises(DivergedError, match=r"latents of the pictures are not finite \(Drawing with the LoRA\)"):
         train(tiny_sd1, bundle1, output, "--learning_rate", 1e30, "--max_train_steps", 1, *flags)
     assert before == {name: sha256(output / name) for name in names if (output / name).exists()}
@@ -207,7 +207,7 @@ class OverflowingAccelerator(ScalingAccelerator):
 
 
 def test_a_loss_scale_that_never_fits_counts(tiny_sd1, bundle1, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(trainer, "Accelerator", OverflowingAccelerator)
+    monkeypatch.setattr(preparation, "Accelerator", OverflowingAccelerator)
     with pytest.raises(DivergedError, match="infinite in 20 steps in a row, which fp16's loss scaling skipped"):
         train(tiny_sd1, bundle1, tmp_path / "lora", "--mixed_precision", "fp16", "--max_train_steps", 30)
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import (
     DDPMScheduler,
@@ -34,10 +35,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
-from nullspace import adapters, batch_loss, model_card, optimizers, validation
+from nullspace import adapters, batch_loss, logs, model_card, optimizers, preparation, validation
+from nullspace import dataset as dataset_room
 from nullspace.audit import leakage
 from nullspace.bundle import Bundle
-from nullspace.checkpoint import checkpoints
+from nullspace.checkpoint import checkpoints, find_checkpoint, read_record
 from nullspace.errors import NullSpaceError
 from nullspace.families import stable_diffusion
 from nullspace.families.stable_diffusion import StableDiffusion, diffusion_loss
@@ -45,6 +47,7 @@ from nullspace.latents import draw_noise
 from nullspace.layers import attention_inputs, find_module
 from nullspace.lora import load_lora
 from nullspace.names import COMPARISON_NAME, CONFIG_NAME, JOINT, LORA_NAME, REPORT_NAME, TEXT_INPUT
+from nullspace.pictures import read_instances
 from nullspace.samplers import make_scheduler
 from shapes import DEMO
 
@@ -700,12 +703,12 @@ def test_a_damaged_model_is_refused(tiny_sd1, bundle1, tmp_path, missing):
 def test_dataloader_num_workers_load_the_same(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):
     made = []
 
-    class Recorded(trainer.DataLoader):
+    class Recorded(dataset_room.DataLoader):
         def __init__(self, *args, **kwargs):
             made.append(kwargs["num_workers"])
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "DataLoader", Recorded)
+    monkeypatch.setattr(dataset_room, "DataLoader", Recorded)
     tensors = train(tiny_sd1, bundle1, tmp_path / "lora", "--dataloader_num_workers", 2)
     assert made == [2]
     assert same(tensors, reference)
@@ -766,7 +769,7 @@ def test_local_rank_stands_in_for_the_environments(monkeypatch):
         raise ValueError("far enough")
 
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(trainer, "Accelerator", stop)
+    monkeypatch.setattr(preparation, "Accelerator", stop)
     for before, after in (("1", "1"), (None, "3")):
         os.environ.pop("LOCAL_RANK") if before is None else os.environ.update(LOCAL_RANK=before)
         with pytest.raises(NullSpaceError, match="far enough"):
@@ -793,7 +796,7 @@ def test_a_missing_package_is_named_before_the_work(flags, package, monkeypatch)
 def test_xformers_is_turned_on(tiny_sd1, bundle1, tmp_path, monkeypatch):
     """With stand-ins, since the package needs a GPU to run; where it does not run, an error says so."""
     turned_on = []
-    monkeypatch.setattr(trainer, "require", lambda package, flag: None)
+    monkeypatch.setattr(preparation, "require", lambda package, flag: None)
 
     def turn_on(unet):
         turned_on.append(unet)
@@ -840,7 +843,7 @@ def test_wandb_gets_the_pictures(monkeypatch):
     logged, picture = [], Image.new("RGB", (4, 4))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Image=lambda picture: ("wandb", picture)))
     tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
-    trainer.log_picture(SimpleNamespace(trackers=[tracker]), "validation", picture, 7)
+    logs.log_picture(SimpleNamespace(trackers=[tracker]), "validation", picture, 7)
     assert logged == [({"validation": ("wandb", picture)}, 7)]
 
 
@@ -868,7 +871,7 @@ def test_a_dataset_with_captions(dataset, tiny_sd1, bundle1, reference, tmp_path
     flags = ["--dataset_name", dataset, "--dataset_config_name", "all", "--cache_dir", tmp_path / "cache"]
     without = ["--instance_data_dir"]
     line = command_line("m", "b", "o", *flags, "--caption_column", "caption", without=without)
-    pictures, captions = trainer.read_instances(trainer.parse_args(line))
+    pictures, captions = read_instances(trainer.parse_args(line))
     assert len(pictures) == 5 and captions[:2] == [["sks number 0.png"], ["sks number 1.png"]]
     assert captions[-1] == ["a photo of a sks star"]  # the instance prompt, for want of a caption
     assert any((tmp_path / "cache").iterdir())
@@ -900,7 +903,7 @@ def test_a_dataset_that_does_not_fit(flags, message, dataset, tmp_path):
 def test_dataset_config_name_chooses_the_pictures(dataset, tmp_path):
     flags = ["--dataset_name", dataset, "--dataset_config_name", "one", "--cache_dir", tmp_path / "cache"]
     args = trainer.parse_args(command_line("m", "b", "o", *flags, without=["--instance_data_dir"]))
-    assert len(trainer.read_instances(args)[0]) == 1
+    assert len(read_instances(args)[0]) == 1
 
 
 # ---- The text encoder, and layers that no bundle covers --------------------------------------------------------------
@@ -1066,7 +1069,7 @@ def test_every_optimizer_in_every_precision_keeps_the_guarantee(
     assert ("d" in state["param_groups"][0]) == (optimizer == "prodigy")
 
 
-class ScalingAccelerator(trainer.Accelerator):
+class ScalingAccelerator(Accelerator):
     """Casts and scales the loss for fp16 as on a GPU, which accelerate leaves out on a CPU, though torch can do it."""
 
     def __init__(self, **settings):
@@ -1076,7 +1079,7 @@ class ScalingAccelerator(trainer.Accelerator):
 
 def test_fp16_with_a_scaled_loss_keeps_the_guarantee(tiny_sd1, bundle1, tmp_path, monkeypatch):
     """Over steps that overflow and are skipped, and over a resumption."""
-    monkeypatch.setattr(trainer, "Accelerator", ScalingAccelerator)
+    monkeypatch.setattr(preparation, "Accelerator", ScalingAccelerator)
     flags = ("--mixed_precision", "fp16", "--train_text_encoder", "--max_train_steps", 8, "--checkpointing_steps", 4)
     tensors = train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
     assert worst_leakage(tmp_path / "lora", bundle1) < 1e-5
@@ -1156,7 +1159,7 @@ def test_resuming_within_a_later_epoch_with_an_older_accelerate(tiny_sd1, bundle
     """Before 1.15 the loader that skips batches began at epoch 0, whatever it was made of."""
     flags = ("--checkpointing_steps", 4, "--max_train_steps", 8, "--random_flip")
     whole = train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
-    skip, skipped = trainer.Accelerator.skip_first_batches, []
+    skip, skipped = Accelerator.skip_first_batches, []
 
     def skip_at_epoch_0(self, dataloader, num_batches=0):
         batches = skip(self, dataloader, num_batches)
@@ -1164,7 +1167,7 @@ def test_resuming_within_a_later_epoch_with_an_older_accelerate(tiny_sd1, bundle
         skipped.append(num_batches)
         return batches
 
-    monkeypatch.setattr(trainer.Accelerator, "skip_first_batches", skip_at_epoch_0)
+    monkeypatch.setattr(Accelerator, "skip_first_batches", skip_at_epoch_0)
     resumed = train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--resume_from_checkpoint", "checkpoint-4")
     assert same(resumed, whole) and skipped == [1]
 
@@ -1183,7 +1186,7 @@ def test_killed_and_resumed_is_what_an_undisturbed_run_gives(kill_script, tiny_s
     digests = [
         {
             name: digest
-            for name, digest in trainer.read_record(tmp_path / run / "checkpoint-30")["files"].items()
+            for name, digest in read_record(tmp_path / run / "checkpoint-30")["files"].items()
             if name != LORA_NAME
         }
         for run in ("whole", "killed")
@@ -1239,7 +1242,7 @@ def test_a_checkpoint_cut_short_is_not_taken(tmp_path):
     (tmp_path / "checkpoint-9.partial-123").mkdir()
     (tmp_path / "checkpoint-9-old").mkdir()
     args = trainer.parse_args(command_line("m", "b", tmp_path, "--resume_from_checkpoint", "latest"))
-    assert trainer.find_checkpoint(args) is None
+    assert find_checkpoint(args) is None
 
 
 def test_a_checkpoint_of_another_rank_is_refused(tiny_sd1, bundle1, tmp_path):

@@ -1,0 +1,257 @@
+"""What the trainer does before it trains: it finds out what is there, and whether all of it fits together."""
+
+import os
+import random
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
+from diffusers import AutoencoderKL
+
+from nullspace.adapters import lora_targets
+from nullspace.captions import trained_prompts
+from nullspace.checkpoint import check_same_run, describe_run, find_checkpoint, keep_checkpoints_small, read_record
+from nullspace.checks import check_clip_skip, check_writable, output_folder_fault, require, resolution_fault
+from nullspace.errors import NullSpaceError, reason
+from nullspace.families import recognise
+from nullspace.finding import Wanted, find_or_build
+from nullspace.hub import create_repository, hub_repository
+from nullspace.kohya import check_replaceable
+from nullspace.launch import PROCESS_TIMEOUT, check_launcher
+from nullspace.logs import start_trackers
+from nullspace.models import download_model, loading
+from nullspace.names import kohya_path
+from nullspace.pictures import fit, read_instances
+from nullspace.prompt_encoder import load_tokenizers
+from nullspace.prompts import prompt_warnings, tokenizer_fault
+from nullspace.protection import read_protection
+from nullspace.results import needed_space
+from nullspace.system import check_space
+
+
+logger = get_logger(__name__)
+
+# ---- The surroundings ------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(args):
+    """The `Accelerator`.
+
+    Raises:
+        NullSpaceError: if something that a flag asks for is not there, or the launcher shards gradients.
+    """
+    if args.local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    for wanted, package, flag in (
+        (args.enable_xformers_memory_efficient_attention, "xformers", "--enable_xformers_memory_efficient_attention"),
+        (args.use_8bit_adam, "bitsandbytes", "--use_8bit_adam"),
+        (args.optimizer == "prodigy", "prodigyopt", "--optimizer prodigy"),
+        (args.report_to in ("tensorboard", "wandb", "comet_ml"), args.report_to, f"--report_to {args.report_to}"),
+    ):
+        if wanted:
+            require(package, flag)
+    check_launcher()
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, args.output_dir / args.logging_dir),
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        )
+    except ValueError as error:  # a tracker that is not installed, a precision that the device does not have
+        raise NullSpaceError(reason(error)) from error
+    check_launcher(accelerator.distributed_type)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def check_output(args):
+    """Raise `NullSpaceError` unless the results can be written to --output_dir."""
+    if fault := output_folder_fault(args.output_dir, args.instance_data_dir, args.dataset_name):
+        raise NullSpaceError(fault)
+    if not args.output_dir.is_dir():
+        check_writable(args.output_dir)
+    if args.output_kohya_format:
+        check_replaceable(kohya_path(args.output_dir))
+
+
+# ---- What is asked for -----------------------------------------------------------------------------------------------
+
+
+def read_subject(accelerator, args):
+    """The subject's pictures (`list[Image]`), the captions of each (`list[list[str]]`), and --instance_prompt as given.
+
+    --instance_prompt is from then on what is trained, and --resolution that of the base model where it is not given.
+    """
+    if args.resolution is None:
+        where = args.pretrained_model_name_or_path, args.revision, args.hub_token
+        args.resolution = recognise(*where, args.model_type).resolution
+    with accelerator.main_process_first():
+        pictures, captions = read_instances(
+            args,
+            args.background,
+            keep=partial(fit, resolution=args.resolution, interpolation=args.image_interpolation_mode),
+            tell=logger.info,
+            need_captions=True,
+        )
+    given, args.instance_prompt = args.instance_prompt, trained_prompts(captions, args.instance_prompt)
+    return pictures, captions, given
+
+
+def find_out(accelerator, captions, pictures, args):
+    """Meet all that can go wrong before the work, and settle the flags that depend on model, bundle and checkpoint.
+
+    Returns:
+        The family, the checkpoint to go on from or None, the bundle, its groups of timesteps to draw from, what each
+        protects (all three None where no bundle is named), and what is known of the run so far.
+
+    Raises:
+        NullSpaceError: if something is wrong.
+    """
+    checkpoint = find_checkpoint(args)
+    if args.push_to_hub and accelerator.is_main_process:
+        args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, "model", args.hub_token)
+    bundle, nearest, protected = read_protection(accelerator, args) if args.nullspace_name_or_path else (None,) * 3
+    family = settle_family(bundle, args)
+    config = bundle.config if bundle else None
+    run = describe_run(args, pictures, captions, config, accelerator.num_processes, accelerator.mixed_precision)
+    check_same_run(checkpoint, run)
+    if args.push_to_hub and accelerator.is_main_process:
+        create_repository(args.hub_model_id, "model", args.hub_private_repo, args.hub_token)
+    with accelerator.main_process_first():  # all of it, so that nothing is left to download after the training
+        args.model_folder = download_model(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.hub_token
+        )
+    settle_seed(accelerator, checkpoint, args)
+    run["--seed"] = args.seed
+    if args.scale_lr:  # what a checkpoint is compared with is the rate as given
+        args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+    return family, checkpoint, bundle, nearest, protected, run
+
+
+def settle_family(bundle, args):
+    """The base model's family; settles --model_type and its family's own flags.
+
+    Raises:
+        NullSpaceError: if a flag contradicts the model, or the bundle, where one is named, is of another family's.
+    """
+    family = recognise(args.pretrained_model_name_or_path, args.revision, args.hub_token, args.model_type)
+    family.settle(args)
+    if bundle:
+        bundle.check_model_type(family.name)
+    args.model_type = family.name
+    return family
+
+
+def settle_seed(accelerator, checkpoint, args):
+    """Set --seed, where it is not given, to that of the checkpoint, or to one that all processes agree on."""
+    if args.seed is None:
+        saved = read_record(checkpoint)["seed"] if checkpoint else None
+        args.seed = broadcast_object_list([random.randrange(2**31) if saved is None else saved])[0]
+        accelerator.dataloader_config.data_seed = args.seed
+    set_seed(args.seed)
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+
+def load_models(family, captions, given_prompts, args):
+    """Tokenizers and models of the base model, by their names in a pipeline, whole and in float32; its noise schedule.
+
+    Raises:
+        NullSpaceError: if a part is missing, or a flag does not fit the model.
+    """
+    with loading(args.pretrained_model_name_or_path):
+        vae_config = AutoencoderKL.load_config(args.model_folder, subfolder="vae")
+    if fault := resolution_fault(args.resolution, vae_config["block_out_channels"]):
+        raise NullSpaceError(fault)
+    tokenizers = load_tokenizers(args)
+    for tokenizer in tokenizers.values():
+        if fault := tokenizer_fault(tokenizer, args.tokenizer_name or args.pretrained_model_name_or_path):
+            raise NullSpaceError(fault)
+    for sentence in prompt_warnings(tokenizer, captions, given_prompts, args):
+        logger.warning(sentence)
+    with loading(args.pretrained_model_name_or_path):
+        models = family.load_models(args.model_folder, args.variant)
+        noise_scheduler = family.load_noise_scheduler(args.model_folder)
+    for name in family.text_encoders:
+        check_clip_skip(args.clip_skip, models[name].config.num_hidden_layers, family.unread_layers(name))
+    return tokenizers, models, noise_scheduler
+
+
+def find_protection(accelerator, family, parts, vae, args):
+    """What `read_protection` gives of a bundle that nobody named: one that is found for a model, or built from it.
+
+    A build casts the models to the precision of the training.
+
+    Args:
+        parts (`dict`): `unet`, text encoders, tokenizers and `noise_scheduler`, which a bundle is bound to.
+        vae (`AutoencoderKL`): draws with them.
+
+    Raises:
+        NullSpaceError: if --lora_layers names none of the model's layers, or the bundle does not serve.
+    """
+    wanted = Wanted(family, {**parts, "vae": vae}, args)
+    lora_targets(parts["unet"], {name: parts[name] for name in family.text_encoders}, wanted, {}, args)
+    is_new = find_or_build(wanted, accelerator, args)
+    bundle, nearest, protected = read_protection(accelerator, args)
+    if not is_new:  # built from these very models, which have been cast since
+        bundle.check(**parts)
+    return bundle, nearest, protected
+
+
+def save_memory(unet, text_encoders, args):
+    """Turn on what trades time for memory."""
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ValueError, NotImplementedError) as error:  # no GPU, or an xformers built for another torch
+            raise NullSpaceError(
+                f"--enable_xformers_memory_efficient_attention fails here ({reason(error)})."
+            ) from error
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        for text_encoder in text_encoders if args.train_text_encoder else ():
+            # The reentrant kind would need gradients of the text encoder's inputs, which are none.
+            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+# ---- The start -------------------------------------------------------------------------------------------------------
+
+
+def start_or_resume(accelerator, checkpoint, adapted, parameters, count, args):
+    """Start the trackers and, from a checkpoint, go on: the number of steps already made.
+
+    Args:
+        checkpoint (`Path` or `None`): what to go on from.
+        adapted (`dict`): the models that have a LoRA, by name; it is all that checkpoints hold of the models.
+        parameters (`list[Tensor]`): of the LoRA.
+        count (`int`): of pictures, which is told.
+
+    Raises:
+        NullSpaceError: if the disk has no room for what the run will write, or the checkpoint does not fit.
+    """
+    keep_checkpoints_small(accelerator, adapted)
+    start_trackers(accelerator, args)
+    step = read_record(checkpoint)["step"] if checkpoint else 0
+    check_space(args.output_dir, needed_space(parameters, step, args), "what this run will write")
+    if checkpoint:
+        accelerator.load_state(checkpoint)
+        logger.info(f"Resuming from {checkpoint} at step {step}")
+    logger.info(
+        f"Training on {count} pictures for {args.max_train_steps} steps, {args.num_train_epochs} epochs, "
+        f"batch {args.train_batch_size} x {accelerator.num_processes} processes x "
+        f"{args.gradient_accumulation_steps} accumulated"
+    )
+    return step

@@ -6,11 +6,11 @@ BIN = .venv/bin
 demo: .venv/installed
 	$(BIN)/python demo/run.py
 
-test: .venv/installed
+test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Kills, signals and full disks, for which `make test` has no time; NULLSPACE_SWEEP=6 makes it a fifth as long
-sweep: .venv/installed
+sweep: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m sweep -rA tests/test_sweep.py
 
 # With the oldest versions that requirements.txt admits
@@ -18,6 +18,8 @@ test-oldest:
 	PYTHON=$(PYTHON) tests/oldest.sh
 
 .venv/installed: requirements.txt
+.venv/installed-dev: requirements-dev.txt requirements.txt
+.venv/installed .venv/installed-dev:
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement $<
 	touch $@

@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 venv=${OLDEST_VENV:-.venv-oldest}
 oldest=$(mktemp)
 trap 'rm -f "$oldest"' EXIT
-sed -E 's/^([A-Za-z0-9_.-]+)>=([0-9.]+)[^#]*/\1==\2  /' requirements.txt > "$oldest"
+# Both files are one here, so that no line takes the other in as it is
+sed -E '/^-r /d; s/^([A-Za-z0-9_.-]+)>=([0-9.]+)[^#]*/\1==\2  /' requirements.txt requirements-dev.txt > "$oldest"
 test -d "$venv" || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --requirement "$oldest"
 "$venv/bin/python" -m pip freeze

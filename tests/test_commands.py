@@ -1,6 +1,7 @@
 """The commands: merging bundles, one parser however it is called, and what `pip install` makes."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,9 +114,31 @@ def test_the_wheel_holds_the_library_and_the_doors_alone(installed):
     found = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
     assert {path for path in found if "dist-info" not in path.parts[0]} == expected
     (package,) = distributions(path=[str(installed)])
-    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    names = {line.partition("<")[0].partition(">")[0] for line in lines if line}
-    assert {each.partition("<")[0].partition(">")[0] for each in package.requires} == names
+    users, extras = set(), set()
+    for each in package.requires:
+        name, _, marker = each.partition(";")
+        (extras if marker else users).add(re.match(r"[\w-]+", name)[0])
+    assert users == requirements("requirements.txt")
+    assert extras == {"bitsandbytes", "prodigyopt"} and not extras & users
+    # Tests need all of it, and those that run them no user does
+    assert requirements("requirements-dev.txt") == {"-r requirements.txt", *extras, "pytest", "pytest-xdist"}
+
+
+def requirements(name):
+    """What a file of requirements lists, without versions."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return {re.split("[<>]", line)[0] for line in lines if line}
+
+
+def test_the_oldest_versions_are_all_lower_bounds():
+    """tests/oldest.sh makes its pins with sed."""
+    script = (ROOT / "tests" / "oldest.sh").read_text()
+    (command,) = re.findall(r"^(sed .*) > \"\$oldest\"$", script, re.M)
+    pins = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+) *$", pins, re.M))
+    files = [(ROOT / name).read_text() for name in ("requirements.txt", "requirements-dev.txt")]
+    assert pinned == dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(files), re.M)) and "torch" in pinned
+    assert not re.search("^-r|[<>]", pins, re.M) and "pytest\n" in pins
 
 
 DOORS = {

@@ -255,7 +255,7 @@ def load_collected(family, folder, prompts, tell, args):
     return pipeline
 
 
-def needed_space(pipeline, config, groups, processes):
+def needed_space(config, groups, processes):
     """Bytes that a build writes at most: each process's checkpoint twice, as it is replaced, and the bundle."""
     layers = [info for name in TEXT_ENCODERS for info in config.get(name, {}).get("modules", {}).values()]
     timeless = {info["input"]: info["in_features"] for info in layers}
@@ -296,7 +296,7 @@ def collect(pipeline, prompts, revision, args, state):
     groups = timestep_groups(visited, count, pipeline.scheduler.config.num_train_timesteps)
     settings = {key: value for key, value in config.items() if key != "command"}
     settings |= {"groups": groups, "weights": weights, "batch_size": args.batch_size, "processes": state.num_processes}
-    needed = needed_space(pipeline, config, len(groups), state.num_processes)
+    needed = needed_space(config, len(groups), state.num_processes)
     check_space(args.output_dir, needed, "the bundle and the checkpoint of its build")
     checkpoint = Checkpoint(args.output_dir, settings, state)
     return collect_moments(pipeline, prompts, groups, checkpoint, args, state), groups, config, checkpoint

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from nullspace.families import FAMILIES
+
 
 DOORS = ("train_dreambooth_nullspace", "build_nullspace", "nullspace_utils")
 LIBRARY = sorted((ROOT / "nullspace").rglob("*.py"))
@@ -54,6 +56,35 @@ def test_the_mathematics_knows_no_model_and_no_file(room):
         name for name in known if name.split(".")[0] in ("diffusers", "transformers", "peft", "safetensors", "os")
     }
     assert not foreign
+
+
+def names_in(nodes):
+    """Names and attributes that are read anywhere in pieces of code."""
+    found = [node for piece in nodes for node in ast.walk(piece) if isinstance(getattr(node, "ctx", None), ast.Load)]
+    return {getattr(node, "id", None) or getattr(node, "attr", None) for node in found}
+
+
+def test_nothing_in_the_library_is_unused():
+    """What only tests call is unused, too; `console` is called by the commands that pip makes."""
+    paths = [*LIBRARY, *(ROOT / f"{door}.py" for door in DOORS)]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    elsewhere = set().union(*map(imported, trees), {f"nullspace.families.{place}" for place in FAMILIES.values()})
+    for tree in trees.values():  # signals.run, of a room that is imported whole
+        elsewhere |= {f"nullspace.{ast.unparse(node)}" for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    unused = []
+    for path in LIBRARY:
+        body = trees[path].body if path.stem != "console" else []
+        for node in body:
+            made = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            if isinstance(node, ast.Assign):
+                made = [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            at_exit = any(ast.unparse(each) == "atexit.register" for each in getattr(node, "decorator_list", []))
+            here = names_in([other for other in body if other is not node])
+            for name in made if not at_exit else ():
+                full = f"{name_of(path)}.{name}"
+                if name not in here and full not in elsewhere and not name.startswith("__"):
+                    unused.append(full)
+    assert not unused
 
 
 def code_of(path):

@@ -911,7 +911,8 @@ def test_a_lora_that_is_not_published_is_whole_and_the_named_command_publishes_i
     program, *words = shlex.split(error.split("push it with: ")[1])
     run([Path(sys.executable).with_name(program), *words], here.environment(tmp_path, WRITE))
     local = {name for name in contents(output) if not name.startswith(".lock")} - {"lora2.safetensors"}
-    assert {LORA_NAME, "README.md", REPORT_NAME, COMPARISON_NAME, "pictures/0.png", f"{output.name}.safetensors"} <= local
+    expected = {LORA_NAME, "README.md", REPORT_NAME, COMPARISON_NAME, "pictures/0.png", f"{output.name}.safetensors"}
+    assert expected <= local
     assert set(here.files("model", "ada/named")) == local | {".gitattributes"}
     assert here.read("model", "ada/named", LORA_NAME) == (output / LORA_NAME).read_bytes()
     card = here.read("model", "ada/named", "README.md").decode()

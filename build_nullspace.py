@@ -192,7 +192,7 @@ def check_published(folder):
 def published_as(folder):
     """The repository that a bundle's card names, or None: where it was pushed to before."""
     card = folder / CARD_NAME
-    named = card.is_file() and re.search(r"--nullspace_name_or_path (.+) \\\n", card.read_text(encoding="utf-8"))
+    named = card.is_file() and re.search(r"--nullspace(?:_name_or_path)? (.+) \\\n", card.read_text(encoding="utf-8"))
     return named[1] if named and not named[1].startswith("<") else None
 
 

@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import nullspace_utils
 import train_dreambooth_nullspace as trainer
+from build_nullspace import name_repository, published_as
 from nullspace.bundle import Bundle
 from nullspace.divergence import sound_vae
 from nullspace.errors import NullSpaceError
@@ -381,6 +382,9 @@ def test_a_turbo_is_drawn_and_not_trained(tiny_turbo, tiny_xl, xl_bundle, tmp_pa
             train(tiny_turbo, given, tmp_path / "lora")
     with pytest.raises(NullSpaceError, match="was built for an SDXL-Turbo .* nothing of a Stable Diffusion XL model"):
         train(tiny_xl, tmp_path / "bundle", tmp_path / "lora")
+    assert published_as(tmp_path / "bundle") is None
+    name_repository("ada/turbo", tmp_path / "bundle")
+    assert published_as(tmp_path / "bundle") == "ada/turbo"
     assert not (tmp_path / "lora").exists()
 
 

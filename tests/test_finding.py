@@ -110,7 +110,8 @@ def test_built_once_and_taken_from_the_cache(tiny_sd1, tmp_path, no_drawing, cap
     assert config["prompts"]["count"] == PROMPTS and config["prompts"]["source"] == GENERAL_PROMPTS.name
     assert config["attention"] == "cross" and config["num_inference_steps"] == [2]
     left = {path.name for path in (tmp_path / "cache").iterdir()}
-    assert left == {folder.rpartition("/")[2], f"{folder.rpartition('/')[2]}.lock"}
+    name = folder.rpartition("/")[2]
+    assert left - {f"{name}.lock"} == {name}  # some versions of filelock leave it
     Bundle.load(folder).check(**{name: part for name, part in run.components.items() if name != "vae"})
     no_drawing()
     assert Run(tiny_sd1, tmp_path / "cache").find() == (folder, False)
@@ -236,7 +237,7 @@ def test_a_disk_that_is_full_half_way_leaves_nothing_half_written(tiny_sd1, buil
         with pytest.raises(NullSpaceError, match="No space left on device"):
             run.find()
     kept = {path.name.rpartition(".")[2] for path in (tmp_path / "cache").iterdir()}
-    assert kept == {"lock", "checkpoint"}
+    assert kept - {"lock"} == {"checkpoint"}  # some versions of filelock leave it
     drawn = count_drawn(run, monkeypatch)
     assert run.find()[1] and not drawn  # the last batch is kept, too
 

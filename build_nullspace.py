@@ -26,10 +26,10 @@ import sys
 from pathlib import Path
 
 from nullspace import signals
-from nullspace.checks import HelpFormatter, Parser, hub_token, launched, require
+from nullspace.checks import HelpFormatter, Parser, hub_token, launched, listed_thresholds, require, settle_threshold
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES, recognise
-from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT
+from nullspace.names import CARD_NAME, CONFIG_NAME, DEFAULT_THRESHOLDS, JOINT
 from nullspace.samplers import SAMPLERS
 from nullspace.system import quiet_imports, remove_leftovers, write_text
 from nullspace.terminal import printable
@@ -112,6 +112,18 @@ def parse_args(argv=None):
         help="Besides the sum over all timesteps, keep 4 stages or every step apart (default: joint).",
     )
     group.add_argument(
+        "--nullspace_criterion",
+        choices=DEFAULT_THRESHOLDS,
+        default="energy",
+        help="How --nullspace_threshold counts, as in the trainer (default: %(default)s).",
+    )
+    group.add_argument(
+        "--nullspace_threshold",
+        type=float,
+        help="The trainer may close what this closes, or what its default does: those directions are stored in full, "
+        f"the others in half the bytes (defaults: {listed_thresholds()}).",
+    )
+    group.add_argument(
         "--output_dir", type=Path, default=Path("nullspace-bundle"), help="Its folder (default: %(default)s)."
     )
     group.add_argument("--push_to_hub", action="store_true", help="Publish the bundle as a dataset on the Hub.")
@@ -124,6 +136,7 @@ def parse_args(argv=None):
         parser.error("--pretrained_model_name_or_path is needed to build a bundle.")
     if args.pretrained_model_name_or_path and (args.prompts_file is None) == (args.prompts_dataset_name is None):
         parser.error("give the prompts as either --prompts_file or --prompts_dataset_name.")
+    settle_threshold(args, parser)
     return args
 
 
@@ -293,7 +306,8 @@ def work(state, tell, args):
     if state.is_main_process:
         bundle = Bundle.from_moments(moments, groups, config)
         license_name = base_license(args.pretrained_model_name_or_path, args.hub_token)
-        bundle.save(args.output_dir, extras=[draw_spectra, write_dataset_card(license_name)])
+        stored = args.nullspace_criterion, args.nullspace_threshold
+        bundle.save(args.output_dir, [draw_spectra, write_dataset_card(license_name)], *stored)
         checkpoint.remove()
         print_table(*rank_table(bundle))
         print(f"Wrote {args.output_dir}")

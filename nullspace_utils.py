@@ -7,7 +7,7 @@ Adam-NSCL, CVPR 2021, for training).
 
     bundle = Bundle.load("demo/output/bundle")
     bundle.check(unet)
-    projector = NullSpaceProjector(unet, {"joint": bundle.protected("joint", "energy", 0.999)})
+    projector = NullSpaceProjector(unet, {"joint": bundle.protected()})
     projector.attach(optimizer)  # and call projector.project_gradients() before gradients are clipped
 
 Run as a script, it audits any LoRA, in closed form, with no GPU and no picture:

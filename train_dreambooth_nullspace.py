@@ -30,10 +30,11 @@ from nullspace.checks import (
     HelpFormatter,
     Parser,
     check_softness,
-    check_threshold,
     colour,
     hub_token,
     launched,
+    listed_thresholds,
+    settle_threshold,
     unquoted_prompt,
 )
 from nullspace.errors import NullSpaceError
@@ -137,7 +138,7 @@ def parse_args(argv=None):
         "--nullspace_threshold",
         type=float,
         help="More energy protects more, a lower eigenvalue or percentile protects more; energy 0 protects nothing "
-        f"(defaults: {', '.join(f'{name} {value:g}' for name, value in DEFAULT_THRESHOLDS.items())}).",
+        f"(defaults: {listed_thresholds()}).",
     )
     group.add_argument(
         "--nullspace_softness",
@@ -402,10 +403,8 @@ def parse_args(argv=None):
             f"--report_to {args.report_to} with --hub_token would record the token with the run; log in with "
             "`hf auth login` instead."
         )
-    if args.nullspace_threshold is None:
-        args.nullspace_threshold = DEFAULT_THRESHOLDS[args.nullspace_criterion]
+    settle_threshold(args, parser)
     try:
-        check_threshold(args.nullspace_criterion, args.nullspace_threshold)
         check_softness(args.nullspace_softness)
     except NullSpaceError as error:
         parser.error(str(error))

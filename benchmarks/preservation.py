@@ -707,6 +707,7 @@ def build_bundle():
     if not (BUNDLE / "nullspace_config.json").exists():
         command = [sys.executable, ROOT / "build_nullspace.py", "--pretrained_model_name_or_path", MODEL]
         command += ["--prompts_file", DEMO / "prompts.txt", "--batch_size", "50", "--timestep_groups", "steps"]
+        command += ["--nullspace_threshold", 0.9999]  # the most that a method below closes
         subprocess.run([*map(str, command), "--output_dir", str(BUNDLE)], check=True)
 
 

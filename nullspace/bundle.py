@@ -65,10 +65,9 @@ class Bundle:
 
     On disk: `nullspace_config.json` describes it and holds the sha256 of all files; each group is a safetensors
     file with, for each input, `<input>.eigenvalues` (in,) float32, `<input>.eigenvectors` (in, k) float32, those that
-    the default threshold closes, the others, since any threshold may be chosen later, as `<input>.rest`, see
-    `Spectrum`, and `<input>.distances` (in,) float32, how far each is from the builder's own float64 decomposition:
-    infinity where that is not known. k is in `exact` of the configuration, by group and input.
-    `base_model.fingerprint` there is that of `fingerprints`.
+    may be closed, see `save`, the others as `<input>.rest`, see `Spectrum`, and `<input>.distances` (in,) float32, how
+    far each is from the builder's own float64 decomposition: infinity where that is not known. k is in `exact` of the
+    configuration, by group and input. `base_model.fingerprint` there is that of `fingerprints`.
 
     Formats 1 and 2 are still read. They have all eigenvectors in one (in, in), of float16 and float32; format 2 has the
     norm of the distances in its configuration, format 1 none, and the hash of the covered projections in place of the
@@ -209,22 +208,16 @@ class Bundle:
                 not at all.
 
         Raises:
-            NullSpaceError: if a layer is left without a free direction, a value is out of range, or the softness is
-                lower than what is stored can hold back.
+            NullSpaceError: if `ranks` refuses the threshold, a value is out of range, or the softness is lower than
+                what is stored can hold back.
         """
         check_softness(softness)
+        ranks = self.ranks(name, criterion, threshold)
         shared, spectra = {}, self.group(name)
         for (source, spectrum), basis in zip(
             spectra.items(), Spectrum.orthonormal_all(list(spectra.values())), strict=True
         ):
-            rank = spectrum.rank(criterion, threshold)
-            if rank == len(spectrum.eigenvalues):
-                raise NullSpaceError(
-                    f"--nullspace_criterion {criterion} --nullspace_threshold {threshold} leaves no free direction in "
-                    f"{source} ({rank} of {rank} protected); choose a "
-                    f"{'higher' if criterion in ('eigenvalue', 'percentile') else 'lower'} threshold."
-                )
-            gains = None
+            rank, gains = ranks[source], None
             if rank and softness < math.inf:
                 gains = spectrum.gains(softness)[rank:]
                 if not spectrum.is_finer_than(softness, rank):
@@ -234,6 +227,29 @@ class Bundle:
                     )
             shared[source] = Protected(basis, rank, gains, spectrum.distance(rank))
         return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
+
+    def ranks(self, name=JOINT, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"]):
+        """How many directions a threshold closes for each input of a group: `dict[str, int]`; see `Spectrum.rank`.
+
+        Raises:
+            NullSpaceError: if an input is left without a free direction, or a direction would be closed that is not
+                stored in full: what its rounding lets through is more than may be promised.
+        """
+        ranks = {}
+        for source, spectrum in self.group(name).items():
+            ranks[source] = rank = spectrum.rank(criterion, threshold)
+            flags = f"--nullspace_criterion {criterion} --nullspace_threshold {threshold}"
+            choose = f"choose a {'lower' if criterion == 'energy' else 'higher'} threshold"
+            if rank == len(spectrum.eigenvalues):
+                raise NullSpaceError(
+                    f"{flags} leaves no free direction in {source} ({rank} of {rank} protected); {choose}."
+                )
+            if rank > spectrum.exact:
+                raise NullSpaceError(
+                    f"{flags} closes {rank} directions in {source}, of which the bundle stores {spectrum.exact} in "
+                    f"full and the others in 16 bits; {choose}, or build a bundle with build_nullspace.py {flags}."
+                )
+        return ranks
 
     # Checking
 
@@ -410,11 +426,12 @@ class Bundle:
 
     # Writing
 
-    def save(self, folder, extras=()):
+    def save(self, folder, extras=(), criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"]):
         """Write the bundle, and pack it, as a folder, whole or not at all; an earlier bundle there is replaced.
 
         Args:
             folder (`Path`): where.
+            criterion, threshold: what these close, or the default does, is stored in full, see `Spectrum.pack`.
             extras (`Iterable[Callable[[Bundle, Path], None]]`): each writes more files into the folder (the card, a
                 picture) before it is moved into place.
 
@@ -427,7 +444,7 @@ class Bundle:
         config = {key: value for key, value in self.config.items() if key not in written}
         config["format_version"] = FORMAT_VERSION
         self.spectra = {
-            name: {source: spectrum.pack() for source, spectrum in spectra.items()}
+            name: {source: spectrum.pack(criterion, threshold) for source, spectrum in spectra.items()}
             for name, spectra in self.spectra.items()
         }
         for key in ("tokens", "exact"):

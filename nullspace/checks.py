@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nullspace.errors import NullSpaceError
+from nullspace.names import DEFAULT_THRESHOLDS
 from nullspace.terminal import printable
 
 
@@ -226,6 +227,21 @@ def check_threshold(criterion, threshold):
         raise NullSpaceError(
             f"--nullspace_threshold {threshold} is out of range: '{criterion}' needs {valid[criterion][0]}."
         )
+
+
+def listed_thresholds():
+    """The default thresholds of all criteria, for a help."""
+    return ", ".join(f"{criterion} {threshold:g}" for criterion, threshold in DEFAULT_THRESHOLDS.items())
+
+
+def settle_threshold(args, parser):
+    """Set --nullspace_threshold to its criterion's default where it was not given; refuse one out of range."""
+    if args.nullspace_threshold is None:
+        args.nullspace_threshold = DEFAULT_THRESHOLDS[args.nullspace_criterion]
+    try:
+        check_threshold(args.nullspace_criterion, args.nullspace_threshold)
+    except NullSpaceError as error:
+        parser.error(str(error))
 
 
 def check_softness(softness):

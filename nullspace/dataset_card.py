@@ -13,7 +13,6 @@ from nullspace.markdown import code_block, code_span, link, plain, table_cell, u
 from nullspace.names import (
     CARD_NAME,
     CONFIG_NAME,
-    DEFAULT_THRESHOLDS,
     ENERGIES,
     JOINT,
     TABLE_NAME,
@@ -174,7 +173,7 @@ its subject and leaves these prompts as they were.
 | sampling | {sampling}, {config["resolution"]} pixels |
 | clip skip | {bundle.clip_skip} |
 | prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |
-| what rounding may hide of a leakage | at most {hidden:.1e} up to a threshold of {DEFAULT_THRESHOLDS["energy"]} |
+| what rounding may hide of a leakage | at most {hidden:.1e} |
 | what it may hide of a drift | at most {hidden_drift:.1e} of a LoRA that were free |
 
 Median number of directions, over the inputs of one size, that hold a share of the energy (the trace of the second

@@ -28,7 +28,7 @@ from nullspace.hub import fetch_files
 from nullspace.launch import on_main_process
 from nullspace.layers import attention_inputs, text_encoder_inputs
 from nullspace.models import download_model, loading
-from nullspace.names import CONFIG_NAME, FORMAT_VERSION, JOINT
+from nullspace.names import CONFIG_NAME, DEFAULT_THRESHOLDS, FORMAT_VERSION, JOINT
 from nullspace.prompts import length_warnings, prompts_of_model
 
 
@@ -73,6 +73,8 @@ class Wanted:
     def settings(self):
         """The builder's flags that make the bundle what it is: `dict`."""
         vae_scale = 2 ** (len(self.components["vae"].config.block_out_channels) - 1)
+        criterion = self.args.nullspace_criterion
+        least = DEFAULT_THRESHOLDS[criterion] if criterion == "energy" else 0  # is stored in full in any case
         return {
             "model_type": self.family.name,
             "attention": self.attention,
@@ -84,6 +86,8 @@ class Wanted:
             "resolution": self.components["unet"].config.sample_size * vae_scale,
             "timestep_groups": JOINT,
             "seed": 0,
+            "nullspace_criterion": criterion,
+            "nullspace_threshold": max(self.args.nullspace_threshold, least),
         }
 
     def matches(self, config, fingerprint):
@@ -263,7 +267,10 @@ def _find_or_build(wanted, accelerator, args):
         )
         for repository, commit, _ in found:
             try:
-                Bundle.load(repository, revision=commit, token=args.hub_token, text_encoder=args.train_text_encoder)
+                bundle = Bundle.load(
+                    repository, revision=commit, token=args.hub_token, text_encoder=args.train_text_encoder
+                )
+                bundle.ranks(JOINT, args.nullspace_criterion, args.nullspace_threshold)
             except NullSpaceError as error:
                 logger.warning(f"The Hub dataset {repository} was passed over ({reason(error)}).")
                 continue
@@ -325,7 +332,8 @@ def build(folder, wanted, prompts, source, accelerator, args):
         + [args.pretrained_model_name_or_path]
     )
     try:
-        Bundle.from_moments(moments, groups, config).save(folder)
+        bundle = Bundle.from_moments(moments, groups, config)
+        bundle.save(folder, criterion=flags.nullspace_criterion, threshold=flags.nullspace_threshold)
     finally:
         remove_leftovers(folder)
     checkpoint.remove()

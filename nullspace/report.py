@@ -16,7 +16,6 @@ from nullspace.system import put, write_text
 
 # How much of a layer's change may reach what is protected in a file that is saved, by what it is saved in; 16 bits
 # round it to within 2^-9 (bfloat16) of each weight.
-SMALL = 1e-5  # what rounding hides of a leakage and nobody need be told
 LEAKAGE_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 
 
@@ -43,9 +42,7 @@ def save_audited(folder, bundle, adapted, dtype, criterion, threshold, unprotect
     save_lora(folder, **adapted, dtype=dtype, **options)
     found, bound = audit_file(folder, bundle, adapted, criterion, threshold), LEAKAGE_BOUNDS[dtype]
     leaking = {row["module"]: row["leakage"] for row in found["layers"] if row["leakage"] is not None}
-    # What the bundle's rounding may hide is counted, and is no fault of the file; nor is NaN below any bound
-    hidden = {row["module"]: row["rounding"]["leakage"] for row in found["layers"] if row["rounding"]}
-    leaking = {name: leakage for name, leakage in leaking.items() if not leakage - hidden.get(name, 0.0) <= bound}
+    leaking = {name: leakage for name, leakage in leaking.items() if not leakage <= bound}  # NaN is below no bound
     if leaking and unprotected is not None:
         put(folder / LORA_NAME, unprotected)
         name = max(leaking, key=lambda name: math.inf if math.isnan(leaking[name]) else leaking[name])
@@ -86,12 +83,6 @@ def describe_guarantee(found, bundle, dtype, threshold, timesteps=JOINT):
         )
     if dtype != torch.float32:
         text += " Most of it is the rounding of its weights to 16 bits."
-    hidden = max((row["rounding"]["leakage"] for row in found["layers"] if row["rounding"]), default=0.0)
-    if hidden > leakage / 2 and hidden > SMALL:
-        text += (
-            f" Up to {hidden:.1e} of that is what the bundle may hide, which stores directions beyond those of its "
-            "default threshold in 16 bits."
-        )
     if any(item.distances is None for item in bundle.group(JOINT).values()):
         text += (
             " It is measured against the bundle's own directions alone: the bundle is of the old format, which does "

@@ -60,15 +60,17 @@ class Spectrum(NamedTuple):
         spectrum = cls.from_sum(total, tokens, name)
         return spectrum if all(item.distances is not None for item in spectra) else spectrum._replace(distances=None)
 
-    def pack(self, energy=DEFAULT_THRESHOLDS["energy"]):
-        """The same with only the directions that hold a share of the energy in float32, the others in half the bytes.
+    def pack(self, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"]):
+        """The same with only the directions that this or the default threshold closes in float32.
+
+        The others take half the bytes. More than is in float32 cannot be closed, see `Bundle.protected`.
 
         An orthonormal matrix has half as many degrees of freedom as entries, and its reflections have no more: rounded
         to float16 they turn a direction by about 4e-4, and what is made of them is orthonormal all the same.
         """
         if self.rest is not None:
             return self
-        basis, exact = self.orthonormal(), self.rank("energy", energy)
+        basis, exact = self.orthonormal(), max(self.rank(), self.rank(criterion, threshold))
         leading = basis[:, :exact].contiguous()
         # The others in coordinates of the space that the leading ones leave
         others = torch.ormqr(

@@ -486,6 +486,7 @@ def test_a_damaged_model_is_refused(tiny_sd1, tmp_path, prompts_file):
     [
         (["--sampler", "best"], "invalid choice: 'best'"),
         (["--num_inference_steps", "0"], "--num_inference_steps must be at least 1"),
+        (["--nullspace_threshold", "1"], "--nullspace_threshold 1.0 is out of range"),
         (["--prompts_dataset_name", "also"], "either --prompts_file or --prompts_dataset_name"),
     ],
 )

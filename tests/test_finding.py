@@ -27,7 +27,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.families import get_family
 from nullspace.hashes import config_sha256
 from nullspace.layers import attention_inputs
-from nullspace.names import CARD_NAME, CONFIG_NAME, REPORT_NAME, TEXT_ENCODER
+from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT, REPORT_NAME, TEXT_ENCODER
 from nullspace.prompts import GENERAL_PROMPTS, prompts_of_model
 from shapes import DEMO
 from test_train import command_line, drawing_in_two_steps, make_bundle, same, train  # noqa: F401
@@ -152,6 +152,16 @@ def test_other_layers_take_another_bundle(flags, attention, with_text_encoder, t
     assert set(bundle.config["modules"]) == set(attention_inputs(run.components["unet"], attention))
     assert (TEXT_ENCODER in bundle.spectra) == with_text_encoder
     assert bundle.clip_skip == run.args.clip_skip
+
+
+def test_a_threshold_beyond_what_is_stored_takes_another_bundle(tiny_sd1, built, cache):
+    assert Run(tiny_sd1, cache, "--nullspace_threshold", "0.5").find() == (built, False)
+    flags = ("--nullspace_criterion", "percentile", "--nullspace_threshold", "20")
+    folder, is_new = Run(tiny_sd1, cache, *flags).find()
+    assert is_new and folder != built
+    assert Bundle.load(folder).ranks(JOINT, "percentile", 20)
+    with pytest.raises(NullSpaceError, match="in 16 bits; choose a higher threshold, or build a bundle with "):
+        Bundle.load(built).ranks(JOINT, "percentile", 20)
 
 
 def test_another_version_of_the_model_is_not_taken(tiny_sd1, built, cache):
@@ -386,6 +396,8 @@ model, cache = Path(args[0]), args[1]
 finding.logger.warning = out["said"].append
 run = Run(model, cache, "--nullspace_namespace", "ada")
 out["found"] = [*run.find(), run.args.nullspace_revision]
+beyond = Run(model, cache, "--nullspace_namespace", "ada", "--nullspace_threshold", "0.99")
+out["beyond"] = beyond.find()[1]
 out["nobody's"] = finding.on_the_hub("eve", lambda config: True, None, out["said"].append)
 words = ["find", "--pretrained_model_name_or_path", str(model), "--nullspace_namespace", "ada"]
 with contextlib.redirect_stdout(io.StringIO()) as listed:
@@ -419,6 +431,7 @@ def test_a_namespace_on_the_hub_is_asked(tiny_sd1, tiny_sd2, tmp_path):
         seed(hub, "dataset", "ada/untagged", files(mine, prompts=prompts | {"count": 999}) | {CARD_NAME: b"# Mine"})
         out = python(ASK, hub.environment(tmp_path), tiny_sd1, tmp_path / "caches")
     assert out["found"] == ["ada/more", False, commit]
+    assert out["beyond"] and any("ada/more was passed over (--nullspace_criterion" in said for said in out["said"])
     assert out["nobody's"] == [] and out["listed"] == ["ada/damaged", "ada/more", "ada/fewer"]
     said = " ".join(out["said"])
     assert re.search(r"ada/damaged was passed over .*truncated or altered", said) and "ada/odd was passed over" in said

@@ -274,7 +274,6 @@ SAID = {
     "guaranteed": ((), "Guaranteed: at most "),
     "16 bits": (("--mixed_precision", "bf16", "--no-upcast_before_saving"), "is the rounding of its weights to 16"),
     "nearest": (("--nullspace_timesteps", "nearest"), "Nothing is guaranteed: with --nullspace_timesteps nearest"),
-    "beyond": (("--nullspace_threshold", 0.99), r"Up to \d.* is what the bundle may hide, which stores .* in 16 bits"),
     "zero": (("--nullspace_threshold", 0), "Nothing is guaranteed: .*--nullspace_threshold 0"),
     "some": (
         ("--lora_layers", "attn1.to_q,attn2.to_q", "--allow_unprotected"),
@@ -303,7 +302,7 @@ def test_report_and_card_say_it_first(case, tiny_sd1, bundle1, tmp_path):  # noq
     assert next(iter(found)) == "guarantee"
     said = found["guarantee"]
     assert re.search(expected, said)
-    assert ("Guaranteed" in said) == (case in ("guaranteed", "16 bits", "beyond")) and "old format" not in said
+    assert ("Guaranteed" in said) == (case in ("guaranteed", "16 bits")) and "old format" not in said
     card = (tmp_path / "lora" / "README.md").read_text().split("\n---\n", 1)[1].strip().splitlines()
     assert card[0].startswith("# ") and card[2] == said
     if case in ("guaranteed", "some"):

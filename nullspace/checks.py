@@ -250,7 +250,7 @@ def check_softness(softness):
         raise NullSpaceError(f"--nullspace_softness {softness} is out of range: it must be above 0 (inf: no damping).")
 
 
-def check_writable(folder):
+def check_writable(folder, flag="--output_dir"):
     """Raise `NullSpaceError` if a folder, which may not exist yet, cannot be made or written to."""
     folder = first = Path(folder).resolve()
     try:
@@ -260,7 +260,7 @@ def check_writable(folder):
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise NullSpaceError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir.") from error
+        raise NullSpaceError(f"{folder} cannot be written ({error.strerror}); choose another {flag}.") from error
 
 
 def require(package, flag):

@@ -20,13 +20,16 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 
 from nullspace.bundle import Bundle, check_files, read_config
+from nullspace.checks import check_writable
 from nullspace.collection import PRECISIONS, collect
+from nullspace.dataset_card import draw_spectra, write_dataset_card
 from nullspace.errors import NullSpaceError, StaleError, reason
 from nullspace.families import recognise
 from nullspace.fingerprints import fingerprints, hash_json
-from nullspace.hub import fetch_files
+from nullspace.hub import base_license, fetch_files
 from nullspace.launch import on_main_process
 from nullspace.layers import attention_inputs, text_encoder_inputs
+from nullspace.locks import alone
 from nullspace.models import download_model, loading
 from nullspace.names import CONFIG_NAME, DEFAULT_THRESHOLDS, FORMAT_VERSION, JOINT
 from nullspace.prompts import length_warnings, prompts_of_model
@@ -161,21 +164,6 @@ def writing(cache):
         ) from error
 
 
-@contextmanager
-def locked(folder):
-    """Hold the lock of a bundle in the cache; wait for another run that does, and say so."""
-    lock = FileLock(f"{folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info(f"Another run is at work on {folder}; waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def remove_leftovers(folder):
     """Remove what writes of a bundle that were stopped left beside it; only who holds its lock may."""
     for kind in ("partial", "old"):
@@ -187,7 +175,7 @@ def cached(cache):
     """The bundles in the cache, whole, unfinished or damaged: `dict[str, list[Path]]`, all that belongs to each."""
     found = {}
     for path in sorted(cache.iterdir()) if cache.is_dir() else ():
-        if (match := NAMED.fullmatch(path.name)) and path.suffix != ".lock":
+        if (match := NAMED.fullmatch(path.name)) and path.suffix not in (".lock", ".lock-holder"):
             found.setdefault(match[1], []).append(path)
     return found
 
@@ -278,7 +266,8 @@ def _find_or_build(wanted, accelerator, args):
             return repository, commit, False
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        check_writable(folder, "--nullspace_cache_dir")
+        with alone(Path(f"{folder}.lock"), logger.info):
             if in_cache(folder, fingerprint, lambda sentence: None):  # built while this run waited
                 return str(folder), None, False
             logger.info(
@@ -308,7 +297,7 @@ def build(folder, wanted, prompts, source, accelerator, args):
         mixed_precision=accelerator.mixed_precision if accelerator.mixed_precision in PRECISIONS else "no",
         output_dir=folder,
     )
-    alone = SimpleNamespace(
+    this_process = SimpleNamespace(
         process_index=0,
         num_processes=1,
         device=accelerator.device,
@@ -321,19 +310,21 @@ def build(folder, wanted, prompts, source, accelerator, args):
     scheduler = pipeline.scheduler
     remove_leftovers(folder)
     try:
-        moments, groups, config, checkpoint = collect(pipeline, prompts, revision, flags, alone)
+        moments, groups, config, checkpoint = collect(pipeline, prompts, revision, flags, this_process)
     except StaleError as error:
         logger.warning(f"An earlier build cannot be gone on from and begins anew ({reason(error)}).")
         shutil.rmtree(error.folder)
         pipeline.scheduler = scheduler
-        moments, groups, config, checkpoint = collect(pipeline, prompts, revision, flags, alone)
+        moments, groups, config, checkpoint = collect(pipeline, prompts, revision, flags, this_process)
     config["command"] = shlex.join(
         ["accelerate", "launch", "train_dreambooth_nullspace.py", "--pretrained_model_name_or_path"]
         + [args.pretrained_model_name_or_path]
     )
     try:
+        license_name = base_license(args.pretrained_model_name_or_path, args.hub_token)
+        extras = [draw_spectra, write_dataset_card(license_name)]  # it can be published as it is
         bundle = Bundle.from_moments(moments, groups, config)
-        bundle.save(folder, criterion=flags.nullspace_criterion, threshold=flags.nullspace_threshold)
+        bundle.save(folder, extras, flags.nullspace_criterion, flags.nullspace_threshold)
     finally:
         remove_leftovers(folder)
     checkpoint.remove()

@@ -18,7 +18,7 @@ def beside(folder):
 
 
 @contextmanager
-def alone(path, tell, state):
+def alone(path, tell, state=None):
     """Hold a lock while the block runs; wait for who holds it, and say for whom.
 
     The system lets go of it when its process ends, however that ends; who holds it is in a file beside it.
@@ -26,9 +26,10 @@ def alone(path, tell, state):
     Args:
         path (`Path`): of the lock; its folder is made, and removed again if the run leaves nothing else in it.
         tell (`Callable[[str], None]`): is told a sentence when there is somebody to wait for.
-        state (`PartialState` or `Accelerator`): the main process holds it for all.
+        state (`PartialState` or `Accelerator`, *optional*): the main process holds it for all; without it, this one
+            for itself.
     """
-    if not state.is_main_process:
+    if state is not None and not state.is_main_process:
         state.wait_for_everyone()
         yield
         return
@@ -55,7 +56,8 @@ def alone(path, tell, state):
         if lock.is_locked:
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
             holder.write_text(json.dumps(me), encoding="utf-8")
-        state.wait_for_everyone()
+        if state is not None:
+            state.wait_for_everyone()
         yield
     finally:
         if lock.is_locked:

@@ -129,6 +129,7 @@ def test_a_training_without_a_bundle_is_the_same_from_the_cache(tiny_sd1, tmp_pa
     (folder,) = (path for path in cache.iterdir() if path.is_dir())
     named = train(tiny_sd1, folder, tmp_path / "named", *flags[2:])
     assert same(first, named)
+    assert {CARD_NAME, "spectra.png"} <= {path.name for path in folder.iterdir()}  # as it is, it can be published
     report = json.loads((tmp_path / "first" / REPORT_NAME).read_text())
     assert report["nullspace"]["bundle"] == folder.name and report["leakage"]["max"] < 1e-5
     assert folder.name in (tmp_path / "first" / CARD_NAME).read_text()
@@ -303,7 +304,7 @@ def test_of_two_runs_at_once_one_builds(tiny_sd1, built, tmp_path, no_drawing, c
         thread = threading.Thread(target=lambda: found.append(run.find()))
         thread.start()
         deadline = time.monotonic() + 20
-        while "Another run is at work" not in caplog.text and time.monotonic() < deadline:
+        while "Waiting for another run" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.01)
         assert thread.is_alive()
         copy_to(tmp_path, built)

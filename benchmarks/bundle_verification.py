@@ -7,8 +7,12 @@ steps, as the trainer does before it trains, in float32 and bfloat16 and from se
 these bundles. Of every input it notes how much energy is let through, claimed and measured, and what of the limit of
 `nullspace.verify` the measured share is: an honest bundle must stay below 1 at all inputs, a forged one come above it
 at one. Takes about 3 minutes. Writes `results/bundle_verification.json`.
+
+With --sd15 it does so with random weights of Stable Diffusion 1.5's size, drawn at 256 pixels, instead. Writes
+`results/bundle_verification_sd15.json`.
 """
 
+import argparse
 import copy
 import tempfile
 import time
@@ -18,7 +22,9 @@ import diffusers
 import torch
 import transformers
 from accelerate import PartialState
-from common import HERE, write
+from common import HERE, TEXT, sd1_unet, write
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import build_nullspace
 from nullspace.bundle import Bundle
@@ -31,10 +37,15 @@ from nullspace.verify import BESIDES, PROMPTS, STEPS, TIMES, compare, read
 
 
 DEMO = HERE.parent / "demo"
-MODELS = ("shapes-sd", "shapes-lcm")
+MODELS = (DEMO / "shapes-sd", DEMO / "shapes-lcm")
+SD15 = "random-sd15"
 DTYPES = (torch.float32, torch.bfloat16)
 SEEDS = (None, 100)  # the bundle's own, and another
-STEPS_OF = {"shapes-sd": ["--num_inference_steps", "10"]}
+FLAGS_OF = {
+    "shapes-sd": "--num_inference_steps 10 --with_text_encoder --attention all",
+    "shapes-lcm": "--with_text_encoder --attention all",
+    SD15: "--num_inference_steps 4 --resolution 256 --max_prompts 12 --batch_size 4",
+}
 # How an honest bundle is built, besides the model and --max_prompts 30
 HONEST = {
     "bfloat16": "--mixed_precision bf16",
@@ -48,15 +59,15 @@ OF_MODEL = {
         "Euler a": "--sampler euler_a",
     },
     "shapes-lcm": {"1 step": "--num_inference_steps 1"},
+    SD15: {},
 }
 
 
 def load(model, scratch, flags=""):
-    """The pipeline of a demo model, its prompts and the builder's flags."""
-    words = ["--pretrained_model_name_or_path", str(DEMO / model), "--output_dir", str(scratch / "out")]
+    """The pipeline of a model's folder, its prompts and the builder's flags."""
+    words = ["--pretrained_model_name_or_path", str(model), "--output_dir", str(scratch / "out")]
     words += ["--prompts_file", str(DEMO / "prompts.txt"), "--max_prompts", "30", "--batch_size", "50"]
-    words += ["--with_text_encoder", "--attention", "all"]
-    words += [*STEPS_OF.get(model, []), *flags.split()]
+    words += [*FLAGS_OF[model.name].split(), *flags.split()]
     args = build_nullspace.parse_args(words)
     family = recognise(args.pretrained_model_name_or_path)
     args.model_type = family.name
@@ -74,6 +85,24 @@ def build(model, scratch, flags=""):
     bundle = Bundle.from_moments(moments, groups, config)
     bundle.config["tokens"] = {name: dict.fromkeys(spectra) for name, spectra in bundle.spectra.items()}
     return bundle
+
+
+def make_sd15(folder):
+    """A pipeline of Stable Diffusion 1.5's text encoder and UNet with random weights; the VAE is not used."""
+    tokenizer = CLIPTokenizer.from_pretrained(MODELS[0] / "tokenizer", model_max_length=TEXT[0])
+    unet = sd1_unet()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT[1], intermediate_size=4 * TEXT[1], num_hidden_layers=12,
+        num_attention_heads=12, max_position_embeddings=TEXT[0], bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+                          up_block_types=("UpDecoderBlock2D",) * 4),
+        text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
 
 
 # ---- Forgeries: each of a spectrum, by the number of directions that are closed --------------------------------------
@@ -181,7 +210,7 @@ def examine(kind, model, bundle, readings, honest):
         of_limit = [finding.measured / finding.limit for finding in findings]
         times = [finding.measured / max(finding.claimed, 1e-12) for finding in findings]
         row = {
-            "model": model,
+            "model": model.name,
             "bundle": kind,
             "honest": honest,
             "dtype": str(dtype).removeprefix("torch."),
@@ -201,7 +230,7 @@ def examine(kind, model, bundle, readings, honest):
         show += "of limit {:.3f}-{:.3f} besides {:.1e} above {} of {} {:.2f} s"
         print(
             show.format(
-                model, kind, row["dtype"], *row["claimed"], *row["measured"], *row["measured / claimed"],
+                model.name, kind, row["dtype"], *row["claimed"], *row["measured"], *row["measured / claimed"],
                 *row["measured / limit"], row["besides"], row["inputs above the limit"], row["inputs"], row["seconds"],
             ), flush=True,
         )  # fmt: skip
@@ -212,32 +241,35 @@ def main():
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sd15", action="store_true", help="Random weights of Stable Diffusion 1.5's size.")
+    args = parser.parse_args()
     rows, bundles, pipelines, readings = [], {}, {}, {}
     with tempfile.TemporaryDirectory() as scratch:
-        for model in MODELS:
-            pipelines[model] = {dtype: load(model, Path(scratch))[0].to(dtype) for dtype in DTYPES}
-            bundles[model] = build(model, Path(scratch))
+        scratch = Path(scratch)
+        models = [make_sd15(scratch / SD15)] if args.sd15 else MODELS
+        for model in models:
+            pipelines[model] = {dtype: load(model, scratch)[0].to(dtype) for dtype in DTYPES}
+            bundles[model] = build(model, scratch)
             readings[model] = read_all(bundles[model], pipelines[model])
             rows += examine("as forged below", model, bundles[model], readings[model], True)
-        for model in MODELS:
+        for model in models:
             forged = {kind: forge(bundles[model], change, 0) for kind, change in FORGERIES.items()}
-            other = next(name for name in MODELS if name != model)
-            for kind, spectra in {
-                f"that of {other}": bundles[other].spectra,
-                "that of shuffled weights": shuffled_model(bundles[model], pipelines[model][torch.float32]),
-            }.items():
-                forged[kind] = Bundle(copy.deepcopy(bundles[model].config), spectra)
+            spectra = {f"that of {other.name}": bundles[other].spectra for other in models if other != model}
+            spectra["that of shuffled weights"] = shuffled_model(bundles[model], pipelines[model][torch.float32])
+            for kind, held in spectra.items():
+                forged[kind] = Bundle(copy.deepcopy(bundles[model].config), held)
             for kind, bundle in forged.items():
                 rows += examine(kind, model, bundle, readings[model], False)
-        for model in MODELS:
-            for kind, flags in {**HONEST, **OF_MODEL[model]}.items():
-                bundle = build(model, Path(scratch), flags)
+        for model in models:
+            for kind, flags in {**HONEST, **OF_MODEL[model.name]}.items():
+                bundle = build(model, scratch, flags)
                 rows += examine(kind, model, bundle, read_all(bundle, pipelines[model]), True)
     write(
-        "bundle_verification",
-        setting=f"the demo's models, {PROMPTS} prompts in {STEPS} steps, all prompts through the text encoder; the "
-        f"limit is {TIMES} times the claimed share and {BESIDES:g}; figures are [smallest, largest] over inputs and "
-        "seeds",
+        "bundle_verification_sd15" if args.sd15 else "bundle_verification",
+        setting=f"{' and '.join(model.name for model in models)}, {PROMPTS} prompts in {STEPS} steps, all prompts "
+        f"through the text encoder; the limit is {TIMES} times the claimed share and {BESIDES:g}; figures are "
+        "[smallest, largest] over inputs and seeds",
         seeds=SEEDS,
         rows=rows,
     )

@@ -90,14 +90,14 @@ def step_cost(forward, inputs, rank, closed=0.1):
     """What the projections of one training step cost, for a share of the directions that is closed.
 
     The backward pass of a LoRA needs the gradients of the activations but hardly any of the weights, about as much as
-    the forward pass again. Each A (rank, in) is multiplied by the f directions that are held back and back again, once
-    for the gradient and once for the change, and by the k closed ones for the value.
+    the forward pass again. The gradient of each A (rank, in) and its change are multiplied by the matrix (in, in) that
+    holds back, and they and the value by the k closed directions and back again.
     """
-    kept = [(size, size - round(closed * size), round(closed * size), modules) for _, _, size, modules in inputs]
+    kept = [(size, round(closed * size), modules) for _, _, size, modules in inputs]
     return {
         "flops": 2 * forward,
-        "projection_flops": sum(2 * 2 * rank * size * (2 * f + k) * modules for size, f, k, modules in kept),
-        "projector_bytes": sum(4 * size * (f + k) for size, f, k, _ in kept),
+        "projection_flops": sum(4 * rank * size * (size + 3 * k) * modules for size, k, modules in kept),
+        "projector_bytes": sum(2 * size**2 + 4 * size * k for size, k, _ in kept),
     }
 
 

@@ -279,7 +279,9 @@ def train_unet(args, pipeline_parts, latents, tokens):
         noisy = noise_scheduler.add_noise(latents[chosen], noise, timesteps).to(memory_format=torch.channels_last)
         prediction = unet(noisy, timesteps, text_encoder(input_ids)[0]).sample
         snr = compute_snr(noise_scheduler, timesteps)
-        loss = (F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3)) * snr.clamp(max=MIN_SNR) / snr).mean()
+        # As v-prediction weighs them: what the noise hides is decided where a small error of it is a large one of that
+        weights = (snr.clamp(max=MIN_SNR) + 1) / snr
+        loss = (F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3)) * weights).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -33,23 +33,36 @@ class _Batch(NamedTuple):
     """Adapters projected in one batched product: bases of one size, each shared by the same number of adapters."""
 
     names: list  # of modules, those that share a basis next to each other
-    directions: torch.Tensor  # (bases, in, k), padded with zeros to one k; scaled by the roots of the gains
+    directions: torch.Tensor  # (bases, in, k), padded with zeros to one k
     free: bool  # whether the directions span the free space, otherwise the protected one
+    held: torch.Tensor | None  # (bases, in, in), what the gains take away of each free direction
 
-    def project(self, tensors):
-        """Project the rows of tensors (r, in), one for each name, in order, in float32."""
+    def project(self, tensors, soft):
+        """Project the rows of tensors (r, in), one for each name, in order, in float32; hold them back if `soft`."""
         stacked = torch.stack(tensors).float()
         x = stacked.view(len(self.directions), -1, stacked.shape[-1])
         with tf32(False, x.device):  # it would leak about 1e-3
+            if soft and self.held is not None:
+                x = torch.baddbmm(x, x, self.held.float(), alpha=-1)
             inside = torch.bmm(torch.bmm(x, self.directions), self.directions.mT)
         return (inside if self.free else x - inside).view_as(stacked).unbind()
 
 
-def _make_batches(protected, parameters, device, soft):
+def _held_back(item):
+    """U (1 - g) U^T (in, in) of the free directions U (in, in - rank) and their gains g.
+
+    It takes most of a projector's memory, and half precision does: its rounding moves a gain by at most 3e-4, and
+    what is closed is projected away afterwards. Lower gains need more.
+    """
+    free = item.basis[:, item.rank :]
+    held = (free * (1 - item.gains)) @ free.T
+    return held.half() if item.gains.min() > 1e-3 else held
+
+
+def _make_batches(protected, parameters, device):
     """Group modules (`dict[str, Protected]`) into as few batched products as there are kinds of basis and of rank.
 
-    `parameters` are their A (r, in). `soft` says whether the free directions are held back, where they have gains, or
-    given in full.
+    `parameters` are their A (r, in).
     """
     sharing = {}  # one basis and one rank -> its modules
     for name, item in protected.items():
@@ -58,18 +71,18 @@ def _make_batches(protected, parameters, device, soft):
     for (_, lora_rank), names in sharing.items():
         item = protected[names[0]]
         if item.rank:
-            if soft and item.gains is not None:
-                free, directions = True, item.basis[:, item.rank :] * item.gains.sqrt()
-            else:
-                free = item.rank > len(item.basis) // 2  # work with whichever half is smaller
-                directions = item.basis[:, item.rank :] if free else item.basis[:, : item.rank]
-            kinds.setdefault((len(item.basis), lora_rank, len(names), free), []).append((names, directions))
+            free = item.rank > len(item.basis) // 2  # work with whichever half is smaller
+            directions = item.basis[:, item.rank :] if free else item.basis[:, : item.rank]
+            held = None if item.gains is None else _held_back(item)
+            kind = (len(item.basis), lora_rank, len(names), free, None if held is None else held.dtype)
+            kinds.setdefault(kind, []).append((names, directions, held))
     batches = []
-    for (size, _, _, free), members in kinds.items():
-        padded = torch.zeros(len(members), size, max(directions.shape[1] for _, directions in members))
-        for row, (_, directions) in zip(padded, members, strict=True):
+    for (size, _, _, free, dtype), members in kinds.items():
+        padded = torch.zeros(len(members), size, max(directions.shape[1] for _, directions, _ in members))
+        for row, (_, directions, _) in zip(padded, members, strict=True):
             row[:, : directions.shape[1]] = directions
-        batches.append(_Batch([name for names, _ in members for name in names], padded.to(device), free))
+        held = None if dtype is None else torch.stack([each for *_, each in members]).to(device)
+        batches.append(_Batch([name for names, *_ in members for name in names], padded.to(device), free, held))
     return batches
 
 
@@ -105,21 +118,14 @@ class NullSpaceProjector:
         names = dict.fromkeys(name for protected in groups.values() for name in protected)
         self.parameters = {name: find_module(name, unet, **text_encoders).lora_A[adapter].weight for name in names}
         device = next(unet.parameters()).device
-        self._batches = {
-            group: _make_batches(each, self.parameters, device, soft=True) for group, each in groups.items()
-        }
-        self._closed = self._batches  # for the values: holding back is no projection, and would shrink them to nothing
-        self._is_soft = any(item.gains is not None for protected in groups.values() for item in protected.values())
-        if self._is_soft:
-            self._closed = {
-                group: _make_batches(each, self.parameters, device, soft=False) for group, each in groups.items()
-            }
+        self._batches = {group: _make_batches(each, self.parameters, device) for group, each in groups.items()}
+        self._is_soft = any(batch.held is not None for batches in self._batches.values() for batch in batches)
         self._projected = {}  # parameter -> its gradient, once that is projected
         self._before = {}  # parameter -> its value before the step, and that of what is averaged into it
         self._known = {}  # parameter -> names of the tensors in its optimizer's state that are known to be no copies
         if JOINT in groups:
             with torch.no_grad():
-                self._apply(lambda parameter: parameter, self._batches)
+                self._apply(lambda parameter: parameter)
 
     def attach(self, optimizer):
         """Project in each step of the optimizer, any `torch.optim.Optimizer`, as it is or as accelerate has wrapped it.
@@ -142,7 +148,7 @@ class NullSpaceProjector:
                 f"{kind} trains no layer that is protected; attach to the optimizer of this model's LoRA, before "
                 "anything replaces its parameters."
             )
-        self._check_state(optimizer, self._batches)
+        self._check_state(optimizer, soft=True)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
@@ -152,7 +158,7 @@ class NullSpaceProjector:
         return [each for group in optimizer.param_groups for each in group["params"] if each in own]
 
     @torch.no_grad()
-    def _check_state(self, optimizer, batches):
+    def _check_state(self, optimizer, soft):
         """Raise `NullSpaceError` if the state of an optimizer holds a copy of the weights that is not understood.
 
         Each tensor is looked at when it is new: then a copy is near the weights, whatever is done with it later.
@@ -175,7 +181,7 @@ class NullSpaceProjector:
                     copies.setdefault(name, {})[parameter] = copy
         for name, of_name in copies.items():
             distances = [(copy - parameter).norm() for parameter, copy in of_name.items()]
-            self._apply(of_name.get, batches)  # a copy from before the weights were projected
+            self._apply(of_name.get, soft)  # a copy from before the weights were projected
             for distance, (parameter, copy) in zip(distances, of_name.items(), strict=True):
                 if min(distance, (copy - parameter).norm()) < parameter.norm() / 2:  # no moment of gradients is so near
                     raise NullSpaceError(
@@ -187,20 +193,23 @@ class NullSpaceProjector:
         """Project with this group's null space from now on; a name that is none of the groups protects nothing."""
         self.selected = group
 
-    def _apply(self, tensor_of, batches):
-        """Project, in place, the tensor (r, in) that belongs to each parameter; those without one are left out."""
-        for batch in batches.get(self.selected, ()):
+    def _apply(self, tensor_of, soft=True):
+        """Project, in place, the tensor (r, in) that belongs to each parameter; those without one are left out.
+
+        Not `soft` is for values: holding back is no projection, and would shrink them to nothing, step by step.
+        """
+        for batch in self._batches.get(self.selected, ()):
             tensors = [tensor_of(self.parameters[name]) for name in batch.names]
             present = [index for index, tensor in enumerate(tensors) if tensor is not None]
             if present:
                 zero = torch.zeros_like(tensors[present[0]])
-                projected = batch.project([zero if tensor is None else tensor for tensor in tensors])
+                projected = batch.project([zero if tensor is None else tensor for tensor in tensors], soft)
                 torch._foreach_copy_([tensors[i] for i in present], [projected[i] for i in present])
 
     @torch.no_grad()
     def project_values(self):
         """Project A itself, as the joint group's null space asks for after every change."""
-        self._apply(lambda parameter: parameter, self._closed)
+        self._apply(lambda parameter: parameter, soft=False)
 
     @torch.no_grad()
     def project_gradients(self):
@@ -208,7 +217,7 @@ class NullSpaceProjector:
 
         A step projects those that are not projected yet, after a clip that has seen more than what is left.
         """
-        self._apply(lambda parameter: parameter.grad, self._batches)
+        self._apply(lambda parameter: parameter.grad)
         self._projected = {parameter: parameter.grad for parameter in self.parameters.values()}
 
     @torch.no_grad()
@@ -216,7 +225,7 @@ class NullSpaceProjector:
         trained = self._trained_by(optimizer)
         left = {each for each in trained if each.grad is not None and each.grad is not self._projected.pop(each, None)}
         if left:
-            self._apply(lambda parameter: parameter.grad if parameter in left else None, self._batches)
+            self._apply(lambda parameter: parameter.grad if parameter in left else None)
         if JOINT not in self.groups or self._is_soft:
             for parameter in trained:
                 copy = self._averaged(optimizer, parameter)
@@ -230,8 +239,8 @@ class NullSpaceProjector:
         if JOINT in self.groups:  # with gains, what rounding has added up to
             self.project_values()
             if any(copy is not None for copy in averaged.values()):
-                self._apply(averaged.get, self._closed)
-        self._check_state(optimizer, self._closed)
+                self._apply(averaged.get, soft=False)
+        self._check_state(optimizer, soft=False)
 
     def _project_changes(self, values):
         """Project what a step has changed, in the weights and in what is averaged into them."""
@@ -242,7 +251,7 @@ class NullSpaceProjector:
                     before = self._before[parameter]
                     start[parameter] = before[0] if before[index] is None else before[index]  # copied in this step
                     change[parameter] = tensor - start[parameter]
-            self._apply(change.get, self._batches)
+            self._apply(change.get)
             for parameter, before in start.items():
                 tensors[parameter].copy_(before + change[parameter])
         self._before = {}

@@ -590,14 +590,17 @@ def test_a_layer_without_a_free_direction_is_refused_by_name(criterion, threshol
 # ---- The projector ---------------------------------------------------------------------------------------------------
 
 
-def mixture(adapter="default", rank=3, seed=0, soft=False):
+EXACT, HALF = 1e-4, 0.1  # lowest gains that are held back in float32 and in half precision
+
+
+def mixture(adapter="default", rank=3, seed=0, lowest=None):
     """Modules with A (rank, in) alone, as LoRA layers hold it, and bases of all kinds for them, own and shared."""
     small, large = {"small": (24, 5), "smaller": (24, 2), "half": (24, 12)}, {"large": (24, 20), "larger": (24, 13)}
     own = {**small, **large, "none": (24, 0)}
     shared = {"small_shared": (16, 3), "large_shared": (16, 15), "none_shared": (16, 0), "triple": (24, 7)}
     protected = {}
     for index, (kind, (size, k)) in enumerate((own | shared).items()):
-        gains = torch.linspace(0.1, 1, size - k) if soft and k else None
+        gains = torch.linspace(lowest, 1, size - k) if lowest and k else None
         item = Protected(torch.from_numpy(random_basis(size, seed + index)).float(), k, gains)
         for copy_index in range(1 if kind in own else 3 if kind == "triple" else 2):
             protected[f"{kind}_{copy_index}"] = item
@@ -634,34 +637,34 @@ def project_by_numpy(unet, protected):
         parameter.grad.copy_(torch.from_numpy(projected(parameter.grad, protected[name])))
 
 
-def assert_close(found, expected):
-    np.testing.assert_allclose(array(found), expected, atol=2e-6, rtol=0)
+def assert_close(found, expected, lowest=None):
+    np.testing.assert_allclose(array(found), expected, atol=1e-3 if lowest == HALF else 2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("lowest", [None, EXACT, HALF])
 @pytest.mark.parametrize(("adapter", "seed"), [("default", 0), ("default", 1), ("default", 2), ("subject", 3)])
-def test_initial_values_are_projected(adapter, seed, soft):
-    unet, protected = mixture(adapter, seed=seed, soft=soft)
+def test_initial_values_are_projected(adapter, seed, lowest):
+    unet, protected = mixture(adapter, seed=seed, lowest=lowest)
     before = {name: parameter.clone() for name, parameter in down(unet, adapter).items()}
     projector = NullSpaceProjector(unet, {JOINT: protected}, adapter)
     for name, parameter in down(unet, adapter).items():
-        assert_close(parameter, projected(before[name], protected[name]))
+        assert_close(parameter, projected(before[name], protected[name]), lowest)
         assert torch.equal(parameter, before[name]) == (protected[name].rank == 0)
         assert parameter.requires_grad
         assert parameter.is_leaf
     assert projector.leakage() < 1e-6
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_gradients_are_projected(soft):
-    unet, protected = mixture(soft=soft)
+@pytest.mark.parametrize("lowest", [None, EXACT, HALF])
+def test_gradients_are_projected(lowest):
+    unet, protected = mixture(lowest=lowest)
     projector = NullSpaceProjector(unet, {JOINT: protected})
     set_gradients(unet, 1)
     before = {name: (parameter.clone(), parameter.grad.clone()) for name, parameter in down(unet).items()}
     projector.project_gradients()
     for name, parameter in down(unet).items():
         assert torch.equal(parameter, before[name][0])
-        assert_close(parameter.grad, projected(before[name][1], protected[name]))
+        assert_close(parameter.grad, projected(before[name][1], protected[name]), lowest)
 
 
 def test_a_layer_without_a_gradient_keeps_no_other_from_its_projection():
@@ -714,7 +717,7 @@ def test_values_are_projected_after_each_step(make_optimizer):
 @pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_changes_are_held_back_after_each_step(make_optimizer):
     """A step moves A by the optimizer's change times the gains, and what is closed stays closed over many steps."""
-    unet, protected = mixture(soft=True)
+    unet, protected = mixture(lowest=EXACT)
     twin = copy.deepcopy(unet)
     projector = NullSpaceProjector(unet, {JOINT: protected})
     optimizer, twin_optimizer = make_optimizer(unet.parameters()), make_optimizer(twin.parameters())
@@ -736,9 +739,8 @@ def test_changes_are_held_back_after_each_step(make_optimizer):
 def test_holding_back_is_the_optimizers_step_in_other_coordinates():
     """It is gradient descent on A S^-1, S having the gains as eigenvalues."""
     size, rank = 12, 3
-    item = Protected(torch.from_numpy(random_basis(size, 0)).float(), 0, torch.linspace(0.1, 1, size))
+    closed = Protected(torch.from_numpy(random_basis(size, 0)).float(), 1, torch.linspace(EXACT, 1, size - 1))
     target = torch.randn(rank, size, dtype=torch.float64)
-    closed = item._replace(rank=1, gains=item.gains[1:])
     unet = torch.nn.Module()
     unet.layer = torch.nn.Module()
     unet.layer.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(size, rank, bias=False)})
@@ -747,7 +749,7 @@ def test_holding_back_is_the_optimizers_step_in_other_coordinates():
     projector = NullSpaceProjector(unet, {JOINT: {"layer": closed}})
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     projector.attach(optimizer)
-    basis = array(item.basis)[:, 1:]
+    basis = array(closed.basis)[:, 1:]
     gains = array(closed.gains)
     coordinates = raw @ basis  # of A = coordinates * gains @ basis^T
     for _ in range(20):

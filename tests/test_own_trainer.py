@@ -16,6 +16,7 @@ from conftest import ROOT
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from test_nullspace_utils import (
+    EXACT,
     TARGETS,
     array,
     assert_close,
@@ -119,11 +120,11 @@ def inside(tensor, item):
     return (tensor.detach().double() @ item.basis[:, : item.rank].double()).norm().item()
 
 
-@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("lowest", [None, EXACT])
 @pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_without_a_call_gradients_are_projected_in_the_step(make_optimizer, soft):
+def test_without_a_call_gradients_are_projected_in_the_step(make_optimizer, lowest):
     """As a trainer that calls `project_gradients` has them, to the bit, whether gradients are zeroed or dropped."""
-    unet, protected = mixture(soft=soft)
+    unet, protected = mixture(lowest=lowest)
     twin = copy.deepcopy(unet)
     steps = []
     for model, calls in ((unet, False), (twin, True)):
@@ -142,9 +143,9 @@ def test_without_a_call_gradients_are_projected_in_the_step(make_optimizer, soft
     assert all(torch.equal(*pair) for pair in zip(*steps, strict=True))
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_gradients_that_were_projected_are_left_as_they_were_clipped(soft):
-    unet, protected = mixture(soft=soft)
+@pytest.mark.parametrize("lowest", [None, EXACT])
+def test_gradients_that_were_projected_are_left_as_they_were_clipped(lowest):
+    unet, protected = mixture(lowest=lowest)
     projector = NullSpaceProjector(unet, {JOINT: protected})
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
     projector.attach(optimizer)
@@ -161,10 +162,10 @@ def test_gradients_that_were_projected_are_left_as_they_were_clipped(soft):
         assert_close(parameter.grad, projected(before[name], protected[name]))
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_what_is_averaged_into_the_weights_stays_in_the_null_space(soft):
+@pytest.mark.parametrize("lowest", [None, EXACT])
+def test_what_is_averaged_into_the_weights_stays_in_the_null_space(lowest):
     """In training, in evaluation and back: schedule-free's x, y and z."""
-    unet, protected = mixture(soft=soft)
+    unet, protected = mixture(lowest=lowest)
     projector = NullSpaceProjector(unet, {JOINT: protected})
     optimizer = ScheduleFree(unet.parameters())
     projector.attach(optimizer)
@@ -191,9 +192,9 @@ def test_what_is_averaged_into_the_weights_stays_in_the_null_space(soft):
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("soft", [False, True])
-def test_other_copies_of_the_weights_are_refused(early, flat, soft):
-    unet, protected = mixture(soft=soft)
+@pytest.mark.parametrize("lowest", [None, EXACT])
+def test_other_copies_of_the_weights_are_refused(early, flat, lowest):
+    unet, protected = mixture(lowest=lowest)
     optimizer = KeepsCopy(unet.parameters(), early=early, flat=flat)
     projector = NullSpaceProjector(unet, {JOINT: protected})
     set_gradients(unet, 0)
@@ -248,12 +249,12 @@ def test_accelerates_optimizer_with_accumulation(attach_first):
     assert projector.leakage() < 1e-6
 
 
-@pytest.mark.parametrize("soft", [False, True])
-def test_scaled_gradients_and_a_step_that_is_skipped(soft):
+@pytest.mark.parametrize("lowest", [None, EXACT])
+def test_scaled_gradients_and_a_step_that_is_skipped(lowest):
     """With a real `GradScaler` in accelerate's wrapper; where it skips, nothing moves and the next step is right."""
     from accelerate.optimizer import AcceleratedOptimizer
 
-    unet, protected = mixture(soft=soft)
+    unet, protected = mixture(lowest=lowest)
     projector = NullSpaceProjector(unet, {JOINT: protected})
     Accelerator(cpu=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -325,11 +325,11 @@ def draw(pipeline, prompts, num_inference_steps=25, guidance_scale=4.0, seed=0, 
     return np.concatenate(pictures)
 
 
-def validate(pipeline, count=25):
-    """Shares of prompts of each kind that are drawn right, as text."""
+def validate(pipeline, count=25, **choices):
+    """Shares of prompts of each kind that are drawn right, as text; `choices` are those of `draw`."""
     pipeline.set_progress_bar_config(disable=True)
     prompts = {kind: kind_prompts(kind, count, seed=7) for kind in KINDS}
-    pictures = draw(pipeline, sum(prompts.values(), []))
+    pictures = draw(pipeline, sum(prompts.values(), []), **choices)
     right = np.array([not wrong for wrong in judge(sum(prompts.values(), []), pictures)]).reshape(len(KINDS), count)
     return ", ".join(f"{kind} {share:.0%}" for kind, share in zip(KINDS, right.mean(1), strict=True))
 

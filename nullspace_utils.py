@@ -17,16 +17,18 @@ Run as a script, it audits any LoRA, in closed form, with no GPU and no picture:
 and has a model tell whether a bundle protects what it reads:
 
     python nullspace_utils.py verify --nullspace <your-username>/nullspace-sd15
-It also exports LoRAs for the web UIs (`export`), lists the bundles of a base model (`find`), and those that trainings
-have built and kept (`cache`).
+
+It also moves a finished LoRA into the null space (`repair`), exports LoRAs for the web UIs (`export`), adds bundles up
+(`merge`), lists those of a base model (`find`), and those that trainings have built and kept (`cache`).
 """
 
+import math
 import os
 import sys
 from functools import reduce
 from pathlib import Path
 
-from nullspace.checks import COUNT, RANGES, SHARE, HelpFormatter, Parser
+from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_writable
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES
 from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER, TEXT_ENCODERS
@@ -93,6 +95,31 @@ def parse_args(argv=None):
         help="Draw so many of the prompts that the bundle ships, in all its sampler's steps, as it was built "
         "(default: few and in few steps, as before a training).",
     )
+    command = commands.add_parser(
+        "repair",
+        help="Move somebody's finished LoRA into the null space, with the least loss of what it does for its subject.",
+        formatter_class=HelpFormatter,
+    )
+    command.ranges = RANGES | {"drift_weight": NATURAL}
+    command.add_argument("--lora", required=True, help="Folder, file or Hub id of the LoRA.")
+    command.add_argument("--nullspace", required=True, help="Folder or Hub dataset id of the base model's bundle.")
+    command.add_argument(
+        "--pretrained_model_name_or_path", help="Folder or Hub id of the base model (default: what the bundle names)."
+    )
+    command.add_argument(
+        "--instance_prompt",
+        nargs="+",
+        default=[],
+        help="Prompts of the subject: what the LoRA does on a few pictures of each is kept best (default: it is kept "
+        "alike in all directions, and nothing is drawn).",
+    )
+    command.add_argument(
+        "--drift_weight",
+        type=float,
+        default=1.0,
+        help="What moving the protected prompts weighs against losing the subject (default: %(default)s).",
+    )
+    command.add_argument("--output_dir", type=Path, required=True, help="The folder of the new LoRA.")
     command = commands.add_parser(
         "find",
         help="List the bundles of a base model that are in the cache, and on the Hub.",
@@ -216,6 +243,45 @@ def verify_bundle(args):
     print(f"Verdict: on what this model read, the bundle protects what it claims at all {len(findings)} inputs.")
 
 
+def repair_lora(args):
+    """Write a LoRA's counterpart in the null space, and tell what it kept and what it moves."""
+    from accelerate import PartialState
+
+    from nullspace.adapters import write_layers
+    from nullspace.repair import repair, subject_moments
+    from nullspace.samplers import make_scheduler
+    from nullspace.verify import load_verified
+
+    source = Path(args.lora) / LORA_NAME if Path(args.lora).is_dir() else Path(args.lora)
+    if source.exists() and source.resolve() == (args.output_dir / LORA_NAME).resolve():
+        raise NullSpaceError(f"--output_dir {args.output_dir} holds the LoRA itself; name another folder.")
+    check_writable(args.output_dir)
+    layers = load_lora(args.lora)
+    with_text_encoder = any(name.partition(".")[0] in TEXT_ENCODERS for name in layers)
+    bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
+    pipeline = load_verified(bundle, args.pretrained_model_name_or_path).to(PartialState().device)
+    if args.instance_prompt:
+        pipeline.load_lora_weights(args.lora, **({"weight_name": LORA_NAME} if Path(args.lora).is_dir() else {}))
+        pipeline.scheduler = make_scheduler(bundle.config["sampler"], pipeline.scheduler.config)
+    models = {name: getattr(pipeline, name) for name in ("unet", *TEXT_ENCODERS) if hasattr(pipeline, name)}
+    subject = subject_moments(pipeline, bundle, args.instance_prompt)
+    repaired, rows = repair(layers, bundle, subject, args.drift_weight, **models)
+
+    width = max(len(row["module"]) for row in rows)
+    print(f"{'module':{width}}    kept     drift       now   leakage")
+    for row in rows:
+        values = "".join(f"{row[key]:10.2e}" for key in ("drift_before", "drift", "leakage"))
+        print(f"{row['module']:{width}}{row['kept']:8.1%}{values}")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_layers(args.output_dir, repaired)
+    rms = {key: math.sqrt(sum(row[key] ** 2 for row in rows) / len(rows)) for key in ("drift_before", "drift")}
+    print(
+        f"Kept {sum(row['kept'] for row in rows) / len(rows):.0%} of what the LoRA does for its subject (mean of its "
+        f"layers); predicted drift {rms['drift']:.2g}, {rms['drift_before']:.2g} before (RMS). "
+        f"Wrote {args.output_dir / LORA_NAME}"
+    )
+
+
 def find(args):
     """List the bundles of a base model."""
     found = bundles_of_model(args, lambda sentence: print(sentence, file=sys.stderr))
@@ -246,7 +312,9 @@ def cache(args):
 
 
 def main(args):
-    commands = {"cache": cache, "export": export, "find": find, "merge": merge, "verify": verify_bundle}
+    commands = {
+        "cache": cache, "export": export, "find": find, "merge": merge, "repair": repair_lora, "verify": verify_bundle
+    }  # fmt: skip
     if args.command in commands:
         return commands[args.command](args)
     layers, unknown = read_lora(args.lora)

@@ -50,7 +50,7 @@ from nullspace.moments import SecondMoments  # noqa: E402
 from nullspace.names import DEFAULT_SOFTNESS, DEFAULT_THRESHOLDS, JOINT  # noqa: E402
 from nullspace.pictures import comparison_grid  # noqa: E402
 from nullspace.projector import NullSpaceProjector  # noqa: E402
-from nullspace.protection import PICTURES_PER_EXTRA_PROMPT  # noqa: E402
+from nullspace.protection import PICTURES_PER_PROMPT  # noqa: E402
 from nullspace.samplers import make_scheduler  # noqa: E402
 from nullspace.timesteps import split_groups  # noqa: E402
 from shapes import COLOURS, RESOLUTION, SUBJECTS, matches, parse, read_pictures, subject_distance  # noqa: E402
@@ -308,7 +308,7 @@ def class_moments(world, prompt):
     with moments.collect():
         moments.start_batch()
         get_family("sd").sample(
-            pipeline, [prompt] * PICTURES_PER_EXTRA_PROMPT, list(range(PICTURES_PER_EXTRA_PROMPT)),
+            pipeline, [prompt] * PICTURES_PER_PROMPT, list(range(PICTURES_PER_PROMPT)),
             config["num_inference_steps"], config["guidance_scale"], config["resolution"],
         )  # fmt: skip
     return Bundle.from_moments(moments, groups, config)

@@ -126,10 +126,7 @@ def save_lora(folder, unet, dtype=torch.float32, adapter="default", **text_encod
         prefix = "" if hasattr(text_encoder, "text_model") else "text_model."
         state_dict = {f"{prefix}{key}": value for key, value in state_dict.items()}
         layers[name] = convert_state_dict_to_diffusers(state_dict)
-    layers = {
-        f"{model}_lora_layers": {key: state_dict[key].to(dtype) for key in sorted(state_dict)}
-        for model, state_dict in layers.items()
-    }
+    layers = {model: {key: tensor.to(dtype) for key, tensor in each.items()} for model, each in layers.items()}
     # Of peft's configuration only what a reader needs and every version knows: an older peft refuses what it does not
     metadata = {
         f"{model}_lora_adapter_metadata": {
@@ -140,10 +137,33 @@ def save_lora(folder, unet, dtype=torch.float32, adapter="default", **text_encod
         }
         for model, config in ((model, adapted[model].peft_config[adapter]) for model in adapted)
     }  # fmt: skip
+    _write(folder, layers, metadata)
+
+
+def write_layers(folder, layers):
+    """Write LoRA layers, `dict[str, LoraLayer]` without magnitudes, in diffusers' format, whole or not at all.
+
+    Their scales go into B, so that every reader takes each layer's rank for its alpha, as it does where there is none.
+    """
+    of_model = {}
+    for name, layer in layers.items():
+        model = model_of(name)
+        key = name if model == "unet" else f"text_model.{name.removeprefix(f'{model}.')}"
+        pair = {f"{key}.lora_A.weight": layer.down, f"{key}.lora_B.weight": layer.scale * layer.up.float()}
+        of_model.setdefault(model, {}).update(pair)
+    _write(folder, {model: convert_state_dict_to_diffusers(each) for model, each in of_model.items()}, {})
+
+
+def _write(folder, layers, metadata):
+    """Write state dicts in diffusers' format, by model, and what peft is told of them."""
     size = sum(tensor.nbytes for state_dict in layers.values() for tensor in state_dict.values())
+    named = {
+        f"{model}_lora_layers": {key: state_dict[key].contiguous() for key in sorted(state_dict)}
+        for model, state_dict in layers.items()
+    }
     with replacing(folder / LORA_NAME, size) as partial:
         # Of all pipelines it knows the most models, and the files of those with fewer are as their own write them
-        StableDiffusionXLPipeline.save_lora_weights(folder, weight_name=partial.name, **layers, **metadata)
+        StableDiffusionXLPipeline.save_lora_weights(folder, weight_name=partial.name, **named, **metadata)
         sort_header(partial)
 
 

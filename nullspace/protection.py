@@ -16,7 +16,7 @@ from nullspace.validation import load_pipeline
 
 logger = get_logger(__name__)
 
-PICTURES_PER_EXTRA_PROMPT = 8
+PICTURES_PER_PROMPT = 8
 
 
 def load_protection(args):
@@ -78,34 +78,50 @@ def add_extra_prompts(bundle, components, accelerator, dtype, args):
     Args:
         components (`dict`): of the base model's pipeline, without LoRA.
     """
-    config, family = bundle.config, get_family(args.model_type)
+    config = bundle.config
     pipeline = load_pipeline(args, dtype, accelerator.device, **components)
     pipeline.scheduler = make_scheduler(config["sampler"], pipeline.scheduler.config)
     groups = split_groups(config)
     if not all(group["name"] in bundle.spectra for group in groups):
-        groups = [group for group in config["groups"] if group["name"] == JOINT]
-    group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
-    read = bundle.group(JOINT)
-    inputs = {name: info["input"] for name, info in bundle.modules.items() if info["input"] in read}
-    moments = SecondMoments(
-        components["unet"], inputs, group_of, **{name: components[name] for name in family.text_encoders}
-    )
-    prompts = [prompt for prompt in args.nullspace_extra_prompts for _ in range(PICTURES_PER_EXTRA_PROMPT)]
-    starts = range(0, len(prompts), args.train_batch_size)
-    with moments.collect():
-        for start in tqdm(
-            starts, desc="Protecting extra prompts", unit="batch", disable=not accelerator.is_local_main_process
-        ):
-            batch = prompts[start : start + args.train_batch_size]
-            seeds = [config["seed"] + start + index for index in range(len(batch))]
-            moments.start_batch()
-            family.sample(
-                pipeline, batch, seeds, config["num_inference_steps"], config["guidance_scale"], config["resolution"],
-                clip_skip=args.clip_skip,
-            )  # fmt: skip
+        groups = [joint(bundle)]
+    moments = moments_of(
+        args.nullspace_extra_prompts, bundle, groups, pipeline, args.train_batch_size, "Protecting extra prompts",
+        disable=not accelerator.is_local_main_process,
+    )  # fmt: skip
     # Every process drew the same; their sum is the same in all of them, to the last bit.
     moments.reduce(lambda tensor: reduce(tensor, "sum"))
     return bundle.emphasize(Bundle.from_moments(moments, groups, config))
+
+
+def joint(bundle):
+    """The group of all of a bundle's timesteps, as its configuration has it."""
+    return next(group for group in bundle.config["groups"] if group["name"] == JOINT)
+
+
+def moments_of(prompts, bundle, groups, pipeline, batch_size, title, disable=False):
+    """`SecondMoments` of what a model reads on prompts, several pictures of each, drawn as the bundle's own were.
+
+    Args:
+        groups (`list[dict]`): of timesteps, of the bundle's configuration.
+        pipeline (`DiffusionPipeline`): with the bundle's sampler.
+        title (`str`): of the progress bar, which `disable` keeps away.
+    """
+    config, family, read = bundle.config, get_family(bundle.config["model_type"]), bundle.group(JOINT)
+    group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
+    inputs = {name: info["input"] for name, info in bundle.modules.items() if info["input"] in read}
+    text_encoders = {name: getattr(pipeline, name) for name in family.text_encoders}
+    moments = SecondMoments(pipeline.unet, inputs, group_of, **text_encoders)
+    drawn = [prompt for prompt in prompts for _ in range(PICTURES_PER_PROMPT)]
+    with moments.collect():
+        for start in tqdm(range(0, len(drawn), batch_size), desc=title, unit="batch", disable=disable):
+            batch = drawn[start : start + batch_size]
+            moments.start_batch()
+            family.sample(
+                pipeline, batch, [config["seed"] + start + index for index in range(len(batch))],
+                config["num_inference_steps"], config["guidance_scale"], config["resolution"],
+                clip_skip=bundle.clip_skip,
+            )  # fmt: skip
+    return moments
 
 
 def describe_setting(args):

@@ -118,7 +118,8 @@ class NullSpaceProjector:
         names = dict.fromkeys(name for protected in groups.values() for name in protected)
         self.parameters = {name: find_module(name, unet, **text_encoders).lora_A[adapter].weight for name in names}
         device = next(unet.parameters()).device
-        self._batches = {group: _make_batches(each, self.parameters, device) for group, each in groups.items()}
+        with tf32(False, torch.device("cpu")):  # where bundles are read to
+            self._batches = {group: _make_batches(each, self.parameters, device) for group, each in groups.items()}
         self._is_soft = any(batch.held is not None for batches in self._batches.values() for batch in batches)
         self._projected = {}  # parameter -> its gradient, once that is projected
         self._before = {}  # parameter -> its value before the step, and that of what is averaged into it

@@ -235,6 +235,12 @@ def parse_args(argv=None):
     )
     group.add_argument("--repeats", type=int, default=1, help="Times a picture is in an epoch (default: %(default)s).")
     group.add_argument("--resolution", type=int, help="Side of the training pictures (default: 512; XL: 1024).")
+    group.add_argument(
+        "--enable_bucket",
+        action="store_true",
+        help="Train pictures in their own shapes: each is cropped to the nearest of sizes of --resolution's area or a "
+        "little less, up to 4 times as long as wide; a batch has pictures of one size.",
+    )
     group.add_argument("--center_crop", action="store_true", help="Crop pictures in the centre rather than at random.")
     group.add_argument("--random_flip", action="store_true", help="Mirror pictures at random.")
     group.add_argument(
@@ -489,7 +495,7 @@ class Trained(NamedTuple):
 def train(accelerator, args):
     """Train a LoRA, with checkpoints and pictures on the way."""
     # Arguments: what can be wrong with them is found before the work
-    pictures, captions, given_prompts = read_subject(accelerator, args)
+    pictures, captions, sizes, given_prompts = read_subject(accelerator, args)
     family, checkpoint, bundle, nearest, protected, run = find_out(accelerator, captions, pictures, args)
     prompts = list(dict.fromkeys(caption for several in captions for caption in several))
 
@@ -527,8 +533,9 @@ def train(accelerator, args):
     projector.attach(optimizer)
 
     # Data: pictures and captions, encoded once where nothing changes them
-    dataset = InstanceDataset(pictures, [[prompts.index(caption) for caption in several] for several in captions], args)
-    dataloader = make_dataloader(dataset, args)
+    numbered = [[prompts.index(caption) for caption in several] for several in captions]
+    dataset = InstanceDataset(pictures, numbered, args, sizes)
+    dataloader = make_dataloader(dataset, accelerator.num_processes, args)
     scaling_factor, known = vae.config.scaling_factor, family.needs_float32(vae.config)
     vae = sound_vae(vae, dataset.first_epoch, args.model_folder, args.variant, args.learning_rate, known)
     args.vae_in_float32 = weight_dtype != vae.dtype

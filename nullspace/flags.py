@@ -6,7 +6,7 @@ COMPARED = (
     "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
     "nullspace_timesteps", "nullspace_timestep_range",
     "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
-    "repeats", "resolution", "center_crop", "random_flip", "image_interpolation_mode",
+    "repeats", "resolution", "enable_bucket", "center_crop", "random_flip", "image_interpolation_mode",
     "seed", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "allow_tf32",
     "enable_xformers_memory_efficient_attention", "cache_latents", "lcm_loss", "snr_gamma", "noise_offset",
     "optimizer", "use_8bit_adam", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",

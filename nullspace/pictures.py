@@ -4,10 +4,12 @@ import glob
 import importlib.util
 import json
 import logging
+import math
 import os
 import struct
 import warnings
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from nullspace.buckets import nearest_size
 from nullspace.captions import (
     CAPTION_ENDINGS,
     LAYOUT,
@@ -117,16 +120,36 @@ def picture_upright(picture):
     return picture
 
 
-def fit(picture, resolution, interpolation):
-    """A picture whose shorter side is `resolution`; itself where that is so already."""
-    scale = resolution / min(picture.size)
-    size = tuple(max(resolution, round(side * scale)) for side in picture.size)
+def fit(picture, sizes, interpolation):
+    """A picture as large as covers that of the sizes, (width, height) each, which fits it best; itself if it does."""
+    target = nearest_size(original_size(picture), sizes)
+    scale = max(wanted / side for wanted, side in zip(target, picture.size, strict=True))
+    size = tuple(max(wanted, round(side * scale)) for wanted, side in zip(target, picture.size, strict=True))
     return picture if picture.size == size else picture.resize(size, Image.Resampling[INTERPOLATION[interpolation]])
 
 
 def original_size(picture):
     """Width and height that a picture of `read_instances` had before it was made smaller."""
     return picture.info.get(ORIGINAL_SIZE, picture.size)
+
+
+def describe_sizes(pictures, sizes):
+    """The lines on what `fit` made of pictures: into which sizes, where it chose, and which it enlarged."""
+    pictures = list({id(picture): picture for picture in pictures}.values())  # one that is repeated is one
+    originals = [original_size(picture) for picture in pictures]
+    if len(sizes) > 1:
+        counts = Counter(nearest_size(size, sizes) for size in originals)
+        shares = ", ".join(f"{count} of {width} x {height}" for (width, height), count in sorted(counts.items()))
+        yield f"Training on pictures of {counted(len(counts), 'size')}: {shares} pixels."
+    small = sorted(
+        size for size, picture in zip(originals, pictures, strict=True) if size[0] * size[1] < math.prod(picture.size)
+    )
+    if small:
+        shown = listed([f"{width} x {height}" for width, height in dict.fromkeys(small)])
+        yield (
+            f"Enlarged {len(small)} of {counted(len(pictures), 'picture')}, which are smaller than they are trained "
+            f"at and gain no detail: {shown} pixels."
+        )
 
 
 def register_heic():

@@ -165,7 +165,7 @@ def test_ordinary_pictures_are_trained_on_as_ever(tmp_path):
     line = ["--pretrained_model_name_or_path", "m", "--nullspace_name_or_path", "b", "--instance_data_dir", "d"]
     args = trainer.parse_args([*line, "--resolution", "32", "--seed", "0"])
     whole = Image.open(tmp_path / "a.jpg").convert("RGB").resize((47, 32), Image.Resampling.LANCZOS)
-    (kept,), _, _ = read(tmp_path, keep=lambda picture: fit(picture, 32, "lanczos"))
+    (kept,), _, _ = read(tmp_path, keep=lambda picture: fit(picture, [(32, 32)], "lanczos"))
     assert kept.tobytes() == whole.tobytes()
     given = [trainer.InstanceDataset([picture], [[0]], args)[0][0] for picture in (whole, kept)]
     assert torch.equal(*given)
@@ -179,7 +179,7 @@ def test_one_picture_at_a_time_is_whole(tmp_path):
     def keep(picture):
         assert not any(whole() for whole in alive)
         alive.append(weakref.ref(picture))
-        return fit(picture, 30, "lanczos")
+        return fit(picture, [(30, 30)], "lanczos")
 
     pictures, _, _ = read(tmp_path, keep=keep)
     assert len(alive) == 4 and {picture.size for picture in pictures} == {(40, 30)}

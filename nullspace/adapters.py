@@ -118,7 +118,10 @@ def save_lora(folder, unet, dtype=torch.float32, adapter="default", **text_encod
     Args:
         adapter (`str`): its name.
     """
-    layers = {"unet": convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=adapter))}
+    state_dict = get_peft_model_state_dict(unet, adapter_name=adapter)
+    layers = {"unet": convert_state_dict_to_diffusers(state_dict)}
+    if any(".lora_A." in key for key in layers["unet"]):  # of layers beyond attention: both names in one file
+        layers["unet"] = state_dict  # would have diffusers pass over one kind
     adapted = {"unet": unet, **text_encoders}
     for name, text_encoder in text_encoders.items():
         state_dict = get_peft_model_state_dict(text_encoder, adapter_name=adapter, save_embedding_layers=False)

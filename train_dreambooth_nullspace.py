@@ -178,13 +178,24 @@ def parse_args(argv=None):
     )
 
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--rank", type=int, default=4, help="Rank of the LoRA (default: %(default)s).")
-    group.add_argument("--lora_alpha", type=int, help="The LoRA is scaled by lora_alpha / rank (default: the rank).")
+    group.add_argument(
+        "--init_lora",
+        metavar="LORA",
+        help="Go on from this LoRA: a folder, a file or a Hub id, in diffusers' or kohya's format. What it changes in "
+        "directions that are closed is removed first, which a line tells; what it changes in those that are held back "
+        "stays. Rank, alpha and layers are its own.",
+    )
+    group.add_argument("--rank", type=int, help="Rank of the LoRA (default: 4, or that of --init_lora).")
+    group.add_argument(
+        "--lora_alpha",
+        type=int,
+        help="The LoRA is scaled by lora_alpha / rank (default: the rank, or that of --init_lora).",
+    )
     group.add_argument("--lora_dropout", type=float, default=0.0, help="Of the LoRA's inputs (default: %(default)s).")
     group.add_argument(
         "--lora_layers",
         help="UNet layers to train, separated by commas, each by the end of its name: attn2.to_k,attn2.to_v "
-        "(default: all of the attention that the bundle is for).",
+        "(default: all of the attention that the bundle is for, or those of --init_lora).",
     )
     group.add_argument(
         "--train_text_encoder",
@@ -402,8 +413,9 @@ def parse_args(argv=None):
         parser.error(fault)
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 5e-4
-    if args.lora_alpha is None:
-        args.lora_alpha = args.rank
+    if args.init_lora is None:  # which has its own
+        args.rank = args.rank or 4
+        args.lora_alpha = args.lora_alpha or args.rank
     if args.report_to in ("wandb", "comet_ml", "all") and args.hub_token is not None:
         parser.error(
             f"--report_to {args.report_to} with --hub_token would record the token with the run; log in with "
@@ -435,6 +447,7 @@ from nullspace.checkpoint import check_same_run, describe_bundle, describe_model
 from nullspace.checkpointer import Checkpointer
 from nullspace.dataset import InstanceDataset, epoch_batches, make_dataloader, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
+from nullspace.initial import fill, read_initial, settle_layers, tell_cost
 from nullspace.latents import encode_pictures
 from nullspace.locks import alone
 from nullspace.logs import ScalarLog, log_audit, set_up_logging
@@ -496,12 +509,14 @@ def train(accelerator, args):
     """Train a LoRA, with checkpoints and pictures on the way."""
     # Arguments: what can be wrong with them is found before the work
     pictures, captions, sizes, given_prompts = read_subject(accelerator, args)
-    family, checkpoint, bundle, nearest, protected, run = find_out(accelerator, captions, pictures, args)
+    initial = read_initial(accelerator, args)
+    family, checkpoint, bundle, nearest, protected, run = find_out(accelerator, captions, pictures, initial, args)
     prompts = list(dict.fromkeys(caption for several in captions for caption in several))
 
     # Model: the one that the bundle and the checkpoint are of
     tokenizers, models, noise_scheduler = load_models(family, captions, given_prompts, args)
     unet, vae, text_encoders = models["unet"], models["vae"], {name: models[name] for name in family.text_encoders}
+    settle_layers(initial, unet, text_encoders, args)
     parts = {"unet": unet, **text_encoders, **tokenizers, "noise_scheduler": noise_scheduler}  # that a bundle is of
     if bundle:
         bundle.check(**parts)
@@ -526,11 +541,13 @@ def train(accelerator, args):
     # LoRA, and a projector that keeps its optimizer in the null space
     adapted = {"unet": unet} | (text_encoders if args.train_text_encoder else {})
     parameters = add_lora(adapted, targets, args)
+    fill(adapted, initial)
     save_memory(unet, text_encoders.values(), args)
     optimizer = make_optimizer(parameters, args)
     protected = {group: {name: items[name] for name in targets if name in items} for group, items in protected.items()}
-    projector = NullSpaceProjector(unet, protected, **text_encoders)
+    projector = NullSpaceProjector(unet, protected, trained=initial is not None, **text_encoders)
     projector.attach(optimizer)
+    tell_cost(initial, projector, args)
 
     # Data: pictures and captions, encoded once where nothing changes them
     numbered = [[prompts.index(caption) for caption in several] for several in captions]

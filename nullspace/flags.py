@@ -31,6 +31,7 @@ BY_CONTENT = {
         "background",
     ),
     "the captions": ("instance_prompt", "caption_column"),
+    "the LoRA gone on from": ("init_lora",),
 }
 # It does not depend on these, but for what `dependent` says of the number of steps.
 FREE = {

@@ -63,6 +63,10 @@ def write_model_card(bundle, report, prompts, pictures, args):
             f"space of what they read on {prompt_count:,} protected prompts, but the other {len(unprotected)} are "
             f"not, and may change any picture: {kinds_of(unprotected)}."
         )
+    if args.init_lora:
+        initial = link(args.init_lora, f"https://huggingface.co/{args.init_lora}")
+        initial = code_span(Path(args.init_lora).name) if Path(args.init_lora).exists() else initial
+        protection += f" The training went on from another LoRA, {initial}."
     drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
     base_shown = link(base, f"https://huggingface.co/{base}") if data.base_model else code_span(base)
     source_shown = (

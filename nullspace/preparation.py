@@ -25,6 +25,7 @@ from nullspace.errors import NullSpaceError, reason
 from nullspace.families import recognise
 from nullspace.finding import Wanted, find_or_build
 from nullspace.hub import create_repository, hub_repository
+from nullspace.initial import describe_initial
 from nullspace.kohya import check_replaceable
 from nullspace.launch import PROCESS_TIMEOUT, check_launcher
 from nullspace.logs import start_trackers
@@ -132,8 +133,11 @@ def training_sizes(args):
     return bucket_sizes(args.resolution, common_multiple(*(config["block_out_channels"] for config in configs)))
 
 
-def find_out(accelerator, captions, pictures, args):
+def find_out(accelerator, captions, pictures, initial, args):
     """Meet all that can go wrong before the work, and settle the flags that depend on model, bundle and checkpoint.
+
+    Args:
+        initial (`dict` or `None`): from `read_initial`.
 
     Returns:
         The family, the checkpoint to go on from or None, the bundle, its groups of timesteps to draw from, what each
@@ -148,7 +152,8 @@ def find_out(accelerator, captions, pictures, args):
     bundle, nearest, protected = read_protection(accelerator, args) if args.nullspace_name_or_path else (None,) * 3
     family = settle_family(bundle, args)
     config = bundle.config if bundle else None
-    run = describe_run(args, pictures, captions, config, accelerator.num_processes, accelerator.mixed_precision)
+    processes, precision = accelerator.num_processes, accelerator.mixed_precision
+    run = describe_run(args, pictures, captions, config, processes, precision, describe_initial(initial))
     check_same_run(checkpoint, run)
     if args.push_to_hub and accelerator.is_main_process:
         create_repository(args.hub_model_id, "model", args.hub_private_repo, args.hub_token)

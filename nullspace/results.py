@@ -55,6 +55,7 @@ def report_of(found, bundle, lora_dtype, args):
         key: getattr(args, f"nullspace_{key}")
         for key in ("criterion", "threshold", "softness", "extra_prompts", "timesteps", "timestep_range")
     }
+    initial = args.init_lora and (Path(args.init_lora).name if Path(args.init_lora).exists() else args.init_lora)
     training = {
         key: getattr(args, key)
         for key in (
@@ -62,7 +63,7 @@ def report_of(found, bundle, lora_dtype, args):
             "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed",
             "mixed_precision", "clip_skip",
         )
-    }  # fmt: skip
+    } | {"init_lora": initial}  # fmt: skip
     return make_report(found, bundle, lora_dtype, args.nullspace_name_or_path, setting, training)
 
 

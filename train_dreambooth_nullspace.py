@@ -360,6 +360,13 @@ def parse_args(argv=None):
         action=argparse.BooleanOptionalAction,
         help="Draw the base model's pictures above the tuned one's (default: where something is protected).",
     )
+    group.add_argument(
+        "--compare_checkpoints",
+        action="store_true",
+        help="At the end, draw each prompt once with every checkpoint that is kept, and show them between base and "
+        "result in checkpoints.png, which tells the step to keep. With --resume_from_checkpoint latest also of a "
+        "training that is over (default: no, for each takes a picture a prompt).",
+    )
     group.add_argument("--num_validation_images", type=int, default=4, help="Pictures a prompt (default: 4).")
     group.add_argument("--validation_epochs", type=int, default=50, help="Draw every so many epochs (default: 50).")
     group.add_argument("--validation_steps", type=int, help="Draw every so many steps, not by epochs.")
@@ -469,7 +476,7 @@ from nullspace.protection import add_extra_prompts, closes_any, log_protection, 
 from nullspace.report import audit_file, save_audited
 from nullspace.results import log_files, push, write_results
 from nullspace.timesteps import TimestepSampler
-from nullspace.validation import draw_saved, validate
+from nullspace.validation import draw_checkpoints, draw_saved, validate
 from nullspace.verify import check_against_model
 
 
@@ -659,7 +666,10 @@ def save(accelerator, trained, earlier_logs, args):
                 prompts = args.validation_prompt or [args.instance_prompt[0], *others]
                 rows = draw_saved(staged, prompts, accelerator.device, trained.dtype, args)
                 put(staged / LORA_NAME, args.output_dir / LORA_NAME)
-                written = write_results(accelerator, found, bundle, trained.lora_dtype, prompts, rows, step, args)
+                compared = draw_checkpoints(trained.run, step, prompts, accelerator.device, trained.dtype, args)
+                written = write_results(
+                    accelerator, found, bundle, trained.lora_dtype, prompts, rows, compared, step, args
+                )
             accelerator.end_training()
             if args.push_to_hub and accelerator.is_main_process:
                 push(written, earlier_logs, args)

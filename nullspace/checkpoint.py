@@ -140,13 +140,19 @@ def check_same_run(folder, asked):
         was = "; ".join(
             f"{key}: {_show(recorded.get(key))} in the checkpoint, {_show(asked[key])} asked for" for key in differing
         )
-        fitting = [path.name for path in checkpoints(folder.parent) if not damage(path) and not _differing(path, asked)]
-        instead = f"name {fitting[-1]}, which is of this run" if fitting else "give what it had, or start anew"
+        fitting = checkpoints_of_run(folder.parent, asked)
+        instead = f"name {fitting[-1].name}, which is of this run" if fitting else "give what it had, or start anew"
         raise NullSpaceError(f"{folder} is a checkpoint of another run: {was}; {instead}.")
     if record["step"] > steps:
         raise NullSpaceError(
             f"{folder} is beyond --max_train_steps {steps}; raise that, or resume from an earlier checkpoint."
         )
+
+
+def checkpoints_of_run(folder, run, before=math.inf):
+    """The whole checkpoints in a folder that are of a run and from before a step, oldest first."""
+    earlier = [path for path in checkpoints(folder) if step_of(path) < before]
+    return [path for path in earlier if not damage(path) and not _differing(path, run)]
 
 
 def _differing(folder, asked):

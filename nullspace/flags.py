@@ -37,7 +37,8 @@ BY_CONTENT = {
 FREE = {
     "how long it trains": ("num_train_epochs",),
     "validation": (
-        "validation_prompt", "compare_with_base", "num_validation_images", "validation_epochs", "validation_steps",
+        "validation_prompt", "compare_with_base", "compare_checkpoints", "num_validation_images", "validation_epochs",
+        "validation_steps",
     ),
     "checkpoints and logging": (
         "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_dir",

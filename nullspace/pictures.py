@@ -469,42 +469,64 @@ def comparison_grid(rows_by_name, prompts, seed=None, step=None):
     Returns:
         `Image`: in RGB; its `info` holds seed, step and prompts for `save_picture`.
     """
+    rows = [
+        (name if seed is None else f"{name}\nseed {seed + number}", rows[number])
+        for number in range(len(next(iter(rows_by_name.values()))))
+        for name, rows in rows_by_name.items()
+    ]
+    sheet = _sheet("" if step is None else f"step {step}", prompts, rows)
+    sheet.info = _told(prompts, seed=seed, step=step)
+    return sheet
+
+
+def checkpoint_grid(columns, prompts, seed):
+    """One picture: a row for each prompt, in it what each model drew from the same seed, the columns' titles above.
+
+    Args:
+        columns (`dict[str, list[Image]]`): title -> a picture of each prompt.
+
+    Returns:
+        `Image`: in RGB; its `info` holds seed and prompts for `save_picture`.
+    """
+    rows = [(prompt, [column[number] for column in columns.values()]) for number, prompt in enumerate(prompts)]
+    sheet = _sheet(f"seed {seed}", list(columns), rows)
+    sheet.info = _told(prompts, seed=seed)
+    return sheet
+
+
+def _told(prompts, **numbers):
+    told = {key: str(value) for key, value in numbers.items() if value is not None}
+    return {**told, "prompts": json.dumps(list(prompts), ensure_ascii=False)}
+
+
+def _sheet(corner, titles, rows):
+    """Rows of pictures (`list[tuple[str, list[Image]]]`, each with its label) below the titles of their columns."""
     gap, font = 4, ImageFont.load_default(size=14)
-    seeds = len(next(iter(rows_by_name.values())))
-    tiles = {name: [[tile_of(picture) for picture in row] for row in rows] for name, rows in rows_by_name.items()}
-    drawn = [tile for rows in tiles.values() for row in rows for tile in row]
-    width, height = max(tile.width for tile in drawn) + gap, max(tile.height for tile in drawn) + gap
+    tiles = [[tile_of(picture) for picture in pictures] for _, pictures in rows]
+    drawn = [tile for row in tiles for tile in row]
+    width = max(tile.width for tile in drawn) + gap
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def measure(text):
         return pen.textlength(text, font=font)
 
-    titles = [wrap(prompt, width - 2 * gap, measure) for prompt in prompts]
-    corner = "" if step is None else f"step {step}"
-    labels = {
-        (name, row): name if seed is None else f"{name}\nseed {seed + row}" for name in tiles for row in range(seeds)
-    }
+    def size(text):
+        return [int(edge) + 1 for edge in pen.multiline_textbbox((0, 0), text, font=font)[2:]]
 
-    def box(texts):
-        edges = [pen.multiline_textbbox((0, 0), text, font=font) for text in texts]
-        return [2 * gap + int(max(edge[side] for edge in edges)) + 1 for side in (2, 3)]
-
-    margin, title = box([*labels.values(), corner])[0], box([*titles, corner])[1]
-    sheet = Image.new("RGB", (margin + width * len(prompts), title + height * seeds * len(tiles)), "white")
+    titles = [wrap(text, width - 2 * gap, measure) for text in titles]
+    labels = ["\n".join(wrap(line, MIN_TILE, measure) for line in label.splitlines()) for label, _ in rows]
+    margin = 2 * gap + max(size(text)[0] for text in (*labels, corner))
+    top = 2 * gap + max(size(text)[1] for text in (*titles, corner))
+    height = gap + max(*(tile.height for tile in drawn), *(size(label)[1] for label in labels))
+    sheet = Image.new("RGB", (margin + width * len(titles), top + height * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((gap, gap), corner, fill="black", font=font)
     for column, text in enumerate(titles):
         pen.multiline_text((margin + column * width + gap, gap), text, fill="black", font=font)
-    y = title
-    for row in range(seeds):
-        for name, rows in tiles.items():
-            pen.multiline_text((gap, y + height // 2 - 2 * gap), labels[name, row], fill="black", font=font)
-            for column, tile in enumerate(rows[row]):
-                sheet.paste(tile, (margin + column * width + gap // 2, y + gap // 2))
-            y += height
-    numbers = {"seed": seed, "step": step}
-    sheet.info = {key: str(value) for key, value in numbers.items() if value is not None}
-    sheet.info["prompts"] = json.dumps(list(prompts), ensure_ascii=False)
+    for y, label, row in zip(range(top, sheet.height, height), labels, tiles, strict=True):
+        pen.multiline_text((gap, y + (height - size(label)[1]) // 2), label, fill="black", font=font)
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (margin + column * width + gap // 2, y + gap // 2))
     return sheet
 
 

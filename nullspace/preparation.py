@@ -268,11 +268,17 @@ def start_or_resume(accelerator, checkpoint, adapted, parameters, count, args):
         count (`int`): of pictures, which is told.
 
     Raises:
-        NullSpaceError: if the disk has no room for what the run will write, or the checkpoint does not fit.
+        NullSpaceError: if the disk has no room for what the run will write, the checkpoint does not fit, or there will
+            be none to compare.
     """
     keep_checkpoints_small(accelerator, adapted)
     start_trackers(accelerator, args)
     step = read_record(checkpoint)["step"] if checkpoint else 0
+    if args.compare_checkpoints and not step and args.checkpointing_steps >= args.max_train_steps:
+        raise NullSpaceError(
+            f"--compare_checkpoints has nothing to compare: --checkpointing_steps {args.checkpointing_steps} writes no "
+            f"checkpoint before the last step, {args.max_train_steps}; choose fewer."
+        )
     check_space(args.output_dir, needed_space(parameters, step, args), "what this run will write")
     if checkpoint:
         accelerator.load_state(checkpoint)

@@ -178,13 +178,24 @@ def parse_args(argv=None):
     )
 
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--rank", type=int, default=4, help="Rank of the LoRA (default: %(default)s).")
-    group.add_argument("--lora_alpha", type=int, help="The LoRA is scaled by lora_alpha / rank (default: the rank).")
+    group.add_argument(
+        "--init_lora",
+        metavar="LORA",
+        help="Go on from this LoRA: a folder, a file or a Hub id, in diffusers' or kohya's format. What it changes in "
+        "directions that are closed is removed first, which a line tells; what it changes in those that are held back "
+        "stays. Rank, alpha and layers are its own.",
+    )
+    group.add_argument("--rank", type=int, help="Rank of the LoRA (default: 4, or that of --init_lora).")
+    group.add_argument(
+        "--lora_alpha",
+        type=int,
+        help="The LoRA is scaled by lora_alpha / rank (default: the rank, or that of --init_lora).",
+    )
     group.add_argument("--lora_dropout", type=float, default=0.0, help="Of the LoRA's inputs (default: %(default)s).")
     group.add_argument(
         "--lora_layers",
         help="UNet layers to train, separated by commas, each by the end of its name: attn2.to_k,attn2.to_v "
-        "(default: all of the attention that the bundle is for).",
+        "(default: all of the attention that the bundle is for, or those of --init_lora).",
     )
     group.add_argument(
         "--train_text_encoder",
@@ -235,6 +246,12 @@ def parse_args(argv=None):
     )
     group.add_argument("--repeats", type=int, default=1, help="Times a picture is in an epoch (default: %(default)s).")
     group.add_argument("--resolution", type=int, help="Side of the training pictures (default: 512; XL: 1024).")
+    group.add_argument(
+        "--enable_bucket",
+        action="store_true",
+        help="Train pictures in their own shapes: each is cropped to the nearest of sizes of --resolution's area or a "
+        "little less, up to 4 times as long as wide; a batch has pictures of one size.",
+    )
     group.add_argument("--center_crop", action="store_true", help="Crop pictures in the centre rather than at random.")
     group.add_argument("--random_flip", action="store_true", help="Mirror pictures at random.")
     group.add_argument(
@@ -343,6 +360,13 @@ def parse_args(argv=None):
         action=argparse.BooleanOptionalAction,
         help="Draw the base model's pictures above the tuned one's (default: where something is protected).",
     )
+    group.add_argument(
+        "--compare_checkpoints",
+        action="store_true",
+        help="At the end, draw each prompt once with every checkpoint that is kept, and show them between base and "
+        "result in checkpoints.png, which tells the step to keep. With --resume_from_checkpoint latest also of a "
+        "training that is over (default: no, for each takes a picture a prompt).",
+    )
     group.add_argument("--num_validation_images", type=int, default=4, help="Pictures a prompt (default: 4).")
     group.add_argument("--validation_epochs", type=int, default=50, help="Draw every so many epochs (default: 50).")
     group.add_argument("--validation_steps", type=int, help="Draw every so many steps, not by epochs.")
@@ -396,8 +420,9 @@ def parse_args(argv=None):
         parser.error(fault)
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else 5e-4
-    if args.lora_alpha is None:
-        args.lora_alpha = args.rank
+    if args.init_lora is None:  # which has its own
+        args.rank = args.rank or 4
+        args.lora_alpha = args.lora_alpha or args.rank
     if args.report_to in ("wandb", "comet_ml", "all") and args.hub_token is not None:
         parser.error(
             f"--report_to {args.report_to} with --hub_token would record the token with the run; log in with "
@@ -429,6 +454,7 @@ from nullspace.checkpoint import check_same_run, describe_bundle, describe_model
 from nullspace.checkpointer import Checkpointer
 from nullspace.dataset import InstanceDataset, epoch_batches, make_dataloader, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
+from nullspace.initial import fill, read_initial, settle_layers, tell_cost
 from nullspace.latents import encode_pictures
 from nullspace.locks import alone
 from nullspace.logs import ScalarLog, log_audit, set_up_logging
@@ -450,7 +476,7 @@ from nullspace.protection import add_extra_prompts, closes_any, log_protection, 
 from nullspace.report import audit_file, save_audited
 from nullspace.results import log_files, push, write_results
 from nullspace.timesteps import TimestepSampler
-from nullspace.validation import draw_saved, validate
+from nullspace.validation import draw_checkpoints, draw_saved, validate
 from nullspace.verify import check_against_model
 
 
@@ -489,13 +515,15 @@ class Trained(NamedTuple):
 def train(accelerator, args):
     """Train a LoRA, with checkpoints and pictures on the way."""
     # Arguments: what can be wrong with them is found before the work
-    pictures, captions, given_prompts = read_subject(accelerator, args)
-    family, checkpoint, bundle, nearest, protected, run = find_out(accelerator, captions, pictures, args)
+    pictures, captions, sizes, given_prompts = read_subject(accelerator, args)
+    initial = read_initial(accelerator, args)
+    family, checkpoint, bundle, nearest, protected, run = find_out(accelerator, captions, pictures, initial, args)
     prompts = list(dict.fromkeys(caption for several in captions for caption in several))
 
     # Model: the one that the bundle and the checkpoint are of
     tokenizers, models, noise_scheduler = load_models(family, captions, given_prompts, args)
     unet, vae, text_encoders = models["unet"], models["vae"], {name: models[name] for name in family.text_encoders}
+    settle_layers(initial, unet, text_encoders, args)
     parts = {"unet": unet, **text_encoders, **tokenizers, "noise_scheduler": noise_scheduler}  # that a bundle is of
     if bundle:
         bundle.check(**parts)
@@ -520,15 +548,18 @@ def train(accelerator, args):
     # LoRA, and a projector that keeps its optimizer in the null space
     adapted = {"unet": unet} | (text_encoders if args.train_text_encoder else {})
     parameters = add_lora(adapted, targets, args)
+    fill(adapted, initial)
     save_memory(unet, text_encoders.values(), args)
     optimizer = make_optimizer(parameters, args)
     protected = {group: {name: items[name] for name in targets if name in items} for group, items in protected.items()}
-    projector = NullSpaceProjector(unet, protected, **text_encoders)
+    projector = NullSpaceProjector(unet, protected, trained=initial is not None, **text_encoders)
     projector.attach(optimizer)
+    tell_cost(initial, projector, args)
 
     # Data: pictures and captions, encoded once where nothing changes them
-    dataset = InstanceDataset(pictures, [[prompts.index(caption) for caption in several] for several in captions], args)
-    dataloader = make_dataloader(dataset, args)
+    numbered = [[prompts.index(caption) for caption in several] for several in captions]
+    dataset = InstanceDataset(pictures, numbered, args, sizes)
+    dataloader = make_dataloader(dataset, accelerator.num_processes, args)
     scaling_factor, known = vae.config.scaling_factor, family.needs_float32(vae.config)
     vae = sound_vae(vae, dataset.first_epoch, args.model_folder, args.variant, args.learning_rate, known)
     args.vae_in_float32 = weight_dtype != vae.dtype
@@ -635,7 +666,10 @@ def save(accelerator, trained, earlier_logs, args):
                 prompts = args.validation_prompt or [args.instance_prompt[0], *others]
                 rows = draw_saved(staged, prompts, accelerator.device, trained.dtype, args)
                 put(staged / LORA_NAME, args.output_dir / LORA_NAME)
-                written = write_results(accelerator, found, bundle, trained.lora_dtype, prompts, rows, step, args)
+                compared = draw_checkpoints(trained.run, step, prompts, accelerator.device, trained.dtype, args)
+                written = write_results(
+                    accelerator, found, bundle, trained.lora_dtype, prompts, rows, compared, step, args
+                )
             accelerator.end_training()
             if args.push_to_hub and accelerator.is_main_process:
                 push(written, earlier_logs, args)

@@ -35,20 +35,7 @@ def lora_targets(unet, text_encoders, bundle, protected, args):
         NullSpaceError: if --lora_layers names no layer, a layer is smaller than --rank, or, without
             --allow_unprotected, one is not covered or has no closed direction.
     """
-    targets = dict.fromkeys(attention_inputs(unet, bundle.config["attention"]))
-    if args.lora_layers is not None:
-        linear = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-        targets = {}
-        for ending in args.lora_layers.split(","):
-            found = [name for name in linear if f".{name}".endswith(f".{ending.strip()}")]
-            if not ending.strip() or not found:
-                raise NullSpaceError(f"--lora_layers names '{ending.strip()}', which no layer of the UNet ends with.")
-            targets |= dict.fromkeys(found)
-    if args.train_text_encoder:
-        for encoder, model in text_encoders.items():
-            unread = get_family(args.model_type).unread_layers(encoder, args.clip_skip)
-            names = text_encoder_inputs(model, encoder)
-            targets |= dict.fromkeys(without_skipped(names, unread, model.config.num_hidden_layers, encoder))
+    targets = layers_to_train(unet, text_encoders, bundle.config["attention"], args)
     unprotected = [name for name in targets if name not in bundle.modules]
     if args.nullspace_threshold:  # 0 closes nothing, as it says
         covered = [name for name in targets if name in bundle.modules]
@@ -70,6 +57,33 @@ def lora_targets(unet, text_encoders, bundle, protected, args):
     weights = {name: find_module(name, unet, **text_encoders).weight.flatten(1) for name in targets}
     if fault := rank_fault(args.rank, {name: tuple(weight.shape) for name, weight in weights.items()}):
         raise NullSpaceError(fault)
+    return targets
+
+
+def layers_to_train(unet, text_encoders, attention, args):
+    """Names of the layers that flags choose: the UNet's of an attention, or --lora_layers, and the text encoders'.
+
+    Args:
+        attention (`str`): of `attention_inputs`.
+
+    Raises:
+        NullSpaceError: if --lora_layers names no layer.
+    """
+    if args.lora_layers is None:
+        targets = dict.fromkeys(attention_inputs(unet, attention))
+    else:
+        linear = [name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        targets = {}
+        for ending in args.lora_layers.split(","):
+            found = [name for name in linear if f".{name}".endswith(f".{ending.strip()}")]
+            if not ending.strip() or not found:
+                raise NullSpaceError(f"--lora_layers names '{ending.strip()}', which no layer of the UNet ends with.")
+            targets |= dict.fromkeys(found)
+    if args.train_text_encoder:
+        for encoder, model in text_encoders.items():
+            unread = get_family(args.model_type).unread_layers(encoder, args.clip_skip)
+            names = text_encoder_inputs(model, encoder)
+            targets |= dict.fromkeys(without_skipped(names, unread, model.config.num_hidden_layers, encoder))
     return list(targets)
 
 
@@ -118,7 +132,10 @@ def save_lora(folder, unet, dtype=torch.float32, adapter="default", **text_encod
     Args:
         adapter (`str`): its name.
     """
-    layers = {"unet": convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=adapter))}
+    state_dict = get_peft_model_state_dict(unet, adapter_name=adapter)
+    layers = {"unet": convert_state_dict_to_diffusers(state_dict)}
+    if any(".lora_A." in key for key in layers["unet"]):  # of layers beyond attention: both names in one file
+        layers["unet"] = state_dict  # would have diffusers pass over one kind
     adapted = {"unet": unet, **text_encoders}
     for name, text_encoder in text_encoders.items():
         state_dict = get_peft_model_state_dict(text_encoder, adapter_name=adapter, save_embedding_layers=False)
@@ -172,22 +189,31 @@ def _in_order(targets):
     return targets if isinstance(targets, str) else sorted(targets)
 
 
+def lora_modules(unet, **text_encoders):
+    """The modules of models that have a LoRA, by the names that `load_lora` gives them: `dict[str, Module]`."""
+    modules = {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A")}
+    for encoder, model in text_encoders.items():
+        layers = {name: find_module(name, unet, **text_encoders) for name in text_encoder_inputs(model, encoder)}
+        modules |= {name: layer for name, layer in layers.items() if hasattr(layer, "lora_A")}
+    return modules
+
+
+def set_lora(modules, layers):
+    """Copy A (r, in) and B (out, r) of `dict[str, LoraLayer]` into `lora_modules` of the same shapes."""
+    for name, module in modules.items():
+        module.lora_A["default"].weight.data.copy_(layers[name].down)
+        module.lora_B["default"].weight.data.copy_(layers[name].up)
+
+
 def restore_lora(folder, unet, **text_encoders):
     """Put the LoRA of a checkpoint back into models that have adapters on the same layers."""
-    layers = load_lora(folder)
-    adapted = {name: module for name, module in unet.named_modules() if hasattr(module, "lora_A")}
-    for encoder, model in text_encoders.items():
-        layers_of = {name: find_module(name, unet, **text_encoders) for name in text_encoder_inputs(model, encoder)}
-        adapted |= {name: layer for name, layer in layers_of.items() if hasattr(layer, "lora_A")}
-    elsewhere = sorted(layers.keys() ^ adapted.keys())
+    layers, modules = load_lora(folder), lora_modules(unet, **text_encoders)
+    elsewhere = sorted(layers.keys() ^ modules.keys())
     if elsewhere:
         raise NullSpaceError(
             f"The checkpoint {folder} has LoRA layers in other places ({elsewhere[0]}); resume with the bundle, "
             "--lora_layers and --train_text_encoder that it was made with."
         )
-    for name, layer in layers.items():
-        parameters = adapted[name].lora_A["default"].weight, adapted[name].lora_B["default"].weight
-        for parameter, value in zip(parameters, (layer.down, layer.up), strict=True):
-            if parameter.shape != value.shape:
-                raise NullSpaceError(f"The checkpoint {folder} does not fit; resume with the --rank it was made with.")
-            parameter.data.copy_(value)
+    if any(layer.down.shape != modules[name].lora_A["default"].weight.shape for name, layer in layers.items()):
+        raise NullSpaceError(f"The checkpoint {folder} does not fit; resume with the --rank it was made with.")
+    set_lora(modules, layers)

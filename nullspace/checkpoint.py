@@ -48,7 +48,7 @@ def _hash(*parts):
     return digest.hexdigest()
 
 
-def describe_run(args, pictures, captions, config, processes, precision):
+def describe_run(args, pictures, captions, config, processes, precision, initial=None):
     """All that the result depends on and that is known before a model is loaded: `dict`, by what a user calls it.
 
     The seed and the number of steps are left out where they are not given, and come later.
@@ -60,6 +60,7 @@ def describe_run(args, pictures, captions, config, processes, precision):
         config (`dict` or `None`): the bundle's, where it is known by then; `describe_bundle` adds it later.
         processes (`int`): their number.
         precision (`str`): "no", "fp16" or "bf16", whether it came from the flag or from accelerate's configuration.
+        initial (`str` or `None`): what `describe_initial` says of --init_lora.
     """
     late = [name for name in ("seed", "max_train_steps") if getattr(args, name) is None]
     run = {_flag(name): getattr(args, name) for name in COMPARED if name not in late}
@@ -67,6 +68,7 @@ def describe_run(args, pictures, captions, config, processes, precision):
     run["the number of processes"] = processes
     if config is not None:
         run |= describe_bundle(config)
+    run[_named("the LoRA gone on from")] = initial
     digests = [_hash(picture.mode, picture.size, picture.tobytes()) for picture in pictures]  # decoded
     run[_named("the pictures")] = f"{len(pictures)} of them, sha256 {_hash(digests)}"
     distinct = list(dict.fromkeys(caption for several in captions for caption in several))
@@ -138,13 +140,19 @@ def check_same_run(folder, asked):
         was = "; ".join(
             f"{key}: {_show(recorded.get(key))} in the checkpoint, {_show(asked[key])} asked for" for key in differing
         )
-        fitting = [path.name for path in checkpoints(folder.parent) if not damage(path) and not _differing(path, asked)]
-        instead = f"name {fitting[-1]}, which is of this run" if fitting else "give what it had, or start anew"
+        fitting = checkpoints_of_run(folder.parent, asked)
+        instead = f"name {fitting[-1].name}, which is of this run" if fitting else "give what it had, or start anew"
         raise NullSpaceError(f"{folder} is a checkpoint of another run: {was}; {instead}.")
     if record["step"] > steps:
         raise NullSpaceError(
             f"{folder} is beyond --max_train_steps {steps}; raise that, or resume from an earlier checkpoint."
         )
+
+
+def checkpoints_of_run(folder, run, before=math.inf):
+    """The whole checkpoints in a folder that are of a run and from before a step, oldest first."""
+    earlier = [path for path in checkpoints(folder) if step_of(path) < before]
+    return [path for path in earlier if not damage(path) and not _differing(path, run)]
 
 
 def _differing(folder, asked):

@@ -6,7 +6,7 @@ COMPARED = (
     "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
     "nullspace_timesteps", "nullspace_timestep_range",
     "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
-    "repeats", "resolution", "center_crop", "random_flip", "image_interpolation_mode",
+    "repeats", "resolution", "enable_bucket", "center_crop", "random_flip", "image_interpolation_mode",
     "seed", "train_batch_size", "gradient_accumulation_steps", "mixed_precision", "allow_tf32",
     "enable_xformers_memory_efficient_attention", "cache_latents", "lcm_loss", "snr_gamma", "noise_offset",
     "optimizer", "use_8bit_adam", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles",
@@ -31,12 +31,14 @@ BY_CONTENT = {
         "background",
     ),
     "the captions": ("instance_prompt", "caption_column"),
+    "the LoRA gone on from": ("init_lora",),
 }
 # It does not depend on these, but for what `dependent` says of the number of steps.
 FREE = {
     "how long it trains": ("num_train_epochs",),
     "validation": (
-        "validation_prompt", "compare_with_base", "num_validation_images", "validation_epochs", "validation_steps",
+        "validation_prompt", "compare_with_base", "compare_checkpoints", "num_validation_images", "validation_epochs",
+        "validation_steps",
     ),
     "checkpoints and logging": (
         "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_dir",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from peft.utils.other import get_pattern_key
 
-from nullspace.errors import NullSpaceError, listed, reason
+from nullspace.errors import NullSpaceError, kinds, listed, reason
 from nullspace.kohya import LAYERS_PER_BLOCK, kohya_names
 from nullspace.names import LORA_NAME, TEXT_ENCODERS
 
@@ -45,13 +45,13 @@ def with_magnitude(layer, weight):
     return LoraLayer(change, torch.eye(len(change), dtype=torch.float64), 1.0)
 
 
-def load_lora(name_or_path):
+def load_lora(name_or_path, token=None):
     """The layers of a LoRA that holds nothing but such layers, see `read_lora`.
 
     Raises:
         NullSpaceError: if the file holds no LoRA layer of a UNet or a text encoder, or anything else.
     """
-    layers, unknown = read_lora(name_or_path)
+    layers, unknown = read_lora(name_or_path, token)
     if not layers:
         raise NullSpaceError(f"{name_or_path} holds no LoRA layer of a UNet or a text encoder.")
     if unknown:
@@ -85,12 +85,16 @@ def _split_kohya(state_dict):
     return known, magnitudes, sorted(unknown)
 
 
-def read_lora(name_or_path):
+def read_lora(name_or_path, token=None):
     """Read a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name, and what else it holds.
 
     Names are those of `attention_inputs` and `text_encoder_inputs`. The second is the list of the file's keys (as
     diffusers converts them) that are no part of these layers: LoHa, LoKr, anything. Biases are among them, for what
     they do to a layer's output depends on the mean of its inputs, which no bundle holds.
+
+    Args:
+        name_or_path (`str` or `Path`): a folder, a file or a Hub id.
+        token (`str`, *optional*): of the Hub.
 
     Raises:
         NullSpaceError: if it cannot be read.
@@ -100,17 +104,17 @@ def read_lora(name_or_path):
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     try:
-        # Beside it there may be one that failed its audit, which diffusers would as soon take
-        weight_name = LORA_NAME if (Path(name_or_path) / LORA_NAME).is_file() else None
-        options = ("local_files_only", "cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
-        tensors, config_of_file = _fetch_state_dict(
+        options = ("local_files_only", "cache_dir", "force_download", "proxies", "revision", "subfolder")
+        fetch = partial(
+            _fetch_state_dict,
             str(name_or_path),
-            weight_name=weight_name,
             use_safetensors=True,
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             allow_pickle=True,
+            token=token,
             **dict.fromkeys(options),
-        )[:2]
+        )
+        tensors, config_of_file = _with_its_name(fetch, Path(name_or_path))
         tensors, magnitudes, unknown = _split_kohya(tensors)
         # By the configuration of the UNet it renames blocks that have the names of the original code
         unet_config = SimpleNamespace(layers_per_block=LAYERS_PER_BLOCK)
@@ -151,6 +155,21 @@ def read_lora(name_or_path):
                 used |= {key, f"{name}.lora_B.weight", *vectors}
         unknown += sorted(prefix + key for key in state_dict.keys() - used)
     return layers, unknown + sorted(f"{layer}.dora_scale" for layer in magnitudes)
+
+
+def _with_its_name(fetch, path):
+    """The tensors and peft's configuration that diffusers fetches, from the file that it writes where there is one.
+
+    Beside that there may be one that failed its audit, which diffusers would as soon take; and of the Hub it asks for
+    the names of files without the token.
+    """
+    if (path / LORA_NAME).is_file() or not path.exists():
+        try:
+            return fetch(weight_name=LORA_NAME)[:2]
+        except OSError as error:
+            if path.exists() or "EntryNotFoundError" not in kinds(error):
+                raise
+    return fetch(weight_name=None)[:2]
 
 
 def _magnitude_keys(name):

@@ -8,7 +8,7 @@ from nullspace.adapters import kinds_of
 from nullspace.families import get_family
 from nullspace.hub import base_license
 from nullspace.markdown import code_span, link, plain, python_string, table_cell, utf8
-from nullspace.names import COMPARISON_NAME, REPORT_NAME
+from nullspace.names import CHECKPOINTS_NAME, COMPARISON_NAME, REPORT_NAME
 from nullspace.pictures import save_picture
 from nullspace.protection import describe_setting
 from nullspace.system import write_text
@@ -63,7 +63,13 @@ def write_model_card(bundle, report, prompts, pictures, args):
             f"space of what they read on {prompt_count:,} protected prompts, but the other {len(unprotected)} are "
             f"not, and may change any picture: {kinds_of(unprotected)}."
         )
+    if args.init_lora:
+        initial = link(args.init_lora, f"https://huggingface.co/{args.init_lora}")
+        initial = code_span(Path(args.init_lora).name) if Path(args.init_lora).exists() else initial
+        protection += f" The training went on from another LoRA, {initial}."
     drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
+    compared = (args.output_dir / CHECKPOINTS_NAME).is_file()
+    checkpoints = f"\n![What its checkpoints draw, equal seed]({CHECKPOINTS_NAME})\n" if compared else ""
     base_shown = link(base, f"https://huggingface.co/{base}") if data.base_model else code_span(base)
     source_shown = (
         link(source, f"https://huggingface.co/datasets/{source}") if data.datasets else code_span(Path(source).name)
@@ -84,7 +90,7 @@ def write_model_card(bundle, report, prompts, pictures, args):
 A DreamBooth LoRA for {base_shown}. {protection}
 
 ![{drawn}]({COMPARISON_NAME})
-
+{checkpoints}
 ## Trigger words
 
 Use {triggers} to trigger the subject.

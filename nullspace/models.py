@@ -30,6 +30,19 @@ def download_model(name_or_path, revision=None, variant=None, token=None):
         raise NullSpaceError(cannot_be_had(name_or_path, error)) from error
 
 
+def load_config(kind, part, name_or_path, revision=None, token=None):
+    """The configuration of a model of class `kind` in the folder `part` of a base model: that file alone.
+
+    Raises:
+        NullSpaceError: if it cannot be had.
+    """
+    where = {"subfolder": part, "revision": revision, "token": token}
+    try:
+        return patiently(lambda: kind.load_config(name_or_path, **where), f"model {name_or_path}")
+    except Exception as error:
+        raise NullSpaceError(cannot_be_had(name_or_path, error)) from error
+
+
 @contextmanager
 def loading(name_or_path):
     """Say in a sentence why a base model cannot be loaded.

@@ -14,6 +14,7 @@ DEFAULT_THRESHOLDS = {"energy": 0.9, "eigenvalue": 2e-2, "percentile": 10.0}
 DEFAULT_SOFTNESS = 1e-5
 REPORT_NAME = "nullspace_report.json"
 COMPARISON_NAME = "comparison.png"
+CHECKPOINTS_NAME = "checkpoints.png"
 UNPROTECTED_NAME = f"unprotected_{LORA_NAME}"
 CARD_NAME = "README.md"
 # --image_interpolation_mode, by diffusers' names: Pillow's own

@@ -4,10 +4,12 @@ import glob
 import importlib.util
 import json
 import logging
+import math
 import os
 import struct
 import warnings
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from nullspace.buckets import nearest_size
 from nullspace.captions import (
     CAPTION_ENDINGS,
     LAYOUT,
@@ -117,16 +120,36 @@ def picture_upright(picture):
     return picture
 
 
-def fit(picture, resolution, interpolation):
-    """A picture whose shorter side is `resolution`; itself where that is so already."""
-    scale = resolution / min(picture.size)
-    size = tuple(max(resolution, round(side * scale)) for side in picture.size)
+def fit(picture, sizes, interpolation):
+    """A picture as large as covers that of the sizes, (width, height) each, which fits it best; itself if it does."""
+    target = nearest_size(original_size(picture), sizes)
+    scale = max(wanted / side for wanted, side in zip(target, picture.size, strict=True))
+    size = tuple(max(wanted, round(side * scale)) for wanted, side in zip(target, picture.size, strict=True))
     return picture if picture.size == size else picture.resize(size, Image.Resampling[INTERPOLATION[interpolation]])
 
 
 def original_size(picture):
     """Width and height that a picture of `read_instances` had before it was made smaller."""
     return picture.info.get(ORIGINAL_SIZE, picture.size)
+
+
+def describe_sizes(pictures, sizes):
+    """The lines on what `fit` made of pictures: into which sizes, where it chose, and which it enlarged."""
+    pictures = list({id(picture): picture for picture in pictures}.values())  # one that is repeated is one
+    originals = [original_size(picture) for picture in pictures]
+    if len(sizes) > 1:
+        counts = Counter(nearest_size(size, sizes) for size in originals)
+        shares = ", ".join(f"{count} of {width} x {height}" for (width, height), count in sorted(counts.items()))
+        yield f"Training on pictures of {counted(len(counts), 'size')}: {shares} pixels."
+    small = sorted(
+        size for size, picture in zip(originals, pictures, strict=True) if size[0] * size[1] < math.prod(picture.size)
+    )
+    if small:
+        shown = listed([f"{width} x {height}" for width, height in dict.fromkeys(small)])
+        yield (
+            f"Enlarged {len(small)} of {counted(len(pictures), 'picture')}, which are smaller than they are trained "
+            f"at and gain no detail: {shown} pixels."
+        )
 
 
 def register_heic():
@@ -446,42 +469,64 @@ def comparison_grid(rows_by_name, prompts, seed=None, step=None):
     Returns:
         `Image`: in RGB; its `info` holds seed, step and prompts for `save_picture`.
     """
+    rows = [
+        (name if seed is None else f"{name}\nseed {seed + number}", rows[number])
+        for number in range(len(next(iter(rows_by_name.values()))))
+        for name, rows in rows_by_name.items()
+    ]
+    sheet = _sheet("" if step is None else f"step {step}", prompts, rows)
+    sheet.info = _told(prompts, seed=seed, step=step)
+    return sheet
+
+
+def checkpoint_grid(columns, prompts, seed):
+    """One picture: a row for each prompt, in it what each model drew from the same seed, the columns' titles above.
+
+    Args:
+        columns (`dict[str, list[Image]]`): title -> a picture of each prompt.
+
+    Returns:
+        `Image`: in RGB; its `info` holds seed and prompts for `save_picture`.
+    """
+    rows = [(prompt, [column[number] for column in columns.values()]) for number, prompt in enumerate(prompts)]
+    sheet = _sheet(f"seed {seed}", list(columns), rows)
+    sheet.info = _told(prompts, seed=seed)
+    return sheet
+
+
+def _told(prompts, **numbers):
+    told = {key: str(value) for key, value in numbers.items() if value is not None}
+    return {**told, "prompts": json.dumps(list(prompts), ensure_ascii=False)}
+
+
+def _sheet(corner, titles, rows):
+    """Rows of pictures (`list[tuple[str, list[Image]]]`, each with its label) below the titles of their columns."""
     gap, font = 4, ImageFont.load_default(size=14)
-    seeds = len(next(iter(rows_by_name.values())))
-    tiles = {name: [[tile_of(picture) for picture in row] for row in rows] for name, rows in rows_by_name.items()}
-    drawn = [tile for rows in tiles.values() for row in rows for tile in row]
-    width, height = max(tile.width for tile in drawn) + gap, max(tile.height for tile in drawn) + gap
+    tiles = [[tile_of(picture) for picture in pictures] for _, pictures in rows]
+    drawn = [tile for row in tiles for tile in row]
+    width = max(tile.width for tile in drawn) + gap
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def measure(text):
         return pen.textlength(text, font=font)
 
-    titles = [wrap(prompt, width - 2 * gap, measure) for prompt in prompts]
-    corner = "" if step is None else f"step {step}"
-    labels = {
-        (name, row): name if seed is None else f"{name}\nseed {seed + row}" for name in tiles for row in range(seeds)
-    }
+    def size(text):
+        return [int(edge) + 1 for edge in pen.multiline_textbbox((0, 0), text, font=font)[2:]]
 
-    def box(texts):
-        edges = [pen.multiline_textbbox((0, 0), text, font=font) for text in texts]
-        return [2 * gap + int(max(edge[side] for edge in edges)) + 1 for side in (2, 3)]
-
-    margin, title = box([*labels.values(), corner])[0], box([*titles, corner])[1]
-    sheet = Image.new("RGB", (margin + width * len(prompts), title + height * seeds * len(tiles)), "white")
+    titles = [wrap(text, width - 2 * gap, measure) for text in titles]
+    labels = ["\n".join(wrap(line, MIN_TILE, measure) for line in label.splitlines()) for label, _ in rows]
+    margin = 2 * gap + max(size(text)[0] for text in (*labels, corner))
+    top = 2 * gap + max(size(text)[1] for text in (*titles, corner))
+    height = gap + max(*(tile.height for tile in drawn), *(size(label)[1] for label in labels))
+    sheet = Image.new("RGB", (margin + width * len(titles), top + height * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((gap, gap), corner, fill="black", font=font)
     for column, text in enumerate(titles):
         pen.multiline_text((margin + column * width + gap, gap), text, fill="black", font=font)
-    y = title
-    for row in range(seeds):
-        for name, rows in tiles.items():
-            pen.multiline_text((gap, y + height // 2 - 2 * gap), labels[name, row], fill="black", font=font)
-            for column, tile in enumerate(rows[row]):
-                sheet.paste(tile, (margin + column * width + gap // 2, y + gap // 2))
-            y += height
-    numbers = {"seed": seed, "step": step}
-    sheet.info = {key: str(value) for key, value in numbers.items() if value is not None}
-    sheet.info["prompts"] = json.dumps(list(prompts), ensure_ascii=False)
+    for y, label, row in zip(range(top, sheet.height, height), labels, tiles, strict=True):
+        pen.multiline_text((gap, y + (height - size(label)[1]) // 2), label, fill="black", font=font)
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (margin + column * width + gap // 2, y + gap // 2))
     return sheet
 
 

@@ -14,9 +14,10 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from nullspace.adapters import lora_targets
+from nullspace.buckets import bucket_sizes, common_multiple
 from nullspace.captions import trained_prompts
 from nullspace.checkpoint import check_same_run, describe_run, find_checkpoint, keep_checkpoints_small, read_record
 from nullspace.checks import check_clip_skip, check_writable, output_folder_fault, require, resolution_fault
@@ -24,12 +25,13 @@ from nullspace.errors import NullSpaceError, reason
 from nullspace.families import recognise
 from nullspace.finding import Wanted, find_or_build
 from nullspace.hub import create_repository, hub_repository
+from nullspace.initial import describe_initial
 from nullspace.kohya import check_replaceable
 from nullspace.launch import PROCESS_TIMEOUT, check_launcher
 from nullspace.logs import start_trackers
-from nullspace.models import download_model, loading
+from nullspace.models import download_model, load_config, loading
 from nullspace.names import kohya_path
-from nullspace.pictures import fit, read_instances
+from nullspace.pictures import describe_sizes, fit, read_instances
 from nullspace.prompt_encoder import load_tokenizers
 from nullspace.prompts import prompt_warnings, tokenizer_fault
 from nullspace.protection import read_protection
@@ -65,7 +67,11 @@ def make_accelerator(args):
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, args.output_dir / args.logging_dir),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True,
+                data_seed=args.seed,
+                even_batches=not args.enable_bucket,  # which sees to that itself
+            ),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         )
     except ValueError as error:  # a tracker that is not installed, a precision that the device does not have
@@ -90,27 +96,48 @@ def check_output(args):
 
 
 def read_subject(accelerator, args):
-    """The subject's pictures (`list[Image]`), the captions of each (`list[list[str]]`), and --instance_prompt as given.
+    """The subject's pictures (`list[Image]`), captions of each (`list[list[str]]`), sizes, --instance_prompt as given.
 
-    --instance_prompt is from then on what is trained, and --resolution that of the base model where it is not given.
+    Sizes, (width, height) each, are those that `fit` chooses from for each picture. --instance_prompt is from then on
+    what is trained, and --resolution that of the base model where it is not given.
     """
     if args.resolution is None:
         where = args.pretrained_model_name_or_path, args.revision, args.hub_token
         args.resolution = recognise(*where, args.model_type).resolution
+    sizes = training_sizes(args)
     with accelerator.main_process_first():
         pictures, captions = read_instances(
             args,
             args.background,
-            keep=partial(fit, resolution=args.resolution, interpolation=args.image_interpolation_mode),
+            keep=partial(fit, sizes=sizes, interpolation=args.image_interpolation_mode),
             tell=logger.info,
             need_captions=True,
         )
+    for line in describe_sizes(pictures, sizes):
+        logger.info(line)
     given, args.instance_prompt = args.instance_prompt, trained_prompts(captions, args.instance_prompt)
-    return pictures, captions, given
+    return pictures, captions, sizes, given
 
 
-def find_out(accelerator, captions, pictures, args):
+def training_sizes(args):
+    """The sizes that pictures are trained at, (width, height) each: --resolution, or the buckets of its area.
+
+    Raises:
+        NullSpaceError: if the base model cannot be had, or --resolution is too small for buckets.
+    """
+    if not args.enable_bucket:
+        return [(args.resolution, args.resolution)]
+    kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+    where = args.pretrained_model_name_or_path, args.revision, args.hub_token
+    configs = [load_config(kind, part, *where) for part, kind in kinds.items()]
+    return bucket_sizes(args.resolution, common_multiple(*(config["block_out_channels"] for config in configs)))
+
+
+def find_out(accelerator, captions, pictures, initial, args):
     """Meet all that can go wrong before the work, and settle the flags that depend on model, bundle and checkpoint.
+
+    Args:
+        initial (`dict` or `None`): from `read_initial`.
 
     Returns:
         The family, the checkpoint to go on from or None, the bundle, its groups of timesteps to draw from, what each
@@ -125,7 +152,8 @@ def find_out(accelerator, captions, pictures, args):
     bundle, nearest, protected = read_protection(accelerator, args) if args.nullspace_name_or_path else (None,) * 3
     family = settle_family(bundle, args)
     config = bundle.config if bundle else None
-    run = describe_run(args, pictures, captions, config, accelerator.num_processes, accelerator.mixed_precision)
+    processes, precision = accelerator.num_processes, accelerator.mixed_precision
+    run = describe_run(args, pictures, captions, config, processes, precision, describe_initial(initial))
     check_same_run(checkpoint, run)
     if args.push_to_hub and accelerator.is_main_process:
         create_repository(args.hub_model_id, "model", args.hub_private_repo, args.hub_token)
@@ -240,11 +268,17 @@ def start_or_resume(accelerator, checkpoint, adapted, parameters, count, args):
         count (`int`): of pictures, which is told.
 
     Raises:
-        NullSpaceError: if the disk has no room for what the run will write, or the checkpoint does not fit.
+        NullSpaceError: if the disk has no room for what the run will write, the checkpoint does not fit, or there will
+            be none to compare.
     """
     keep_checkpoints_small(accelerator, adapted)
     start_trackers(accelerator, args)
     step = read_record(checkpoint)["step"] if checkpoint else 0
+    if args.compare_checkpoints and not step and args.checkpointing_steps >= args.max_train_steps:
+        raise NullSpaceError(
+            f"--compare_checkpoints has nothing to compare: --checkpointing_steps {args.checkpointing_steps} writes no "
+            f"checkpoint before the last step, {args.max_train_steps}; choose fewer."
+        )
     check_space(args.output_dir, needed_space(parameters, step, args), "what this run will write")
     if checkpoint:
         accelerator.load_state(checkpoint)

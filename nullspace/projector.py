@@ -109,10 +109,12 @@ class NullSpaceProjector:
         unet (`UNet2DConditionModel`): a model with LoRA layers on the protected modules.
         groups (`dict[str, dict[str, Protected]]`): group -> module name -> what it protects.
         adapter (`str`): name of the adapter.
+        trained (`bool`): whether A holds what was learned: its value is then kept out of the closed directions only.
+            Holding it back would undo what was learned where steps were held back already.
         text_encoders (`CLIPTextModel`, *optional*): with LoRA layers, by the name that begins those of their layers.
     """
 
-    def __init__(self, unet, groups, adapter="default", **text_encoders):
+    def __init__(self, unet, groups, adapter="default", trained=False, **text_encoders):
         self.groups = groups
         self.selected = next(iter(groups))
         names = dict.fromkeys(name for protected in groups.values() for name in protected)
@@ -126,7 +128,7 @@ class NullSpaceProjector:
         self._known = {}  # parameter -> names of the tensors in its optimizer's state that are known to be no copies
         if JOINT in groups:
             with torch.no_grad():
-                self._apply(lambda parameter: parameter)
+                self._apply(lambda parameter: parameter, soft=not trained)
 
     def attach(self, optimizer):
         """Project in each step of the optimizer, any `torch.optim.Optimizer`, as it is or as accelerate has wrapped it.

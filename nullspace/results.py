@@ -11,8 +11,16 @@ from nullspace.kohya import is_ours, save_kohya
 from nullspace.logs import log_picture
 from nullspace.lora import load_lora
 from nullspace.model_card import write_model_card
-from nullspace.names import CARD_NAME, COMPARISON_NAME, LORA_NAME, REPORT_NAME, UNPROTECTED_NAME, kohya_path
-from nullspace.pictures import comparison_grid, save_picture
+from nullspace.names import (
+    CARD_NAME,
+    CHECKPOINTS_NAME,
+    COMPARISON_NAME,
+    LORA_NAME,
+    REPORT_NAME,
+    UNPROTECTED_NAME,
+    kohya_path,
+)
+from nullspace.pictures import checkpoint_grid, comparison_grid, save_picture
 from nullspace.report import make_report, write_json
 
 
@@ -46,7 +54,8 @@ def needed_space(parameters, step, args):
     kept = min(later, args.checkpoints_total_limit or later)
     picture = 3 * args.resolution**2 * args.num_validation_images
     prompts = len(args.validation_prompt or ["its own", *["the bundle's"] * 3])
-    return 3 * lora + (kept + 2) * checkpoint + 3 * prompts * picture + SMALL_FILES
+    compared = 3 * args.resolution**2 * prompts * (kept + 2) if args.compare_checkpoints else 0
+    return 3 * lora + (kept + 2) * checkpoint + 3 * prompts * picture + compared + SMALL_FILES
 
 
 def report_of(found, bundle, lora_dtype, args):
@@ -55,6 +64,7 @@ def report_of(found, bundle, lora_dtype, args):
         key: getattr(args, f"nullspace_{key}")
         for key in ("criterion", "threshold", "softness", "extra_prompts", "timesteps", "timestep_range")
     }
+    initial = args.init_lora and (Path(args.init_lora).name if Path(args.init_lora).exists() else args.init_lora)
     training = {
         key: getattr(args, key)
         for key in (
@@ -62,12 +72,16 @@ def report_of(found, bundle, lora_dtype, args):
             "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed",
             "mixed_precision", "clip_skip",
         )
-    }  # fmt: skip
+    } | {"init_lora": initial}  # fmt: skip
     return make_report(found, bundle, lora_dtype, args.nullspace_name_or_path, setting, training)
 
 
-def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args):
-    """Write what goes with the saved LoRA: report, the web UIs' file, comparison and card.
+def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, compared, step, args):
+    """Write what goes with the saved LoRA: report, the web UIs' file, comparisons and card.
+
+    Args:
+        rows (`dict`): from `draw_saved`.
+        compared (`dict`): from `draw_checkpoints`, empty where there is nothing to compare.
 
     Returns:
         The names (`list[str]`) in --output_dir of all that, and of the LoRA.
@@ -79,10 +93,19 @@ def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, a
     picture = comparison_grid(rows, prompts, args.seed, step)
     save_picture(picture, args.output_dir / COMPARISON_NAME)
     log_picture(accelerator, "comparison", picture, step)
+    sheets = [COMPARISON_NAME]
+    (args.output_dir / CHECKPOINTS_NAME).unlink(missing_ok=True)
+    if compared:
+        sheets.append(CHECKPOINTS_NAME)
+        columns = {"base": rows["base"][0]} if "base" in rows else {}
+        columns |= {**compared, f"step {step}, the result": rows["tuned"][0]}
+        picture = checkpoint_grid(columns, prompts, args.seed)
+        save_picture(picture, args.output_dir / CHECKPOINTS_NAME)
+        log_picture(accelerator, "checkpoints", picture, step)
     pictures = write_model_card(bundle, report, prompts, rows["tuned"][0], args)
-    logger.info(f"Wrote {LORA_NAME}, {REPORT_NAME} and {COMPARISON_NAME} to {args.output_dir}")
+    logger.info(f"Wrote {', '.join([LORA_NAME, REPORT_NAME, *sheets[:-1]])} and {sheets[-1]} to {args.output_dir}")
     kohya = [kohya_path(args.output_dir).name] if args.output_kohya_format else []
-    return [LORA_NAME, CARD_NAME, REPORT_NAME, COMPARISON_NAME, *pictures, *kohya]
+    return [LORA_NAME, CARD_NAME, REPORT_NAME, *sheets, *pictures, *kohya]
 
 
 def log_files(args):

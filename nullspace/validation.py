@@ -1,17 +1,23 @@
 """Pictures that show what a LoRA does, beside the base model's."""
 
 import torch
+from accelerate.logging import get_logger
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from nullspace import signals
 from nullspace.adapters import enable_lora
+from nullspace.checkpoint import checkpoints_of_run
 from nullspace.divergence import Drawn, run_in_float32
 from nullspace.families import get_family
 from nullspace.logs import log_picture
 from nullspace.models import loading
+from nullspace.names import CHECKPOINTS_NAME
 from nullspace.pictures import comparison_grid, save_picture
 from nullspace.prompt_encoder import load_tokenizers
+
+
+logger = get_logger(__name__)
 
 
 def load_pipeline(args, dtype, device, **components):
@@ -35,14 +41,14 @@ def load_pipeline(args, dtype, device, **components):
     return pipeline
 
 
-def draw(pipeline, prompts, args, description):
-    """--num_validation_images pictures of each prompt, each from a seed of its own: a list of rows.
+def draw(pipeline, prompts, args, description, count=None):
+    """So many pictures of each prompt, or --num_validation_images, each from a seed of its own: a list of rows.
 
     They are drawn in the family's number of steps, at the guidance scale that the bundle was built at.
     """
     family = get_family(args.model_type)
     rows, drawn = [], Drawn()
-    for index in tqdm(range(args.num_validation_images), desc=description, unit="row"):
+    for index in tqdm(range(count or args.num_validation_images), desc=description, unit="row"):
         seed = (args.seed or 0) + index
         with drawn.decoding(pipeline.vae):
             rows.append(
@@ -100,3 +106,22 @@ def draw_saved(folder, prompts, device, dtype, args):
     rows = {"base": draw(pipeline, prompts, args, "Drawing with the base model")} if args.compare_with_base else {}
     pipeline.load_lora_weights(folder)
     return rows | {"tuned": draw(pipeline, prompts, args, "Drawing with the LoRA")}
+
+
+def draw_checkpoints(run, step, prompts, device, dtype, args):
+    """Draw each prompt once with the LoRA of every checkpoint of a run from before its last step.
+
+    Returns:
+        `dict[str, list[Image]]`: by the checkpoint's name; empty without --compare_checkpoints, or where none is kept.
+    """
+    folders = checkpoints_of_run(args.output_dir, run, step) if args.compare_checkpoints else []
+    if not folders:
+        if args.compare_checkpoints:
+            logger.warning(f"No checkpoint from before step {step} is kept, so there is no {CHECKPOINTS_NAME}.")
+        return {}
+    pipeline, drawn = load_pipeline(args, dtype, device), {}
+    for folder in folders:
+        pipeline.load_lora_weights(folder)
+        (drawn[folder.name],) = draw(pipeline, prompts, args, f"Drawing with {folder.name}", 1)
+        pipeline.unload_lora_weights()
+    return drawn

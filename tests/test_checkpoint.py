@@ -6,19 +6,26 @@ import re
 import shutil
 
 import pytest
+import torch
 from accelerate.state import PartialState
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_dreambooth_nullspace as trainer
 from nullspace import checkpoint as room
-from nullspace import flags
+from nullspace import flags, results
 from nullspace.errors import NullSpaceError
 from nullspace.hashes import sha256
-from nullspace.names import CARD_NAME, LORA_NAME
+from nullspace.names import CARD_NAME, CHECKPOINTS_NAME, LORA_NAME
 from shapes import DEMO
-from test_train import bundle1, command_line, drawing_in_two_steps, same, train  # noqa: F401 (fixtures)
+from test_train import bundle1, command_line, drawing_in_two_steps, same, train, worst_leakage  # noqa: F401 (fixtures)
 
 
 CONFIG = {"files": {"joint.safetensors": "1" * 64, CARD_NAME: "2" * 64}, "groups": [], "sha256": "3" * 64}
@@ -241,3 +248,47 @@ def test_a_changed_vae_and_a_moved_model(tiny_sd1, bundle1, tmp_path):  # noqa: 
     vae.save_pretrained(tmp_path / "moved" / "vae")
     with pytest.raises(NullSpaceError, match=r"the model \(--pretrained_model_name_or_path, --revision\), vae: sha256"):
         train(tmp_path / "moved", bundle1, output, *flags)
+
+
+def test_checkpoints_are_loras_and_a_sheet_compares_them(tiny_sd1, bundle1, tmp_path, monkeypatch, caplog):  # noqa: F811
+    """All of this run that are kept, when it is over too; without them there is no sheet, nor one of an earlier run."""
+    output, sheets, grid = tmp_path / "lora", [], results.checkpoint_grid
+    monkeypatch.setattr(results, "checkpoint_grid", lambda *args: sheets.append(args) or grid(*args))
+    prompts = ["a sks star", "a circle"]
+    flags = ["--checkpointing_steps", 2, "--max_train_steps", 6, "--validation_steps", 100]
+    flags += ["--validation_prompt", prompts[1]]  # besides that of the common command line
+    make_checkpoint(output, 1, describe(parse("--rank", 7)))
+    tensors = train(tiny_sd1, bundle1, output, *flags)
+    assert not sheets and not (output / CHECKPOINTS_NAME).exists()
+    flags += ["--resume_from_checkpoint", "latest", "--compare_checkpoints"]
+    assert same(train(tiny_sd1, bundle1, output, *flags), tensors)
+    ((columns, told, seed),) = sheets
+    assert list(columns) == ["base", "checkpoint-2", "checkpoint-4", "step 6, the result"]
+    assert told == prompts and seed == 0
+    assert Image.open(output / CHECKPOINTS_NAME).tobytes() == grid(columns, told, seed).tobytes()
+    assert f"]({CHECKPOINTS_NAME})" in (output / "README.md").read_text()
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    for (name, pictures), folder in zip(columns.items(), (None, "checkpoint-2", "checkpoint-4", "."), strict=True):
+        pipeline.unload_lora_weights()
+        if folder is not None:
+            pipeline.load_lora_weights(output / folder)
+            assert worst_leakage(output / folder, bundle1) < 1e-5
+        for prompt, picture in zip(prompts, pictures, strict=True):
+            generator = torch.Generator().manual_seed(0)
+            again = pipeline(prompt, height=32, width=32, num_inference_steps=2, generator=generator).images[0]
+            assert again.tobytes() == picture.tobytes(), (name, prompt)
+    assert len({pictures[0].tobytes() for pictures in columns.values()}) == 4
+
+    shutil.rmtree(output / "checkpoint-2")
+    cut(output / "checkpoint-4" / LORA_NAME)
+    train(tiny_sd1, bundle1, output, *flags)
+    assert "No checkpoint from before step 6 is kept" in caplog.text and not (output / CHECKPOINTS_NAME).exists()
+    assert CHECKPOINTS_NAME not in (output / "README.md").read_text()
+
+
+def test_no_checkpoint_to_compare_is_found_before_the_training(tiny_sd1, bundle1, tmp_path):  # noqa: F811
+    with pytest.raises(NullSpaceError, match="--checkpointing_steps 500 writes no checkpoint before the last step, 3"):
+        train(tiny_sd1, bundle1, tmp_path / "lora", "--compare_checkpoints")

@@ -25,7 +25,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from hub_server import LFS_SUFFIXES, Commit, Entry, HubServer, Repo, User, git_oid, lfs_pointer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
@@ -36,6 +36,7 @@ from nullspace.families import recognise
 from nullspace.families.stable_diffusion import StableDiffusion
 from nullspace.hashes import config_sha256
 from nullspace.hub import base_license, create_repository, hub_repository, push_folder
+from nullspace.initial import read_initial
 from nullspace.logs import PrintableFormatter
 from nullspace.models import download_model
 from nullspace.names import COMPARISON_NAME, CONFIG_NAME, LORA_NAME, REPORT_NAME, TABLE_NAME, TEXT_INPUT
@@ -890,6 +891,26 @@ out = None
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[key], saved[key]) for key in saved)
     assert all(value.any() for value in saved.values())
+
+
+def test_a_lora_is_read_by_its_id(hub, tmp_path, pauses):
+    """As --init_lora does: also a private one, with the token alone, and whatever its file is called."""
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora"
+    content = save({f"{name}.down.weight": torch.ones(2, 32), f"{name}.up.weight": torch.ones(32, 2)})
+    seed(hub, "model", "ada/private-lora", {LORA_NAME: content, "another.safetensors": b"x"}, private=True)
+    seed(hub, "model", "ada/named-lora", {"named.safetensors": content})
+    args = SimpleNamespace(hub_token=READ, rank=None, lora_alpha=None, train_text_encoder=False)
+    accelerator = SimpleNamespace(main_process_first=contextlib.nullcontext)
+    hub.fail_next("HEAD", f"ada/private-lora/.*{LORA_NAME}", 503, 2)  # diffusers asks twice
+    with hub.used_here(tmp_path / "cache"):
+        for args.init_lora in ("ada/private-lora", "ada/named-lora"):
+            assert list(read_initial(accelerator, args)) == [name.removeprefix("unet.").removesuffix(".lora")]
+            assert (args.rank, args.lora_alpha) == (2, 2)
+        args.init_lora = "ada/nowhere"
+        assert refused(read_initial, accelerator, args).startswith(
+            "--init_lora: ada/nowhere cannot be read as a LoRA: "
+        )
+    assert not hub.faults and pauses
 
 
 def test_a_lora_that_is_not_published_is_whole_and_the_named_command_publishes_it(here, copy, tiny_sd1, tmp_path):

@@ -16,7 +16,7 @@ import nullspace.pictures as rooms
 import train_dreambooth_nullspace as trainer
 from nullspace.captions import trained_prompts
 from nullspace.errors import NullSpaceError
-from nullspace.pictures import comparison_grid, fit, read_instances, save_picture
+from nullspace.pictures import checkpoint_grid, comparison_grid, fit, read_instances, save_picture
 from shapes import DEMO
 
 
@@ -165,7 +165,7 @@ def test_ordinary_pictures_are_trained_on_as_ever(tmp_path):
     line = ["--pretrained_model_name_or_path", "m", "--nullspace_name_or_path", "b", "--instance_data_dir", "d"]
     args = trainer.parse_args([*line, "--resolution", "32", "--seed", "0"])
     whole = Image.open(tmp_path / "a.jpg").convert("RGB").resize((47, 32), Image.Resampling.LANCZOS)
-    (kept,), _, _ = read(tmp_path, keep=lambda picture: fit(picture, 32, "lanczos"))
+    (kept,), _, _ = read(tmp_path, keep=lambda picture: fit(picture, [(32, 32)], "lanczos"))
     assert kept.tobytes() == whole.tobytes()
     given = [trainer.InstanceDataset([picture], [[0]], args)[0][0] for picture in (whole, kept)]
     assert torch.equal(*given)
@@ -179,7 +179,7 @@ def test_one_picture_at_a_time_is_whole(tmp_path):
     def keep(picture):
         assert not any(whole() for whole in alive)
         alive.append(weakref.ref(picture))
-        return fit(picture, 30, "lanczos")
+        return fit(picture, [(30, 30)], "lanczos")
 
     pictures, _, _ = read(tmp_path, keep=keep)
     assert len(alive) == 4 and {picture.size for picture in pictures} == {(40, 30)}
@@ -433,3 +433,20 @@ def test_a_sheet_has_whole_captions_seeds_and_step(monkeypatch):
     for _, text, draw, options in drawn[1:3]:
         assert max(draw.textlength(line, font=options["font"]) for line in text.split("\n")) <= 256
         assert draw.multiline_textbbox((0, 0), text, font=options["font"])[3] < sheet.height - 4 * 260
+
+
+def test_a_sheet_of_checkpoints_has_a_row_for_each_prompt():
+    """As wide as its columns, and as high as its longest prompt where that is higher than the pictures."""
+    shades = {"base": [10, 20], "checkpoint-2": [30, 40], "step 4, the result": [50, 60]}
+    columns = {name: [Image.new("RGB", (256, 256), (red, 0, 0)) for red in reds] for name, reds in shades.items()}
+    short, long = (checkpoint_grid(columns, ["a star", prompt], 7) for prompt in ("b", "many words " * 60))
+    for sheet in (short, long):
+        places = {}
+        for red in sum(shades.values(), []):
+            found = np.argwhere((np.asarray(sheet) == (red, 0, 0)).all(axis=-1))
+            assert len(found) == 256 * 256
+            places[red] = found[0].tolist()
+        tops, lefts = ({red: places[red][axis] for red in places} for axis in (0, 1))
+        assert tops[10] == tops[30] == tops[50] < tops[20] == tops[40] == tops[60]
+        assert lefts[10] == lefts[20] < lefts[30] == lefts[40] < lefts[50] == lefts[60]
+    assert long.height > short.height + 2 * 100 and json.loads(short.info["prompts"]) == ["a star", "b"]

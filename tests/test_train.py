@@ -1005,6 +1005,9 @@ def test_lora_layers(tiny_sd1, bundle1, tmp_path):
     found = report(tmp_path / "lora")
     covered = set(Bundle.load(bundle1).config["modules"])
     trained = {row["module"] for row in found["layers"]}
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    assert {name for name, module in pipeline.unet.named_modules() if hasattr(module, "lora_A")} == trained
     assert set(found["unprotected"]) == trained - covered != set() and trained & covered
     assert found["leakage"]["max"] < 1e-5
     assert f"{len(found['unprotected'])} are" in (tmp_path / "lora" / "README.md").read_text()

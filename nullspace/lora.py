@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from peft.utils.other import get_pattern_key
 
+from nullspace.embeddings import BUNDLED, bundled, word_beside
 from nullspace.errors import NullSpaceError, listed, reason
 from nullspace.kohya import LAYERS_PER_BLOCK, kohya_names
 from nullspace.names import LORA_NAME, TEXT_ENCODERS
@@ -85,8 +86,40 @@ def _split_kohya(state_dict):
     return known, magnitudes, sorted(unknown)
 
 
+def _fetch(name_or_path):
+    """The tensors of a LoRA's file, and peft's configuration in it, if any."""
+    from diffusers.loaders.lora_base import _fetch_state_dict  # slow to import, as above
+
+    # Beside it there may be one that failed its audit, which diffusers would as soon take
+    weight_name = LORA_NAME if (Path(name_or_path) / LORA_NAME).is_file() else None
+    options = ("local_files_only", "cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
+    return _fetch_state_dict(
+        str(name_or_path),
+        weight_name=weight_name,
+        use_safetensors=True,
+        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+        allow_pickle=True,
+        **dict.fromkeys(options),
+    )[:2]
+
+
+def read_embeddings(name_or_path):
+    """The embeddings that come with a LoRA, bundled in its file or beside it, as `embeddings.bundled` gives them.
+
+    Call it after `read_lora`, which says what is wrong with a file.
+
+    Raises:
+        NullSpaceError: if those beside it cannot be had.
+    """
+    tensors = {key: tensor for key, tensor in _fetch(name_or_path)[0].items() if key.startswith(BUNDLED)}
+    word = None if tensors or Path(name_or_path).is_file() else word_beside(name_or_path)
+    return tensors if word is None else bundled(word)
+
+
 def read_lora(name_or_path):
     """Read a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name, and what else it holds.
+
+    Embeddings that are bundled with it are left to `read_embeddings`: they change no layer.
 
     Names are those of `attention_inputs` and `text_encoder_inputs`. The second is the list of the file's keys (as
     diffusers converts them) that are no part of these layers: LoHa, LoKr, anything. Biases are among them, for what
@@ -96,21 +129,11 @@ def read_lora(name_or_path):
         NullSpaceError: if it cannot be read.
     """
     from diffusers import StableDiffusionPipeline  # takes seconds to import, and only this needs it
-    from diffusers.loaders.lora_base import _fetch_state_dict
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     try:
-        # Beside it there may be one that failed its audit, which diffusers would as soon take
-        weight_name = LORA_NAME if (Path(name_or_path) / LORA_NAME).is_file() else None
-        options = ("local_files_only", "cache_dir", "force_download", "proxies", "token", "revision", "subfolder")
-        tensors, config_of_file = _fetch_state_dict(
-            str(name_or_path),
-            weight_name=weight_name,
-            use_safetensors=True,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            allow_pickle=True,
-            **dict.fromkeys(options),
-        )[:2]
+        tensors, config_of_file = _fetch(name_or_path)
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLED)}
         tensors, magnitudes, unknown = _split_kohya(tensors)
         # By the configuration of the UNet it renames blocks that have the names of the original code
         unet_config = SimpleNamespace(layers_per_block=LAYERS_PER_BLOCK)

@@ -593,9 +593,8 @@ def train(accelerator, args):
     lr_scheduler, steps_per_epoch = make_schedule(optimizer, dataloader, accelerator, args)
     run["--max_train_steps"] = args.max_train_steps
     check_same_run(checkpoint, run)
-    *models, optimizer, dataloader, lr_scheduler = accelerator.prepare(
-        *learning.values(), optimizer, dataloader, lr_scheduler
-    )
+    models = [accelerator.prepare_model(model, evaluation_mode=not is_trained(model)) for model in learning.values()]
+    optimizer, dataloader, lr_scheduler = accelerator.prepare(optimizer, dataloader, lr_scheduler)
     text_encoders |= dict(zip(list(learning)[1:], models[1:], strict=True))
     step = start_or_resume(accelerator, checkpoint, adapted, word, parameters, len(pictures), args)
 

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
@@ -21,6 +22,7 @@ from nullspace.embeddings import loading_code, read_word, save_word
 from nullspace.errors import NullSpaceError
 from nullspace.families import get_family
 from nullspace.families.stable_diffusion import encode_tokens, prompt_arguments
+from nullspace.layers import is_trained
 from nullspace.lora import load_lora, read_embeddings, read_lora
 from nullspace.names import LORA_NAME, REPORT_NAME, TEXT_ENCODERS, WORD_NAME
 from nullspace.results import put_in_place
@@ -175,15 +177,24 @@ def test_resuming_gives_the_same(trained, tiny_sd1, bundle1, tmp_path):  # noqa:
     assert same(resumed, load_file(trained.folder / LORA_NAME))
 
 
-def test_a_word_alone(trained, tiny_sd1, tmp_path):
+def test_a_word_alone(trained, tiny_sd1, tmp_path, monkeypatch):
     """In the place of the run above, whose files go; it needs no bundle, and leaves none."""
     folder = tmp_path / "sks-dog"
     shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
     flags = ["--placeholder_token", "zwx-star", "--initializer_token", "star", "--instance_prompt", "a zwx-star"]
     flags += ["--mixed_precision", "bf16", "--gradient_accumulation_steps", 2, "--word_only", "--output_kohya_format"]
     argv = command_line(tiny_sd1, "", folder, *flags, without=["--nullspace_name_or_path", "--learning_rate", "--rank"])
+    prepared, prepare = [], Accelerator.prepare_model
+    monkeypatch.setattr(
+        Accelerator,
+        "prepare_model",
+        lambda *given, evaluation_mode: (
+            prepared.append((is_trained(given[1]), evaluation_mode)) or prepare(*given, evaluation_mode=evaluation_mode)
+        ),
+    )
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer.main(trainer.parse_args(argv))
+    assert prepared == [(False, True), (True, False)]  # the UNet, which several processes cannot wrap to train it
     assert not (folder / LORA_NAME).exists() and not list(folder.rglob("sks-*.safetensors"))
     assert [path.name for path in folder.rglob("*.safetensors")] == [WORD_NAME, "zwx-star.safetensors"]
     written = json.loads((folder / REPORT_NAME).read_text())

@@ -29,7 +29,7 @@ from functools import reduce
 from pathlib import Path
 
 from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_writable
-from nullspace.errors import NullSpaceError
+from nullspace.errors import NullSpaceError, listed
 from nullspace.families import FAMILIES
 from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER, TEXT_ENCODERS
 from nullspace.system import quiet_imports
@@ -160,10 +160,11 @@ if __name__ == "__main__":
 
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict
 from nullspace.bundle import Bundle, check_output_folder
+from nullspace.embeddings import bundled_tokens
 from nullspace.finding import bundles_of_model, cache_folder, cached, describe_cache, remove_from_cache
 from nullspace.kohya import read_report, save_kohya
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
-from nullspace.lora import LoraLayer, load_lora, read_lora
+from nullspace.lora import LoraLayer, load_lora, read_embeddings, read_lora
 from nullspace.moments import SecondMoments
 from nullspace.projector import NullSpaceProjector, Protected
 from nullspace.spectrum import Spectrum
@@ -188,8 +189,10 @@ def export(args):
     layers = load_lora(args.lora)
     if any(layer.magnitude is not None for layer in layers.values()):
         raise NullSpaceError(f"{args.lora} is a DoRA, which is not exported; give the programs the file itself.")
-    save_kohya(output, layers, read_report(args.lora))
-    print(f"Wrote {len(layers)} layers to {output}")
+    embeddings = read_embeddings(args.lora)
+    save_kohya(output, layers, read_report(args.lora), embeddings)
+    words = [f"the embedding of {token}" for token in bundled_tokens(embeddings)]
+    print(printable(f"Wrote {' and '.join([f'{len(layers)} layers', *words])} to {output}"))
 
 
 def merge(args):
@@ -332,6 +335,9 @@ def main(args):
         values = ["-" if row[key] is None else f"{row[key]:.2e}" for key in ("leakage", "predicted_drift")]
         print(f"{row['module']:{width}}{row['in_features']:8}{row['protected_rank']:8}{values[0]:>10}{values[1]:>10}")
     print(printable(verdict(found, unknown)))
+    if tokens := bundled_tokens(read_embeddings(args.lora)):
+        told = f"It comes with an embedding of {listed(tokens, 3)}, which changes prompts that hold it, and no others."
+        print(printable(told))
 
 
 if __name__ == "__main__":

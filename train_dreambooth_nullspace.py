@@ -30,10 +30,12 @@ from nullspace.checks import (
     HelpFormatter,
     Parser,
     check_softness,
+    check_word,
     colour,
     hub_token,
     launched,
     listed_thresholds,
+    settle_rates,
     settle_threshold,
     unquoted_prompt,
 )
@@ -43,13 +45,16 @@ from nullspace.flags import resume_help
 from nullspace.names import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
+    DEFAULT_WORD_RATE,
+    EMBEDDINGS,
     INTERPOLATION,
     JOINT,
     LORA_NAME,
     UNPROTECTED_NAME,
+    WORD_NAME,
     kohya_path,
 )
-from nullspace.system import put, quiet_imports, remove_leftovers, staging
+from nullspace.system import quiet_imports, remove_leftovers, staging
 
 
 # All of diffusers' `SchedulerType` but piecewise_constant, which needs rules of its own.
@@ -205,7 +210,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--output_kohya_format",
         action="store_true",
-        help="Also write <name of --output_dir>.safetensors, which AUTOMATIC1111, Forge and ComfyUI load.",
+        help="Also write <name of --output_dir>.safetensors, which AUTOMATIC1111, Forge and ComfyUI load; a word is "
+        "bundled in it, and written for ComfyUI to embeddings/<placeholder token>.safetensors.",
     )
     group.add_argument(
         "--upcast_before_saving",
@@ -213,6 +219,31 @@ def parse_args(argv=None):
         default=True,
         help="Save the LoRA in float32, as it is trained; otherwise in the precision of the model, half the size at "
         "--mixed_precision fp16 or bf16, with a leakage of about 1e-3 by rounding (default: yes).",
+    )
+
+    group = parser.add_argument_group("word")
+    group.add_argument(
+        "--placeholder_token",
+        metavar="TOKEN",
+        help="A new token for the subject, as sks-star, to be written in prompts and captions: its rows in the text "
+        "encoders' embeddings are trained along (textual inversion, arXiv 2208.01618). No prompt without it is moved "
+        "by them (default: no token is added).",
+    )
+    group.add_argument(
+        "--initializer_token",
+        metavar="TOKEN",
+        help="What the rows begin as: a word that is one token, mostly the class (required with it).",
+    )
+    group.add_argument("--num_vectors", type=int, default=1, help="Rows of the token (default: %(default)s).")
+    group.add_argument(
+        "--word_learning_rate",
+        type=float,
+        help=f"Of the rows, which no weight decay shrinks (default: {DEFAULT_WORD_RATE:g}; prodigy: --learning_rate).",
+    )
+    group.add_argument(
+        "--word_only",
+        action="store_true",
+        help="Train the rows alone, and no LoRA, for which no bundle is needed: textual inversion.",
     )
 
     group = parser.add_argument_group("pictures")
@@ -324,7 +355,12 @@ def parse_args(argv=None):
     group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states; needs bitsandbytes.")
     group.add_argument("--learning_rate", type=float, help="Default: 5e-4; prodigy, which scales it itself: 1.")
     group.add_argument(
-        "--scale_lr", action="store_true", help="Multiply it by processes, accumulation steps and batch size."
+        "--text_encoder_lr", type=float, help="Learning rate of --train_text_encoder (default: --learning_rate)."
+    )
+    group.add_argument(
+        "--scale_lr",
+        action="store_true",
+        help="Multiply all learning rates by processes, accumulation steps and batch size.",
     )
     group.add_argument(
         "--lr_scheduler",
@@ -392,8 +428,10 @@ def parse_args(argv=None):
 
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give the pictures as either --instance_data_dir or --dataset_name.")
-    if args.output_kohya_format and kohya_path(args.output_dir).name.endswith(LORA_NAME):
-        parser.error(f"--output_kohya_format writes a file named after --output_dir, beside {LORA_NAME}: rename it.")
+    if args.output_kohya_format and kohya_path(args.output_dir).name.endswith((LORA_NAME, WORD_NAME)):
+        name = kohya_path(args.output_dir).name
+        parser.error(f"--output_kohya_format writes a file named after --output_dir, beside {name}: rename it.")
+    check_word(args, parser)
     if args.pre_compute_text_embeddings and args.train_text_encoder:
         parser.error("--pre_compute_text_embeddings frees the text encoder, which --train_text_encoder trains.")
     if args.use_8bit_adam and args.optimizer != "adamw":
@@ -418,8 +456,7 @@ def parse_args(argv=None):
         )
     if fault := unquoted_prompt(args.instance_prompt or []):
         parser.error(fault)
-    if args.learning_rate is None:
-        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 5e-4
+    settle_rates(args, parser)
     if args.init_lora is None:  # which has its own
         args.rank = args.rank or 4
         args.lora_alpha = args.lora_alpha or args.rank
@@ -456,9 +493,10 @@ from nullspace.dataset import InstanceDataset, epoch_batches, make_dataloader, s
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
 from nullspace.initial import fill, read_initial, settle_layers, tell_cost
 from nullspace.latents import encode_pictures
+from nullspace.layers import is_trained
 from nullspace.locks import alone
 from nullspace.logs import ScalarLog, log_audit, set_up_logging
-from nullspace.optimizers import make_optimizer, make_schedule
+from nullspace.optimizers import make_optimizer, make_schedule, parameter_groups
 from nullspace.preparation import (
     check_output,
     find_out,
@@ -474,10 +512,11 @@ from nullspace.prompt_encoder import PromptEncoder
 from nullspace.prompts import spread
 from nullspace.protection import add_extra_prompts, closes_any, log_protection, protect
 from nullspace.report import audit_file, save_audited
-from nullspace.results import log_files, push, write_results
+from nullspace.results import log_files, push, put_in_place, write_results
 from nullspace.timesteps import TimestepSampler
 from nullspace.validation import draw_checkpoints, draw_saved, validate
 from nullspace.verify import check_against_model
+from nullspace.word import NewWord
 
 
 logger = get_logger(__name__)
@@ -492,7 +531,10 @@ def main(args):
     check_output(args)
     with alone(args.output_dir / ".lock", logger.warning, accelerator):
         if accelerator.is_main_process:
-            for folder in (args.output_dir, args.output_dir / "pictures", args.output_dir / "validation"):
+            for folder in (
+                args.output_dir,
+                *(args.output_dir / name for name in ("pictures", "validation", EMBEDDINGS)),
+            ):
                 remove_leftovers(folder, logger.info)
         accelerator.wait_for_everyone()
         earlier_logs = log_files(args)
@@ -504,7 +546,8 @@ class Trained(NamedTuple):
     """What saving needs of a training; all else that it held is freed with `train`, to make room for pictures."""
 
     adapted: dict  # the models that have a LoRA, by name
-    bundle: Bundle
+    word: NewWord | None
+    bundle: Bundle | None  # none where a word is trained alone
     dtype: torch.dtype  # that the models ran in
     lora_dtype: torch.dtype  # that the LoRA is saved in
     step: int
@@ -529,12 +572,12 @@ def train(accelerator, args):
         bundle.check(**parts)
     run |= describe_models(models, noise_scheduler, tokenizers, prompts + (args.nullspace_extra_prompts or []))
     check_same_run(checkpoint, run)
-    if not bundle:
+    if not (bundle or args.word_only):
         bundle, nearest, protected = find_protection(accelerator, family, parts, vae, args)
         run |= describe_bundle(bundle.config)
         check_same_run(checkpoint, run)
     del parts
-    targets = lora_targets(unet, text_encoders, bundle, protected, args)
+    targets = [] if args.word_only else lora_targets(unet, text_encoders, bundle, protected, args)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for model in (*text_encoders.values(), vae, unet):
         model.requires_grad_(False).to(accelerator.device, weight_dtype)
@@ -545,12 +588,15 @@ def train(accelerator, args):
         protected = protect(bundle, nearest, args)
     log_protection(bundle, protected, args)
 
-    # LoRA, and a projector that keeps its optimizer in the null space
-    adapted = {"unet": unet} | (text_encoders if args.train_text_encoder else {})
-    parameters = add_lora(adapted, targets, args)
+    # LoRA, and a projector that keeps its optimizer in the null space; a word, which nothing protected reads
+    adapted = {} if args.word_only else {"unet": unet} | (text_encoders if args.train_text_encoder else {})
+    add_lora(adapted, targets, args)
     fill(adapted, initial)
+    word = NewWord(tokenizers, text_encoders, args) if args.placeholder_token else None
     save_memory(unet, text_encoders.values(), args)
-    optimizer = make_optimizer(parameters, args)
+    groups = parameter_groups(adapted, word, args)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = make_optimizer(groups, args)
     protected = {group: {name: items[name] for name in targets if name in items} for group, items in protected.items()}
     projector = NullSpaceProjector(unet, protected, trained=initial is not None, **text_encoders)
     projector.attach(optimizer)
@@ -573,15 +619,15 @@ def train(accelerator, args):
     del models
     free_memory()
 
-    # Start or resume; `adapted` keeps the models as they are, whatever wraps them to train (DDP, torch.compile)
+    # Start or resume; `learning` keeps the models as they are, whatever wraps them to train (DDP, torch.compile)
+    learning = {"unet": unet} | {name: model for name, model in text_encoders.items() if is_trained(model)}
     lr_scheduler, steps_per_epoch = make_schedule(optimizer, dataloader, accelerator, args)
     run["--max_train_steps"] = args.max_train_steps
     check_same_run(checkpoint, run)
-    *models, optimizer, dataloader, lr_scheduler = accelerator.prepare(
-        *adapted.values(), optimizer, dataloader, lr_scheduler
-    )
-    text_encoders |= dict(zip(list(adapted)[1:], models[1:], strict=True))
-    step = start_or_resume(accelerator, checkpoint, adapted, parameters, len(pictures), args)
+    models = [accelerator.prepare_model(model, evaluation_mode=not is_trained(model)) for model in learning.values()]
+    optimizer, dataloader, lr_scheduler = accelerator.prepare(optimizer, dataloader, lr_scheduler)
+    text_encoders |= dict(zip(list(learning)[1:], models[1:], strict=True))
+    step = start_or_resume(accelerator, checkpoint, adapted, word, parameters, len(pictures), args)
 
     # Training loop
     batch_loss = BatchLoss(family, models[0], unet.config, noise_scheduler, vae, scaling_factor, weight_dtype, args)
@@ -629,23 +675,23 @@ def train(accelerator, args):
                     audited = audit_file(folder, bundle, adapted, args.nullspace_criterion, args.nullspace_threshold)
                     log_audit(accelerator, audited, step)
             if args.validation_prompt and args.validation_steps and step % args.validation_steps == 0:
-                validate(accelerator, scalars, adapted, kept, weight_dtype, step, args)
+                validate(accelerator, scalars, learning, kept, weight_dtype, step, args)
             checkpointer.stop_if_asked(step)
             if step >= args.max_train_steps:
                 break
         if args.validation_prompt and not args.validation_steps and epoch % args.validation_epochs == 0:
-            validate(accelerator, scalars, adapted, kept, weight_dtype, step, args)
+            validate(accelerator, scalars, learning, kept, weight_dtype, step, args)
             checkpointer.stop_if_asked(step)
     scalars.close()
     lora_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     check_weights(parameters, step, args.learning_rate, lora_dtype)
-    return Trained(adapted, bundle, weight_dtype, lora_dtype, step, checkpointer.saved, run)
+    return Trained(adapted, word, bundle, weight_dtype, lora_dtype, step, checkpointer.saved, run)
 
 
 def save(accelerator, trained, earlier_logs, args):
-    """Save the LoRA, read it back, show what it did, and publish it."""
+    """Save LoRA and word, read them back, show what they did, and publish them."""
     bundle, adapted, step = trained.bundle, trained.adapted, trained.step
-    # The LoRA takes its place, and that of an earlier one, only once the file and its pictures turn out sound
+    # They take their place, and that of earlier ones, only once the files and their pictures turn out sound
     with staging(args.output_dir / "lora") if accelerator.is_main_process else nullcontext() as staged:
         if trained.saved != step:  # for a signal that comes while pictures are drawn, without what training needs
             write_state(accelerator, staged and staged / "checkpoint", step, args, trained.run)
@@ -654,6 +700,8 @@ def save(accelerator, trained, earlier_logs, args):
                 # nearest promises nothing
                 unprotected = args.output_dir / UNPROTECTED_NAME if args.nullspace_timesteps == JOINT else None
                 criterion = args.nullspace_criterion, args.nullspace_threshold
+                if trained.word:
+                    trained.word.save(staged)
                 found = save_audited(staged, bundle, adapted, trained.lora_dtype, *criterion, unprotected)
                 log_audit(accelerator, found, step)
                 for key in ("leakage", "predicted_drift"):
@@ -662,11 +710,11 @@ def save(accelerator, trained, earlier_logs, args):
                 adapted.clear()
                 accelerator.free_memory()  # it keeps what it prepared
                 free_memory()
-                others = spread(bundle.config["prompts"]["examples"], 3)
+                others = spread(bundle.config["prompts"]["examples"], 3) if bundle else []
                 prompts = args.validation_prompt or [args.instance_prompt[0], *others]
                 rows = draw_saved(staged, prompts, accelerator.device, trained.dtype, args)
-                put(staged / LORA_NAME, args.output_dir / LORA_NAME)
                 compared = draw_checkpoints(trained.run, step, prompts, accelerator.device, trained.dtype, args)
+                put_in_place(staged, args)
                 written = write_results(
                     accelerator, found, bundle, trained.lora_dtype, prompts, rows, compared, step, args
                 )

@@ -88,6 +88,11 @@ def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS
             if hidden is not None:
                 row["rounding"] = {"leakage": protected[name].distance, "predicted_drift": hidden}
         rows.append(row)
+    return summarize(rows)
+
+
+def summarize(rows):
+    """What `audit` returns, from the `layers` in it."""
     summary = {}
     for key in ("leakage", "predicted_drift"):
         values = [row[key] for row in rows if row[key] is not None]

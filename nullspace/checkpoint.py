@@ -292,16 +292,21 @@ def find_checkpoint(args):
     return None
 
 
-def keep_checkpoints_small(accelerator, adapted):
-    """Have checkpoints hold the LoRA in the published format; it is all there is to save of the models."""
+def keep_checkpoints_small(accelerator, adapted, word):
+    """Have checkpoints hold LoRA and word in the published format; it is all there is to save of the models."""
 
     def save_model_hook(models, weights, folder):
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and adapted:
             save_lora(Path(folder), **adapted)
+        if accelerator.is_main_process and word:
+            word.save(folder)
         weights.clear()
 
     def load_model_hook(models, folder):
-        restore_lora(folder, **adapted)
+        if adapted:
+            restore_lora(folder, **adapted)
+        if word:
+            word.restore(Path(folder))
         models.clear()
 
     accelerator.register_save_state_pre_hook(save_model_hook)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nullspace.errors import NullSpaceError
-from nullspace.names import DEFAULT_THRESHOLDS
+from nullspace.names import DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE
 from nullspace.terminal import printable
 
 
@@ -43,13 +43,14 @@ POSITIVE, SHARE = Range(0, open_low=True), Range(0, 1, open_high=True)
 # Every numeric flag of the scripts; a text: other code decides, and this is what the help says of it.
 RANGES = {
     **dict.fromkeys(
-        "adam_epsilon learning_rate lr_power max_grad_norm snr_gamma".split(),
+        "adam_epsilon learning_rate lr_power max_grad_norm snr_gamma text_encoder_lr word_learning_rate".split(),
         POSITIVE,
     ),
     **dict.fromkeys(
         "batch_size checkpointing_steps checkpoints_total_limit gradient_accumulation_steps lora_alpha "
-        "lr_num_cycles max_prompts max_train_steps num_inference_steps num_train_epochs num_validation_images rank "
-        "repeats resolution tokenizer_max_length train_batch_size validation_epochs validation_steps".split(),
+        "lr_num_cycles max_prompts max_train_steps num_inference_steps num_train_epochs num_validation_images "
+        "num_vectors rank repeats resolution tokenizer_max_length train_batch_size validation_epochs "
+        "validation_steps".split(),
         COUNT,
     ),
     **dict.fromkeys(
@@ -63,6 +64,17 @@ RANGES = {
     "nullspace_threshold": "energy at least 0 and below 1, eigenvalue above 0, percentile above 0 and at most 100",
     "nullspace_softness": "above 0 and below 0.01, or inf",
 }
+
+
+WORD_FLAGS = ("initializer_token", "num_vectors", "word_learning_rate", "word_only")
+# What is of a LoRA alone
+UNUSED_BY_WORD = (
+    "nullspace_name_or_path", "nullspace_revision", "nullspace_namespace", "nullspace_cache_dir",
+    "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
+    "nullspace_timesteps", "nullspace_timestep_range", "allow_unprotected", "rank", "lora_alpha", "lora_dropout",
+    "lora_layers", "init_lora", "train_text_encoder", "text_encoder_lr", "learning_rate", "adam_weight_decay",
+    "upcast_before_saving",
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -242,6 +254,49 @@ def settle_threshold(args, parser):
         check_threshold(args.nullspace_criterion, args.nullspace_threshold)
     except NullSpaceError as error:
         parser.error(str(error))
+
+
+def settle_rates(args, parser):
+    """Set the learning rates that were not given; refuse those that nothing would be trained with."""
+    own = [name for name in ("text_encoder_lr", "word_learning_rate") if getattr(args, name) is not None]
+    if args.text_encoder_lr is not None and not args.train_text_encoder:
+        parser.error("--text_encoder_lr is for --train_text_encoder; pass that too, or leave it out.")
+    if own and args.optimizer == "prodigy":
+        parser.error(f"--optimizer prodigy takes one rate for all that is trained; leave --{own[0]} out.")
+    if args.learning_rate is None:
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 5e-4
+    if args.placeholder_token and args.word_learning_rate is None:
+        args.word_learning_rate = args.learning_rate if args.optimizer == "prodigy" else DEFAULT_WORD_RATE
+
+
+def check_word(args, parser):
+    """Refuse flags on the word that contradict each other or others, and a token that files could not be named after.
+
+    Call it before flags that were not given are settled.
+    """
+    token = args.placeholder_token
+    for name in WORD_FLAGS if token is None else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is of a word, and there is none; name it in --placeholder_token.")
+    if token is None:
+        return
+    if not re.fullmatch("[a-z0-9][a-z0-9_-]*", token):
+        parser.error(
+            f"--placeholder_token {token} names files and is read in lower case, so it is made of lower-case letters "
+            "without accents, digits, - and _; choose another, as sks-star."
+        )
+    if args.initializer_token is None:
+        parser.error("--placeholder_token needs an --initializer_token that it begins as, mostly the class: dog.")
+    if args.pre_compute_text_embeddings:
+        parser.error("--pre_compute_text_embeddings frees the text encoder, through which --placeholder_token learns.")
+    if held := [prompt for prompt in args.nullspace_extra_prompts or [] if token in prompt.lower()]:
+        parser.error(
+            f"--nullspace_extra_prompts protects '{held[0]}', which holds --placeholder_token {token}, so that it "
+            "could not be learned; leave that prompt out."
+        )
+    for name in UNUSED_BY_WORD if args.word_only else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--word_only trains no LoRA, which --{name} is for; leave one of them out.")
 
 
 def check_softness(softness):

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from nullspace.checkpoint import checkpoints, damage
 from nullspace.errors import NullSpaceError
 from nullspace.models import loading
-from nullspace.names import LORA_NAME
+from nullspace.names import LORA_NAME, WORD_NAME
 
 
 logger = get_logger(__name__)
@@ -47,7 +47,7 @@ def naming_what_is_left(main):
 
 def what_is_left(folder):
     """The end of a sentence that names the LoRA and the last whole checkpoint in a folder, "" where it has neither."""
-    left = [LORA_NAME] if (folder / LORA_NAME).is_file() else []
+    left = [name for name in (LORA_NAME, WORD_NAME) if (folder / name).is_file()]
     left += [path.name for path in reversed(checkpoints(folder)) if damage(path) is None][:1]
     return f"; {folder} still holds {' and '.join(left)}, left as before" if left else ""
 
@@ -67,11 +67,11 @@ def check_scalars(values, step, learning_rate, skipped=False):
 
 
 def check_weights(parameters, step, learning_rate, dtype=torch.float32):
-    """Raise `DivergedError` unless all weights of the LoRA are finite in the type that they are to be saved in."""
+    """Raise `DivergedError` unless all weights that are trained are finite in the type that they are to be saved in."""
     finite = torch.stack([parameter.detach().to(dtype).isfinite().all() for parameter in parameters])
     if not finite.all():
         bad, kind = len(finite) - int(finite.sum()), str(dtype).removeprefix("torch.")
-        what = f"the weights of {bad} of the LoRA's {len(finite)} matrices are not finite in {kind}"
+        what = f"the weights of {bad} of the {len(finite)} trained matrices are not finite in {kind}"
         raise diverged(what, f"at step {step}", learning_rate)
 
 

@@ -15,6 +15,7 @@ from nullspace.system import replacing, sort_header
 
 REPORT_NAME = "nullspace_report.json"
 VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of the text embeddings
+WORD = "ss_nullspace_word"  # in the metadata of an embedding, its token
 LAYERS_PER_BLOCK = 2  # of every UNet that kohya's trainer knows
 ATTENTION = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.(.*)")
 # Only models with two text encoders have more than one transformer block in a row
@@ -136,6 +137,11 @@ def kohya_metadata(layers, report=None, name=None):
     return {key: value for key, value in metadata.items() if value is not None}
 
 
+def embedding_metadata(token):
+    """The metadata of a word's own file, which is named after it: `dict[str, str]`."""
+    return {"ss_output_name": token, "modelspec.title": token, WORD: token}
+
+
 def _clip_skip(skipped):
     """diffusers' clip skip counts the layers left out, kohya's and the web UIs' the layer that is read from the end."""
     return None if skipped is None else str(skipped + 1)
@@ -176,11 +182,12 @@ def is_ours(path):
             metadata = file.metadata() or {}
     except (OSError, SafetensorError):  # nothing of this kind
         return False
-    return "ss_nullspace_bundle" in metadata and metadata.get("ss_output_name") == path.stem
+    is_trainers = not {"ss_nullspace_bundle", WORD}.isdisjoint(metadata)
+    return is_trainers and metadata.get("ss_output_name") == path.stem
 
 
 def check_replaceable(path):
-    """Raise `NullSpaceError` if at the path of kohya's file there is anything but an earlier one of the trainer's."""
+    """Raise `NullSpaceError` if a file for web UIs would replace anything but an earlier one of the trainer's."""
     if path.is_dir():
         raise NullSpaceError(f"--output_kohya_format writes {path}, which is a folder; rename or remove it.")
     if path.exists() and not is_ours(path):
@@ -189,13 +196,17 @@ def check_replaceable(path):
         )
 
 
-def save_kohya(path, layers, report=None):
+def save_kohya(path, layers, report=None, embeddings=None):
     """Write a LoRA, `dict[str, LoraLayer]`, as kohya's file, whole or not at all.
+
+    Args:
+        report (`dict`, *optional*): its `nullspace_report.json`.
+        embeddings (`dict[str, Tensor]`, *optional*): what the file bundles besides, see `embeddings.bundled`.
 
     Raises:
         NullSpaceError: if it cannot be written.
     """
-    path, tensors = Path(path), kohya_tensors(layers)
+    path, tensors = Path(path), kohya_tensors(layers) | (embeddings or {})
     with replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as partial:
         save_file(tensors, partial, kohya_metadata(layers, report, path.stem))
         sort_header(partial)

@@ -65,6 +65,11 @@ def base_layer(module):
     return getattr(module, "base_layer", module)
 
 
+def is_trained(model):
+    """Whether anything in a model learns."""
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
 def without_skipped(names, skipped, layers, encoder=TEXT_ENCODER):
     """The names of a text encoder's modules that lie in none of its last `skipped` layers, of so many."""
     skipped = tuple(f"{encoder}.encoder.layers.{index}." for index in range(layers - skipped, layers))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from peft.utils.other import get_pattern_key
 
+from nullspace.embeddings import BUNDLED, bundled, word_beside
 from nullspace.errors import NullSpaceError, kinds, listed, reason
 from nullspace.kohya import LAYERS_PER_BLOCK, kohya_names
 from nullspace.names import LORA_NAME, TEXT_ENCODERS
@@ -85,8 +86,51 @@ def _split_kohya(state_dict):
     return known, magnitudes, sorted(unknown)
 
 
+def _fetch(name_or_path, token=None):
+    """The tensors of a LoRA's file, and peft's configuration in it, if any: of the name that diffusers gives it first.
+
+    Beside that there may be one that failed its audit, which diffusers would as soon take; and of the Hub it asks for
+    the names of files without the token.
+    """
+    from diffusers.loaders.lora_base import _fetch_state_dict  # slow to import, as above
+
+    options = ("local_files_only", "cache_dir", "force_download", "proxies", "revision", "subfolder")
+    fetch = partial(
+        _fetch_state_dict,
+        str(name_or_path),
+        use_safetensors=True,
+        user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+        allow_pickle=True,
+        token=token,
+        **dict.fromkeys(options),
+    )
+    path = Path(name_or_path)
+    if (path / LORA_NAME).is_file() or not path.exists():
+        try:
+            return fetch(weight_name=LORA_NAME)[:2]
+        except OSError as error:
+            if path.exists() or "EntryNotFoundError" not in kinds(error):
+                raise
+    return fetch(weight_name=None)[:2]
+
+
+def read_embeddings(name_or_path):
+    """The embeddings that come with a LoRA, bundled in its file or beside it, as `embeddings.bundled` gives them.
+
+    Call it after `read_lora`, which says what is wrong with a file.
+
+    Raises:
+        NullSpaceError: if those beside it cannot be had.
+    """
+    tensors = {key: tensor for key, tensor in _fetch(name_or_path)[0].items() if key.startswith(BUNDLED)}
+    word = None if tensors or Path(name_or_path).is_file() else word_beside(name_or_path)
+    return tensors if word is None else bundled(word)
+
+
 def read_lora(name_or_path, token=None):
     """Read a LoRA in any format that diffusers reads: `dict[str, LoraLayer]` by module name, and what else it holds.
+
+    Embeddings that are bundled with it are left to `read_embeddings`: they change no layer.
 
     Names are those of `attention_inputs` and `text_encoder_inputs`. The second is the list of the file's keys (as
     diffusers converts them) that are no part of these layers: LoHa, LoKr, anything. Biases are among them, for what
@@ -100,21 +144,11 @@ def read_lora(name_or_path, token=None):
         NullSpaceError: if it cannot be read.
     """
     from diffusers import StableDiffusionPipeline  # takes seconds to import, and only this needs it
-    from diffusers.loaders.lora_base import _fetch_state_dict
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     try:
-        options = ("local_files_only", "cache_dir", "force_download", "proxies", "revision", "subfolder")
-        fetch = partial(
-            _fetch_state_dict,
-            str(name_or_path),
-            use_safetensors=True,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            allow_pickle=True,
-            token=token,
-            **dict.fromkeys(options),
-        )
-        tensors, config_of_file = _with_its_name(fetch, Path(name_or_path))
+        tensors, config_of_file = _fetch(name_or_path, token)
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLED)}
         tensors, magnitudes, unknown = _split_kohya(tensors)
         # By the configuration of the UNet it renames blocks that have the names of the original code
         unet_config = SimpleNamespace(layers_per_block=LAYERS_PER_BLOCK)
@@ -155,21 +189,6 @@ def read_lora(name_or_path, token=None):
                 used |= {key, f"{name}.lora_B.weight", *vectors}
         unknown += sorted(prefix + key for key in state_dict.keys() - used)
     return layers, unknown + sorted(f"{layer}.dora_scale" for layer in magnitudes)
-
-
-def _with_its_name(fetch, path):
-    """The tensors and peft's configuration that diffusers fetches, from the file that it writes where there is one.
-
-    Beside that there may be one that failed its audit, which diffusers would as soon take; and of the Hub it asks for
-    the names of files without the token.
-    """
-    if (path / LORA_NAME).is_file() or not path.exists():
-        try:
-            return fetch(weight_name=LORA_NAME)[:2]
-        except OSError as error:
-            if path.exists() or "EntryNotFoundError" not in kinds(error):
-                raise
-    return fetch(weight_name=None)[:2]
 
 
 def _magnitude_keys(name):

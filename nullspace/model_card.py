@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from nullspace.adapters import kinds_of
+from nullspace.embeddings import loading_code
 from nullspace.families import get_family
 from nullspace.hub import base_license
 from nullspace.markdown import code_span, link, plain, python_string, table_cell, utf8
@@ -25,26 +26,83 @@ def write_model_card(bundle, report, prompts, pictures, args):
         license=base_license(base, args.hub_token),
         library_name="diffusers",
         base_model=None if Path(base).is_dir() else base,
-        datasets=None if Path(source).is_dir() else [source],
+        datasets=None if source is None or Path(source).is_dir() else [source],
         instance_prompt=args.instance_prompt[0],
         pipeline_tag="text-to-image",
         tags=[
-            "text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora",
+            "text-to-image", "diffusers", "diffusers-training",
+            *([] if args.word_only else ["lora", "template:sd-lora"]),
             *family.tags,
-            "dreambooth", "null-space",
+            *(["textual_inversion"] if args.placeholder_token else []),
+            *([] if args.word_only else ["dreambooth", "null-space"]),
         ],
         widget=[
             {"text": prompt, "output": {"url": name}} for prompt, name in zip(prompts, names, strict=True)
         ],
     )  # fmt: skip
-    shown = {
-        key: "nothing is protected" if value["max"] is None else f"at most {value['max']:.1e}, mean {value['mean']:.1e}"
-        for key, value in report.items()
-        if key in ("leakage", "predicted_drift")
-    }
+    kind, what = ("textual inversion", "word") if args.word_only else ("DreamBooth LoRA", "LoRA")
+    drawn = f"Base model and {what}, equal seeds" if args.compare_with_base else f"What the {what} draws"
+    base_shown = link(base, f"https://huggingface.co/{base}") if data.base_model else code_span(base)
+    triggers = " or ".join(map(code_span, args.instance_prompt))
+    few_steps = family.call_arguments(args.guidance_scale)
+    with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
+    compared = (args.output_dir / CHECKPOINTS_NAME).is_file()
+    checkpoints = f"\n![What its checkpoints draw, equal seed]({CHECKPOINTS_NAME})\n" if compared else ""
+    imports, lines = loading_lines(args)
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {plain(args.output_dir.resolve().name)}
+
+{report["guarantee"]}
+
+<Gallery />
+
+A {kind} for {base_shown}. {describe_training(bundle, report, args)}
+
+![{drawn}]({COMPARISON_NAME})
+{checkpoints}
+## Trigger words
+
+Use {triggers} to trigger the subject.
+
+## Use it with diffusers
+
+```py
+{imports}
+
+pipeline = DiffusionPipeline.from_pretrained({python_string(base)}, torch_dtype=torch.float16).to("cuda")
+{lines}
+image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip}).images[0]
+```
+
+{describe_figures(bundle, report, args)}
+`{REPORT_NAME}` has {"how it was trained" if args.word_only else "the figures of every layer"}. Trained with \
+`train_dreambooth_nullspace.py`.
+"""
+    write_text(args.output_dir / "README.md", utf8(text))
+    return names
+
+
+def loading_lines(args):
+    """The imports of the card's code, and its lines that load what was trained."""
+    source, imports, lines = args.hub_model_id or args.output_dir, ["from diffusers import DiffusionPipeline"], []
+    if not args.word_only:
+        lines.append(f"pipeline.load_lora_weights({python_string(source)})")
+    if args.placeholder_token:
+        text_encoders = list(get_family(args.model_type).text_encoders)
+        more, loading = loading_code(source, args.hub_model_id is not None, args.placeholder_token, text_encoders)
+        imports, lines = imports + more, lines + loading
+    return "\n".join(["import torch", *imports]), "\n".join(lines)
+
+
+def describe_training(bundle, report, args):
+    """A sentence or two on what was trained, and what it was kept from."""
+    token = args.placeholder_token and code_span(args.placeholder_token)
+    if args.word_only:
+        return f"Nothing but the rows of {token} in the embedding was trained (arXiv 2208.01618)."
     prompt_count = bundle.config["prompts"]["count"]
-    covered = args.nullspace_timestep_range or bundle.config["groups"][0]["range"]
-    setting = describe_setting(args)
     total, unprotected = len(report["layers"]), report["unprotected"]
     protection = (
         f"It was trained in the null space of what the attention layers read on {prompt_count:,} protected prompts, so "
@@ -67,46 +125,39 @@ def write_model_card(bundle, report, prompts, pictures, args):
         initial = link(args.init_lora, f"https://huggingface.co/{args.init_lora}")
         initial = code_span(Path(args.init_lora).name) if Path(args.init_lora).exists() else initial
         protection += f" The training went on from another LoRA, {initial}."
-    drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
-    compared = (args.output_dir / CHECKPOINTS_NAME).is_file()
-    checkpoints = f"\n![What its checkpoints draw, equal seed]({CHECKPOINTS_NAME})\n" if compared else ""
-    base_shown = link(base, f"https://huggingface.co/{base}") if data.base_model else code_span(base)
+    if token:
+        protection += f" The rows of {token} in the embedding were trained along (arXiv 2208.01618)."
+    return protection
+
+
+def describe_figures(bundle, report, args):
+    """The card's table, with its title."""
+    rate, source = f"{args.learning_rate:g}", args.nullspace_name_or_path
+    if args.word_only:
+        return f"""## Training
+
+| | |
+|---|---|
+| rows, steps, learning rate | {args.num_vectors}, {args.max_train_steps}, {args.word_learning_rate:g} |
+| clip skip | {args.clip_skip} |
+"""
+    shown = {
+        key: "nothing is protected" if value["max"] is None else f"at most {value['max']:.1e}, mean {value['mean']:.1e}"
+        for key, value in report.items()
+        if key in ("leakage", "predicted_drift")
+    }
+    covered = args.nullspace_timestep_range or bundle.config["groups"][0]["range"]
+    setting = describe_setting(args)
+    total, unprotected = len(report["layers"]), report["unprotected"]
+    is_local = Path(source).is_dir()
     source_shown = (
-        link(source, f"https://huggingface.co/datasets/{source}") if data.datasets else code_span(Path(source).name)
+        code_span(Path(source).name) if is_local else link(source, f"https://huggingface.co/datasets/{source}")
     )
-    triggers = " or ".join(map(code_span, args.instance_prompt))
-    few_steps = family.call_arguments(args.guidance_scale)
-    with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
-    text = f"""---
-{data.to_yaml()}
----
-
-# {plain(args.output_dir.resolve().name)}
-
-{report["guarantee"]}
-
-<Gallery />
-
-A DreamBooth LoRA for {base_shown}. {protection}
-
-![{drawn}]({COMPARISON_NAME})
-{checkpoints}
-## Trigger words
-
-Use {triggers} to trigger the subject.
-
-## Use it with diffusers
-
-```py
-import torch
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained({python_string(base)}, torch_dtype=torch.float16).to("cuda")
-pipeline.load_lora_weights({python_string(args.hub_model_id or args.output_dir)})
-image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip}).images[0]
-```
-
-## Null space
+    if args.text_encoder_lr is not None:
+        rate += f" (text encoder {args.text_encoder_lr:g})"
+    if args.placeholder_token:
+        rate += f" (word {args.word_learning_rate:g}, rows: {args.num_vectors})"
+    return f"""## Null space
 
 | | |
 |---|---|
@@ -115,10 +166,6 @@ image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip})
 | leakage, share of a layer's change that protected inputs see | {shown["leakage"]} |
 | predicted drift, relative change of a layer's output on protected inputs | {shown["predicted_drift"]} |
 | layers trained, of them unprotected | {total}, {len(unprotected)} |
-| rank, steps, learning rate | {args.rank}, {args.max_train_steps}, {args.learning_rate:g} |
+| rank, steps, learning rate | {args.rank}, {args.max_train_steps}, {rate} |
 | clip skip | {args.clip_skip} |
-
-`{REPORT_NAME}` has the figures of every layer. Trained with `train_dreambooth_nullspace.py`.
 """
-    write_text(args.output_dir / "README.md", utf8(text))
-    return names

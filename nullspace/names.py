@@ -4,6 +4,7 @@ FORMAT_VERSION = 3
 CONFIG_NAME = "nullspace_config.json"
 TABLE_NAME = "modules.csv"
 LORA_NAME = "pytorch_lora_weights.safetensors"
+WORD_NAME = "learned_embeds.safetensors"  # which pipelines look for in a folder
 TEXT_INPUT = "encoder_hidden_states"
 TEXT_ENCODER = "text_encoder"  # names of a text encoder's own layers and inputs begin with its name and a dot
 TEXT_ENCODERS = [TEXT_ENCODER, "text_encoder_2"]  # all that a model may have
@@ -12,11 +13,13 @@ JOINT = "joint"
 ENERGIES = (0.9, 0.99, 0.999, 0.9999)
 DEFAULT_THRESHOLDS = {"energy": 0.9, "eigenvalue": 2e-2, "percentile": 10.0}
 DEFAULT_SOFTNESS = 1e-5
+DEFAULT_WORD_RATE = 1e-2
 REPORT_NAME = "nullspace_report.json"
 COMPARISON_NAME = "comparison.png"
 CHECKPOINTS_NAME = "checkpoints.png"
 UNPROTECTED_NAME = f"unprotected_{LORA_NAME}"
 CARD_NAME = "README.md"
+EMBEDDINGS = "embeddings"  # a folder, which is called so in the web UIs too
 # --image_interpolation_mode, by diffusers' names: Pillow's own
 INTERPOLATION = {name: name.upper() for name in ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")}
 INTERPOLATION["nearest_exact"] = "NEAREST"
@@ -30,3 +33,8 @@ def tokenizer_of(text_encoder):
 def kohya_path(output_dir):
     """The file for the web UIs: named after the folder, as they show the name of the file."""
     return output_dir / f"{output_dir.resolve().name}.safetensors"
+
+
+def embedding_path(output_dir, token):
+    """A word's file for the web UIs: named after it, as ComfyUI's prompts name the file."""
+    return output_dir / EMBEDDINGS / f"{token}.safetensors"

@@ -5,9 +5,30 @@ import math
 import torch
 from diffusers.optimization import get_scheduler
 
+from nullspace.names import TEXT_ENCODERS
+
+
+def parameter_groups(adapted, word, args):
+    """What is trained, by how fast, as optimizers take it: LoRA layers of models (`dict`) and the `NewWord`, if any.
+
+    The rows of a word have no weight decay, which would draw them to a row that means nothing.
+    """
+    by_rate, rows = {}, [] if word is None else list(word.rows.values())
+    own = set(rows)
+    for name, model in adapted.items():
+        own_rate = args.text_encoder_lr if name in TEXT_ENCODERS else None
+        rate = args.learning_rate if own_rate is None else own_rate
+        by_rate.setdefault(rate, []).extend(
+            each for each in model.parameters() if each.requires_grad and each not in own
+        )
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in by_rate.items()]
+    if rows:
+        groups.append({"params": rows, "lr": args.word_learning_rate, "weight_decay": 0.0})
+    return groups
+
 
 def make_optimizer(parameters, args):
-    """The optimizer of --optimizer, with its settings."""
+    """The optimizer of --optimizer, with its settings, for parameters or groups of them."""
     settings = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),

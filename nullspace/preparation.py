@@ -28,15 +28,17 @@ from nullspace.hub import create_repository, hub_repository
 from nullspace.initial import describe_initial
 from nullspace.kohya import check_replaceable
 from nullspace.launch import PROCESS_TIMEOUT, check_launcher
+from nullspace.layers import is_trained
 from nullspace.logs import start_trackers
 from nullspace.models import download_model, load_config, loading
-from nullspace.names import kohya_path
+from nullspace.names import JOINT
 from nullspace.pictures import describe_sizes, fit, read_instances
 from nullspace.prompt_encoder import load_tokenizers
 from nullspace.prompts import prompt_warnings, tokenizer_fault
 from nullspace.protection import read_protection
-from nullspace.results import needed_space
+from nullspace.results import for_web_uis, needed_space
 from nullspace.system import check_space
+from nullspace.word import add_token, check_named, check_window, spelled
 
 
 logger = get_logger(__name__)
@@ -88,8 +90,8 @@ def check_output(args):
         raise NullSpaceError(fault)
     if not args.output_dir.is_dir():
         check_writable(args.output_dir)
-    if args.output_kohya_format:
-        check_replaceable(kohya_path(args.output_dir))
+    for path in for_web_uis(args):
+        check_replaceable(path)
 
 
 # ---- What is asked for -----------------------------------------------------------------------------------------------
@@ -115,6 +117,7 @@ def read_subject(accelerator, args):
         )
     for line in describe_sizes(pictures, sizes):
         logger.info(line)
+    check_named(captions, args)
     given, args.instance_prompt = args.instance_prompt, trained_prompts(captions, args.instance_prompt)
     return pictures, captions, sizes, given
 
@@ -141,7 +144,8 @@ def find_out(accelerator, captions, pictures, initial, args):
 
     Returns:
         The family, the checkpoint to go on from or None, the bundle, its groups of timesteps to draw from, what each
-        protects (all three None where no bundle is named), and what is known of the run so far.
+        protects (all three None where no bundle is named; nothing, where none is needed), and what is known of the run
+        so far.
 
     Raises:
         NullSpaceError: if something is wrong.
@@ -151,6 +155,8 @@ def find_out(accelerator, captions, pictures, initial, args):
         args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, "model", args.hub_token)
     bundle, nearest, protected = read_protection(accelerator, args) if args.nullspace_name_or_path else (None,) * 3
     family = settle_family(bundle, args)
+    if args.word_only:
+        nearest, protected = settle_word_only(family, args)
     config = bundle.config if bundle else None
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
     run = describe_run(args, pictures, captions, config, processes, precision, describe_initial(initial))
@@ -164,7 +170,10 @@ def find_out(accelerator, captions, pictures, initial, args):
     settle_seed(accelerator, checkpoint, args)
     run["--seed"] = args.seed
     if args.scale_lr:  # what a checkpoint is compared with is the rate as given
-        args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+        factor = args.gradient_accumulation_steps * args.train_batch_size * accelerator.num_processes
+        for name in ("learning_rate", "text_encoder_lr", "word_learning_rate"):
+            if getattr(args, name) is not None:
+                setattr(args, name, getattr(args, name) * factor)
     return family, checkpoint, bundle, nearest, protected, run
 
 
@@ -180,6 +189,14 @@ def settle_family(bundle, args):
         bundle.check_model_type(family.name)
     args.model_type = family.name
     return family
+
+
+def settle_word_only(family, args):
+    """Set what `read_protection` would read from a bundle, and return what it would draw from and protect: nothing."""
+    args.guidance_scale = family.collection["guidance_scale"]
+    if args.compare_with_base is None:
+        args.compare_with_base = True
+    return [], {JOINT: {}}
 
 
 def settle_seed(accelerator, checkpoint, args):
@@ -204,10 +221,15 @@ def load_models(family, captions, given_prompts, args):
         vae_config = AutoencoderKL.load_config(args.model_folder, subfolder="vae")
     if fault := resolution_fault(args.resolution, vae_config["block_out_channels"]):
         raise NullSpaceError(fault)
-    tokenizers = load_tokenizers(args)
-    for tokenizer in tokenizers.values():
-        if fault := tokenizer_fault(tokenizer, args.tokenizer_name or args.pretrained_model_name_or_path):
-            raise NullSpaceError(fault)
+    tokenizers = load_sound_tokenizers(args)
+    *_, tokenizer = tokenizers.values()
+    if args.placeholder_token:  # in others than those that the bundle is of
+        reading = load_sound_tokenizers(args)
+        add_token(reading, args)
+        check_window(reading, captions, args)
+        *_, tokenizer = reading.values()
+        captions = [spelled(several, tokenizer) for several in captions]
+        given_prompts = given_prompts and spelled(given_prompts, tokenizer)
     for sentence in prompt_warnings(tokenizer, captions, given_prompts, args):
         logger.warning(sentence)
     with loading(args.pretrained_model_name_or_path):
@@ -216,6 +238,19 @@ def load_models(family, captions, given_prompts, args):
     for name in family.text_encoders:
         check_clip_skip(args.clip_skip, models[name].config.num_hidden_layers, family.unread_layers(name))
     return tokenizers, models, noise_scheduler
+
+
+def load_sound_tokenizers(args):
+    """What `load_tokenizers` gives.
+
+    Raises:
+        NullSpaceError: if one has no vocabulary.
+    """
+    tokenizers = load_tokenizers(args)
+    for tokenizer in tokenizers.values():
+        if fault := tokenizer_fault(tokenizer, args.tokenizer_name or args.pretrained_model_name_or_path):
+            raise NullSpaceError(fault)
+    return tokenizers
 
 
 def find_protection(accelerator, family, parts, vae, args):
@@ -250,7 +285,7 @@ def save_memory(unet, text_encoders, args):
             ) from error
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        for text_encoder in text_encoders if args.train_text_encoder else ():
+        for text_encoder in filter(is_trained, text_encoders):
             # The reentrant kind would need gradients of the text encoder's inputs, which are none.
             text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -258,20 +293,21 @@ def save_memory(unet, text_encoders, args):
 # ---- The start -------------------------------------------------------------------------------------------------------
 
 
-def start_or_resume(accelerator, checkpoint, adapted, parameters, count, args):
+def start_or_resume(accelerator, checkpoint, adapted, word, parameters, count, args):
     """Start the trackers and, from a checkpoint, go on: the number of steps already made.
 
     Args:
         checkpoint (`Path` or `None`): what to go on from.
-        adapted (`dict`): the models that have a LoRA, by name; it is all that checkpoints hold of the models.
-        parameters (`list[Tensor]`): of the LoRA.
+        adapted (`dict`): the models that have a LoRA, by name; it is all that checkpoints hold of the models,
+        word (`NewWord` or `None`): and this.
+        parameters (`list[Tensor]`): all that is trained.
         count (`int`): of pictures, which is told.
 
     Raises:
         NullSpaceError: if the disk has no room for what the run will write, the checkpoint does not fit, or there will
             be none to compare.
     """
-    keep_checkpoints_small(accelerator, adapted)
+    keep_checkpoints_small(accelerator, adapted, word)
     start_trackers(accelerator, args)
     step = read_record(checkpoint)["step"] if checkpoint else 0
     if args.compare_checkpoints and not step and args.checkpointing_steps >= args.max_train_steps:

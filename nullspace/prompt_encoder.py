@@ -6,8 +6,10 @@ from transformers import CLIPTokenizer
 
 from nullspace.errors import NullSpaceError, reason
 from nullspace.families import get_family
+from nullspace.layers import is_trained
 from nullspace.models import loading
 from nullspace.names import tokenizer_of
+from nullspace.word import spelled
 
 
 def load_tokenizers(args):
@@ -22,13 +24,12 @@ def load_tokenizers(args):
 
 
 class PromptEncoder:
-    """What the denoiser is told of captions: encoded anew for each batch where text encoders are trained, else once.
+    """What the denoiser is told of captions: encoded anew for each batch where text encoders learn, else once.
 
     Args:
         tokenizers (`dict`), text_encoders (`dict`): by their names in the pipeline.
         captions (`list[str]`): different ones; batches name them by number.
-        args: --model_type, --tokenizer_max_length, --text_encoder_use_attention_mask, --clip_skip and
-            --train_text_encoder.
+        args: --model_type, --tokenizer_max_length, --text_encoder_use_attention_mask and --clip_skip.
     """
 
     def __init__(self, tokenizers, text_encoders, captions, device, args):
@@ -41,12 +42,16 @@ class PromptEncoder:
                     f"--tokenizer_max_length {length} is more than the text encoder's {longest} tokens."
                 )
             self.tokens[name] = tokenizer(
-                captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt"
+                spelled(captions, tokenizer),
+                max_length=length,
+                padding="max_length",
+                truncation=True,
+                return_tensors="pt",
             ).to(device)
         self.family = get_family(args.model_type)
         self.use_mask, self.clip_skip = args.text_encoder_use_attention_mask, args.clip_skip
         self.encoded = None
-        if not args.train_text_encoder:
+        if not any(is_trained(text_encoder) for text_encoder in text_encoders.values()):
             batches = torch.arange(len(captions)).split(16)
             progress = tqdm(batches, desc="Encoding prompts", unit="batch", disable=len(batches) == 1)
             with torch.no_grad():

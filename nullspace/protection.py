@@ -12,6 +12,7 @@ from nullspace.names import JOINT, TEXT_ENCODER, TEXT_ENCODERS
 from nullspace.samplers import make_scheduler
 from nullspace.timesteps import split_groups
 from nullspace.validation import load_pipeline
+from nullspace.word import check_not_protected
 
 
 logger = get_logger(__name__)
@@ -34,6 +35,8 @@ def load_protection(args):
         text_encoder=args.train_text_encoder,
     )
     bundle.check_clip_skip(args.clip_skip)
+    if args.placeholder_token:
+        check_not_protected(bundle.config["prompts"]["examples"], args.placeholder_token)
     if args.train_text_encoder and TEXT_ENCODER not in bundle.spectra and not args.allow_unprotected:
         raise NullSpaceError(
             "--train_text_encoder moves every prompt, and this bundle does not protect the text encoder; build one "
@@ -134,7 +137,9 @@ def describe_setting(args):
 
 def log_protection(bundle, protected, args):
     """Say what this run protects, or that it protects nothing."""
-    if closes_any(protected):
+    if args.word_only:
+        logger.info(f"No LoRA is trained: prompts without {args.placeholder_token} stay as they are.")
+    elif closes_any(protected):
         for line in describe_protection(bundle, next(iter(protected.values())), args):
             logger.info(line)
     else:

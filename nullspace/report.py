@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nullspace.adapters import save_lora
-from nullspace.audit import audit
+from nullspace.audit import audit, summarize
 from nullspace.errors import NullSpaceError
 from nullspace.lora import load_lora
 from nullspace.names import JOINT, LORA_NAME
@@ -25,6 +25,8 @@ def write_json(path, content):
 
 def audit_file(folder, bundle, adapted, criterion, threshold):
     """Read a saved LoRA back and tell what it does to the protected inputs, see `audit`."""
+    if not adapted:  # a word alone
+        return summarize([])
     return audit(load_lora(folder), bundle, **adapted, criterion=criterion, threshold=threshold)
 
 
@@ -32,6 +34,7 @@ def save_audited(folder, bundle, adapted, dtype, criterion, threshold, unprotect
     """Write the LoRA to a folder, read it back, and return what `audit_file` found.
 
     Args:
+        adapted (`dict`): the models that have it, by name; none where no LoRA was trained.
         unprotected (`Path`, *optional*): where the file is moved to if it leaks; without it, any leakage is let pass.
         advice (`str`, *optional*): what to do then.
         options: of `save_lora`.
@@ -39,7 +42,8 @@ def save_audited(folder, bundle, adapted, dtype, criterion, threshold, unprotect
     Raises:
         NullSpaceError: if a protected layer leaks more than `LEAKAGE_BOUNDS` allow.
     """
-    save_lora(folder, **adapted, dtype=dtype, **options)
+    if adapted:
+        save_lora(folder, **adapted, dtype=dtype, **options)
     found, bound = audit_file(folder, bundle, adapted, criterion, threshold), LEAKAGE_BOUNDS[dtype]
     leaking = {row["module"]: row["leakage"] for row in found["layers"] if row["leakage"] is not None}
     leaking = {name: leakage for name, leakage in leaking.items() if not leakage <= bound}  # NaN is below no bound
@@ -89,6 +93,22 @@ def describe_guarantee(found, bundle, dtype, threshold, timesteps=JOINT):
             "not say how far rounding has turned them from those that the base model uses."
         )
     return text
+
+
+def describe_word(token, vectors, alone):
+    """What is guaranteed of a word: a sentence for report and card.
+
+    Args:
+        vectors (`int`): rows that it has.
+        alone (`bool`): whether no LoRA was trained besides.
+    """
+    rows = "1 new row" if vectors == 1 else f"{vectors} new rows"
+    if alone:
+        return (
+            f"Guaranteed: prompts without {token} give what they gave, for its {rows} of the embedding are all that "
+            "was trained, and the other rows are the base model's, to the last bit."
+        )
+    return f"{token} is {rows} of the embedding, whose other rows are the base model's, to the last bit."
 
 
 def make_report(found, bundle, dtype, name, setting, training):

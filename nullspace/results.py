@@ -6,8 +6,9 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 
+from nullspace.embeddings import bundled, is_word, read_word, save_embedding
 from nullspace.hub import push_folder
-from nullspace.kohya import is_ours, save_kohya
+from nullspace.kohya import embedding_metadata, is_ours, save_kohya
 from nullspace.logs import log_picture
 from nullspace.lora import load_lora
 from nullspace.model_card import write_model_card
@@ -15,37 +16,55 @@ from nullspace.names import (
     CARD_NAME,
     CHECKPOINTS_NAME,
     COMPARISON_NAME,
+    EMBEDDINGS,
     LORA_NAME,
     REPORT_NAME,
     UNPROTECTED_NAME,
+    WORD_NAME,
+    embedding_path,
     kohya_path,
 )
 from nullspace.pictures import checkpoint_grid, comparison_grid, save_picture
-from nullspace.report import make_report, write_json
+from nullspace.report import describe_word, make_report, write_json
+from nullspace.system import make_inside, put
 
 
 logger = get_logger(__name__)
 SMALL_FILES = 2**20  # bytes of report, card and logs, more or less
 
 
+def for_web_uis(args):
+    """The files for the web UIs that this run writes: that of the LoRA, and that of the word, where there are any."""
+    if not args.output_kohya_format:
+        return []
+    word = [embedding_path(args.output_dir, args.placeholder_token)] if args.placeholder_token else []
+    return ([] if args.word_only else [kohya_path(args.output_dir)]) + word
+
+
 def write_kohya(report, args):
-    """Write the saved LoRA for the web UIs as well, if asked for; the file of an earlier LoRA does not stay beside it.
+    """Write the saved LoRA and word for the web UIs as well, if asked for; those of an earlier run do not stay.
 
     Raises:
-        NullSpaceError: if it cannot be written.
+        NullSpaceError: if they cannot be written.
     """
-    path = kohya_path(args.output_dir)
-    if args.output_kohya_format:
-        save_kohya(path, load_lora(args.output_dir), report)
-    elif is_ours(path):
-        path.unlink()
+    lora, asked = kohya_path(args.output_dir), for_web_uis(args)
+    word = read_word(args.output_dir / WORD_NAME) if args.placeholder_token else None
+    for path in [lora, *sorted((args.output_dir / EMBEDDINGS).glob("*.safetensors"))]:
+        if path not in asked and is_ours(path):
+            path.unlink()
+    for path in asked:
+        if path == lora:
+            save_kohya(path, load_lora(args.output_dir), report, {} if word is None else bundled(word))
+        else:
+            make_inside(path.parent)
+            save_embedding(path, word, embedding_metadata(word.token))
 
 
 def needed_space(parameters, step, args):
     """Bytes that a run still writes at most, more or less: LoRA, checkpoints and pictures, each twice for a moment.
 
     Args:
-        parameters (`list[Tensor]`): of the LoRA.
+        parameters (`list[Tensor]`): all that is trained.
         step (`int`): that the run goes on from.
     """
     lora = 4 * sum(parameter.numel() for parameter in parameters)
@@ -59,7 +78,7 @@ def needed_space(parameters, step, args):
 
 
 def report_of(found, bundle, lora_dtype, args):
-    """The report of a run of the trainer, see `make_report`."""
+    """The report of a run of the trainer, see `make_report`; of a word alone, what it has of that without a bundle."""
     setting = {
         key: getattr(args, f"nullspace_{key}")
         for key in ("criterion", "threshold", "softness", "extra_prompts", "timesteps", "timestep_range")
@@ -69,22 +88,37 @@ def report_of(found, bundle, lora_dtype, args):
         key: getattr(args, key)
         for key in (
             "instance_prompt", "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder",
-            "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "train_batch_size", "seed",
+            "placeholder_token", "initializer_token", "num_vectors", "word_learning_rate", "word_only",
+            "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "text_encoder_lr", "train_batch_size", "seed",
             "mixed_precision", "clip_skip",
         )
     } | {"init_lora": initial}  # fmt: skip
-    return make_report(found, bundle, lora_dtype, args.nullspace_name_or_path, setting, training)
+    word = describe_word(args.placeholder_token, args.num_vectors, args.word_only) if args.placeholder_token else None
+    if args.word_only:
+        base = {"id": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant}
+        return {"guarantee": word, "base_model": base, "model_type": args.model_type, "training": training, **found}
+    report = make_report(found, bundle, lora_dtype, args.nullspace_name_or_path, setting, training)
+    return report if word is None else report | {"guarantee": f"{report['guarantee']} {word}"}
+
+
+def put_in_place(staged, args):
+    """Move what was saved, LoRA or word or both, to --output_dir; what an earlier run left there does not stay."""
+    for name in (LORA_NAME, WORD_NAME):
+        if (staged / name).is_file():
+            put(staged / name, args.output_dir / name)
+        elif name == LORA_NAME or is_word(args.output_dir / name):
+            (args.output_dir / name).unlink(missing_ok=True)
 
 
 def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, compared, step, args):
-    """Write what goes with the saved LoRA: report, the web UIs' file, comparisons and card.
+    """Write what goes with saved LoRA and word: report, the web UIs' files, comparisons and card.
 
     Args:
         rows (`dict`): from `draw_saved`.
         compared (`dict`): from `draw_checkpoints`, empty where there is nothing to compare.
 
     Returns:
-        The names (`list[str]`) in --output_dir of all that, and of the LoRA.
+        The names (`list[str]`) in --output_dir of all that, and of LoRA and word.
     """
     (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, whose place this one takes
     report = report_of(found, bundle, lora_dtype, args)
@@ -103,9 +137,11 @@ def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, compare
         save_picture(picture, args.output_dir / CHECKPOINTS_NAME)
         log_picture(accelerator, "checkpoints", picture, step)
     pictures = write_model_card(bundle, report, prompts, rows["tuned"][0], args)
-    logger.info(f"Wrote {', '.join([LORA_NAME, REPORT_NAME, *sheets[:-1]])} and {sheets[-1]} to {args.output_dir}")
-    kohya = [kohya_path(args.output_dir).name] if args.output_kohya_format else []
-    return [LORA_NAME, CARD_NAME, REPORT_NAME, *sheets, *pictures, *kohya]
+    trained = [] if args.word_only else [LORA_NAME]
+    trained += [WORD_NAME] if args.placeholder_token else []
+    logger.info(f"Wrote {', '.join([*trained, REPORT_NAME, *sheets[:-1]])} and {sheets[-1]} to {args.output_dir}")
+    more = [path.relative_to(args.output_dir).as_posix() for path in for_web_uis(args)]
+    return [*trained, CARD_NAME, REPORT_NAME, *sheets, *pictures, *more]
 
 
 def log_files(args):
@@ -137,7 +173,8 @@ def push(written, earlier_logs, args):
         "model",
         args.output_dir,
         published,
-        f"Null-space DreamBooth LoRA of {base}: {args.instance_prompt[0]}",
+        f"{'Textual inversion' if args.word_only else 'Null-space DreamBooth LoRA'} of {base}: "
+        f"{args.instance_prompt[0]}",
         shlex.join(words),
         args.hub_token,
     )

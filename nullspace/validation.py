@@ -9,10 +9,11 @@ from nullspace import signals
 from nullspace.adapters import enable_lora
 from nullspace.checkpoint import checkpoints_of_run
 from nullspace.divergence import Drawn, run_in_float32
+from nullspace.embeddings import load_word
 from nullspace.families import get_family
 from nullspace.logs import log_picture
 from nullspace.models import loading
-from nullspace.names import CHECKPOINTS_NAME
+from nullspace.names import CHECKPOINTS_NAME, LORA_NAME
 from nullspace.pictures import comparison_grid, save_picture
 from nullspace.prompt_encoder import load_tokenizers
 
@@ -71,7 +72,7 @@ def validate(accelerator, scalars, adapted, kept, dtype, step, args):
 
     Args:
         scalars (`ScalarLog`): flushed first, so that nothing is drawn by a training that has diverged.
-        adapted (`dict`): the models in training, by name.
+        adapted (`dict`): the models in training, by name, with a LoRA or without.
         kept (`dict`): other components of the pipeline, which need not be loaded again.
         dtype (`torch.dtype`): that the models run in.
     """
@@ -87,12 +88,14 @@ def draw_in_training(accelerator, adapted, kept, dtype, step, args):
     """Draw the validation prompts with the models in training, and without their LoRA: one picture."""
     for model in adapted.values():
         model.eval()
-    pipeline = load_pipeline(args, dtype, accelerator.device, **{**kept, **adapted})
-    rows = {}
+    components, rows = {**kept, **adapted}, {}
+    pipeline = base = load_pipeline(args, dtype, accelerator.device, **components)
+    if args.placeholder_token and args.compare_with_base:  # the base model does not know the token
+        base = load_pipeline(args, dtype, accelerator.device, **{**components, **load_tokenizers(args)})
     with accelerator.autocast():
         if args.compare_with_base:
             enable_lora(adapted, False)
-            rows["base"] = draw(pipeline, args.validation_prompt, args, "Validating, base")
+            rows["base"] = draw(base, args.validation_prompt, args, "Validating, base")
             enable_lora(adapted, True)
         rows["tuned"] = draw(pipeline, args.validation_prompt, args, "Validating")
     for model in adapted.values():
@@ -101,11 +104,18 @@ def draw_in_training(accelerator, adapted, kept, dtype, step, args):
 
 
 def draw_saved(folder, prompts, device, dtype, args):
-    """Draw prompts with the base model and with the LoRA in a folder: `dict[str, list[list[Image]]]`."""
+    """Draw prompts with the base model, and with LoRA and word in a folder: `dict[str, list[list[Image]]]`."""
     pipeline = load_pipeline(args, dtype, device)
     rows = {"base": draw(pipeline, prompts, args, "Drawing with the base model")} if args.compare_with_base else {}
-    pipeline.load_lora_weights(folder)
+    load_trained(pipeline, folder)
     return rows | {"tuned": draw(pipeline, prompts, args, "Drawing with the LoRA")}
+
+
+def load_trained(pipeline, folder):
+    """Load what a folder has, LoRA or word or both, into a pipeline."""
+    if (folder / LORA_NAME).is_file():
+        pipeline.load_lora_weights(folder)
+    load_word(pipeline, folder)
 
 
 def draw_checkpoints(run, step, prompts, device, dtype, args):
@@ -119,9 +129,11 @@ def draw_checkpoints(run, step, prompts, device, dtype, args):
         if args.compare_checkpoints:
             logger.warning(f"No checkpoint from before step {step} is kept, so there is no {CHECKPOINTS_NAME}.")
         return {}
-    pipeline, drawn = load_pipeline(args, dtype, device), {}
+    pipeline, drawn = None, {}
     for folder in folders:
-        pipeline.load_lora_weights(folder)
+        if pipeline is None or args.placeholder_token:  # of which a pipeline takes one only
+            pipeline = load_pipeline(args, dtype, device)
+        load_trained(pipeline, folder)
         (drawn[folder.name],) = draw(pipeline, prompts, args, f"Drawing with {folder.name}", 1)
         pipeline.unload_lora_weights()
     return drawn

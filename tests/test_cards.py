@@ -136,15 +136,20 @@ def test_a_card_is_right_whatever_the_prompt_holds(prompt, bundle1, tmp_path, mo
     assert f"# {plain(folder.name)}\n" in text
 
 
-def test_the_code_of_a_card_runs(tiny_sd1, bundle1, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("word", [(), ("--placeholder_token", "sks-star", "--initializer_token", "star")])
+def test_the_code_of_a_card_runs(word, tiny_sd1, bundle1, tmp_path):  # noqa: F811
     """It draws what the trainer's prompt says, on this device and in its precision."""
-    prompt = 'a "sks" star\\ {of}\n```\nours'
+    prompt = 'a "sks-star"\\ {of}\n```\nours'
     output = tmp_path / 'the "lora"'
-    train(tiny_sd1, bundle1, output, "--instance_prompt", prompt, without=("--instance_prompt",))
+    train(tiny_sd1, bundle1, output, *word, "--instance_prompt", prompt, without=("--instance_prompt",))
     (code,) = re.findall(r"^```py\n(.*?)^```$", (output / "README.md").read_text(), re.S | re.M)
     names = {}
     exec(code.replace("float16", "float32").replace('.to("cuda")', ""), names)
     assert names["image"].size == (32, 32)
+    layers = sum(hasattr(module, "lora_A") for module in names["pipeline"].unet.modules())
+    assert layers == len(report(output)["layers"]) and ("sks-star" in names["pipeline"].tokenizer.get_vocab()) == any(
+        word
+    )
     assert report(output)["training"]["instance_prompt"] == [prompt]
 
 

@@ -59,10 +59,10 @@ def test_weights_are_finite_in_the_type_that_they_are_saved_in():
     parameters = [torch.ones(2, 3), torch.full((3, 2), 1e5)]
     check_weights(parameters, 4, 1e-3)
     check_weights(parameters, 4, 1e-3, torch.bfloat16)
-    with pytest.raises(DivergedError, match="of 1 of the LoRA's 2 matrices are not finite in float16 at step 4"):
+    with pytest.raises(DivergedError, match="of 1 of the 2 trained matrices are not finite in float16 at step 4"):
         check_weights(parameters, 4, 1e-3, torch.float16)
     parameters[0][0, 0] = math.nan
-    with pytest.raises(DivergedError, match="of 1 of the LoRA's 2 matrices are not finite in float32"):
+    with pytest.raises(DivergedError, match="of 1 of the 2 trained matrices are not finite in float32"):
         check_weights(parameters, 4, 1e-3)
 
 
@@ -124,13 +124,13 @@ def test_weights_that_a_step_spoiled_are_not_saved(flags, tiny_sd1, bundle1, tmp
     """Loss and gradients were those before the step, and finite."""
     make = trainer.make_optimizer
 
-    def make_optimizer(parameters, args):
-        optimizer = make(parameters, args)
-        optimizer.register_step_post_hook(lambda *_: parameters[1].data.fill_(math.inf))
+    def make_optimizer(groups, args):
+        optimizer = make(groups, args)
+        optimizer.register_step_post_hook(lambda *_: groups[0]["params"][1].data.fill_(math.inf))
         return optimizer
 
     monkeypatch.setattr(trainer, "make_optimizer", make_optimizer)
-    with pytest.raises(DivergedError, match="weights of 1 of the LoRA's .* are not finite in float32 at step 1"):
+    with pytest.raises(DivergedError, match="weights of 1 of the .* are not finite in float32 at step 1"):
         train(tiny_sd1, bundle1, tmp_path / "lora", "--max_train_steps", 1, "--validation_steps", 9, *flags)
     assert not checkpoints(tmp_path / "lora") and not (tmp_path / "lora" / LORA_NAME).exists()
 

@@ -31,6 +31,7 @@ import build_nullspace
 import train_dreambooth_nullspace as trainer
 from nullspace.bundle import Bundle, check_files
 from nullspace.collection import without_token
+from nullspace.embeddings import word_beside
 from nullspace.errors import NullSpaceError
 from nullspace.families import recognise
 from nullspace.families.stable_diffusion import StableDiffusion
@@ -39,7 +40,7 @@ from nullspace.hub import base_license, create_repository, hub_repository, push_
 from nullspace.initial import read_initial
 from nullspace.logs import PrintableFormatter
 from nullspace.models import download_model
-from nullspace.names import COMPARISON_NAME, CONFIG_NAME, LORA_NAME, REPORT_NAME, TABLE_NAME, TEXT_INPUT
+from nullspace.names import COMPARISON_NAME, CONFIG_NAME, LORA_NAME, REPORT_NAME, TABLE_NAME, TEXT_INPUT, WORD_NAME
 from nullspace.results import log_files, push
 from shapes import DEMO
 
@@ -923,6 +924,7 @@ def test_a_lora_that_is_not_published_is_whole_and_the_named_command_publishes_i
     (output / "lora2.safetensors").write_text("not ours")
     here.fail_next("POST", "ada/named/commit/", 403)
     flags = ["--output_kohya_format", "--push_to_hub", "--hub_model_id", "ada/named", "--hub_private_repo"]
+    flags += ["--placeholder_token", "sks-star", "--initializer_token", "star", "--instance_prompt", "a sks-star"]
     push_bundle(copy, "--hub_dataset_id", "ada/secret-too", "--hub_private_repo")
     words = training("ada/secret-too", output, *flags, "--report_to", "none", model=tiny_sd1)
     error = refused(call, trainer, *words)
@@ -933,16 +935,23 @@ def test_a_lora_that_is_not_published_is_whole_and_the_named_command_publishes_i
     run([Path(sys.executable).with_name(program), *words], here.environment(tmp_path, WRITE))
     local = {name for name in contents(output) if not name.startswith(".lock")} - {"lora2.safetensors"}
     expected = {LORA_NAME, "README.md", REPORT_NAME, COMPARISON_NAME, "pictures/0.png", f"{output.name}.safetensors"}
-    assert expected <= local
+    assert expected | {WORD_NAME, "embeddings/sks-star.safetensors"} <= local
     assert set(here.files("model", "ada/named")) == local | {".gitattributes"}
     assert here.read("model", "ada/named", LORA_NAME) == (output / LORA_NAME).read_bytes()
     card = here.read("model", "ada/named", "README.md").decode()
     assert 'load_lora_weights("ada/named")' in card and "- ada/secret-too" in card  # trained on a private bundle
+    assert 'load_textual_inversion("ada/named")' in card
+    word = word_beside("ada/named")
+    (rows,) = load_file(output / WORD_NAME).values()
+    assert word.token == "sks-star" and torch.equal(word.rows["text_encoder"], rows)
+    seed(here, "model", "ada/plain", {LORA_NAME: (output / LORA_NAME).read_bytes()})
+    assert word_beside("ada/plain") is None
 
 
 def test_the_logs_of_this_run_alone_are_published(tmp_path, monkeypatch):
     args = SimpleNamespace(output_dir=tmp_path, logging_dir=Path("logs"), hub_model_id="a/b", hub_private_repo=False)
     args.pretrained_model_name_or_path, args.instance_prompt, args.hub_token = "m", ["p"], None
+    args.word_only = False
     (tmp_path / "logs" / "run").mkdir(parents=True)
     for name in ("old", "run/goes-on"):
         (tmp_path / "logs" / name).write_text("before")

@@ -76,7 +76,7 @@ def test_export_is_the_same_file_and_reproducible(trained, tmp_path):
 def test_a_later_run_without_it_leaves_no_file_of_an_earlier_lora(trained, tmp_path):
     folder = tmp_path / "lora"
     folder.mkdir()
-    args = Namespace(output_dir=folder, output_kohya_format=False)
+    args = Namespace(output_dir=folder, output_kohya_format=False, placeholder_token=None)
     ours, other = (trained / "sks-dog.safetensors").read_bytes(), (trained / LORA_NAME).read_bytes()
     (folder / "lora.safetensors").write_bytes(other)
     write_kohya(None, args)

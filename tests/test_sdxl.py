@@ -1,6 +1,7 @@
 """Stable Diffusion XL and its relatives: two text encoders, sizes and crops, and files that its programs read."""
 
 import json
+import re
 import shutil
 from argparse import Namespace
 
@@ -30,8 +31,8 @@ from nullspace.families import get_family, recognise
 from nullspace.families import sdxl as room
 from nullspace.kohya import kohya_metadata, kohya_name, kohya_names, save_kohya
 from nullspace.layers import attention_inputs, find_module
-from nullspace.lora import LoraLayer, load_lora
-from nullspace.names import LORA_NAME, TEXT_ENCODERS, TEXT_INPUT, tokenizer_of
+from nullspace.lora import LoraLayer, load_lora, read_embeddings
+from nullspace.names import LORA_NAME, TEXT_ENCODERS, TEXT_INPUT, WORD_NAME, tokenizer_of
 from test_train import bundle1, command_line, drawing_in_two_steps, make_bundle, report, same, train  # noqa: F401
 from train_shapes import CONTEXT, make_tokenizer
 
@@ -310,6 +311,26 @@ def test_resuming_gives_the_same(trained, tiny_xl, xl_bundle, pictures, tmp_path
     checkpoint = trained[0] / "checkpoint-2"
     resumed = train(tiny_xl, xl_bundle, tmp_path / "lora", *flags, "--resume_from_checkpoint", checkpoint)
     assert same(resumed, load_file(trained[0] / LORA_NAME))
+
+
+def test_a_word_has_rows_in_both_text_encoders(tiny_xl, xl_bundle, pictures, tmp_path):
+    """The card's code loads them; both kinds of file for web UIs have them by the same names."""
+    folder, flags = tmp_path / "sks-dog", ("--placeholder_token", "sks-star", "--initializer_token", "star")
+    flags += ("--instance_prompt", "a sks-star", "--num_vectors", 2, "--instance_data_dir", pictures)
+    train(tiny_xl, xl_bundle, folder, *flags, "--output_kohya_format", "--max_train_steps", 2)
+    rows = load_file(folder / WORD_NAME)
+    assert {key: tuple(each.shape) for key, each in rows.items()} == {"clip_l": (2, 32), "clip_g": (2, 48)}
+    bundled = read_embeddings(folder / "sks-dog.safetensors")
+    assert same({key.removeprefix("bundle_emb.sks-star."): each for key, each in bundled.items()}, rows)
+    assert same(load_file(folder / "embeddings" / "sks-star.safetensors"), rows)
+    (code,) = re.findall(r"^```py\n(.*?)^```$", (folder / "README.md").read_text(), re.S | re.M)
+    names, base = {}, load(tiny_xl)
+    exec(code.replace("float16", "float32").replace('.to("cuda")', ""), names)
+    assert names["image"].size == (32, 32)
+    for name, key in zip(TEXT_ENCODERS, ("clip_l", "clip_g"), strict=True):
+        found, before = (getattr(each, name).get_input_embeddings().weight for each in (names["pipeline"], base))
+        first = before[base.tokenizer.convert_tokens_to_ids("star</w>")]
+        assert torch.equal(found, torch.cat([before, rows[key]])) and not torch.isclose(rows[key], first).all()
 
 
 def test_the_audit_reads_it(trained, xl_bundle, capsys):

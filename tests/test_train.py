@@ -171,9 +171,9 @@ import train_dreambooth_nullspace as trainer
 class Recorder(trainer.NullSpaceProjector):
     steps = []
 
-    def __init__(self, unet, *args, **kwargs):
-        super().__init__(unet, *args, **kwargs)
-        self.unet = unet
+    def __init__(self, unet, *args, **text_encoders):
+        super().__init__(unet, *args, **text_encoders)
+        self.models = [unet, *text_encoders.values()]
 
     def gradients(self):
         return {{name: parameter.grad.clone() for name, parameter in self.parameters.items()}}
@@ -181,8 +181,9 @@ class Recorder(trainer.NullSpaceProjector):
     def project_gradients(self):
         step = {{"group": self.selected, "before": self.gradients()}}
         super().project_gradients()
-        adapter = {{n: p.detach().clone() for n, p in self.unet.named_parameters() if p.requires_grad}}
-        self.steps.append(step | {{"after": self.gradients(), "adapter": adapter}})
+        learning = {{n: p for model in self.models for n, p in model.named_parameters() if p.requires_grad}}
+        learning = {{n: p.detach().clone() for n, p in learning.items()}}
+        self.steps.append(step | {{"after": self.gradients(), "learning": learning}})
         torch.save(self.steps, {folder!r} + "/" + os.environ["RANK"])
 
 trainer.NullSpaceProjector = Recorder
@@ -192,17 +193,25 @@ trainer.main(trainer.parse_args())
 
 @pytest.mark.parametrize("timesteps", [JOINT, "nearest"])
 def test_two_processes_agree_and_project_what_both_found(timesteps, run_script, tiny_sd1, bundle1, tmp_path):
-    """After the all-reduce, which is, projections being linear, as if each had projected its own gradient before."""
+    """After the all-reduce, which is, projections being linear, as if each had projected its own gradient before.
+
+    One of the runs learns a word besides.
+    """
     script = tmp_path / "recorder.py"
     script.write_text(RECORDER.format(root=str(Path(trainer.__file__).parent), folder=str(tmp_path)))
     flags = ("--gradient_accumulation_steps", 2, "--nullspace_timesteps", timesteps, "--max_train_steps", 6)
+    if timesteps == JOINT:
+        flags += ("--placeholder_token", "sks-star", "--initializer_token", "star", "--instance_prompt", "a sks-star")
     run_script(script, *command_line(tiny_sd1, bundle1, tmp_path / "lora", *flags), processes=2)
     first, second = (torch.load(tmp_path / rank) for rank in "01")
     assert len(first) == len(second) == 6
     for mine, theirs in zip(first, second, strict=True):
         assert mine["group"] == theirs["group"]
-        for what in ("before", "after", "adapter"):
+        for what in ("before", "after", "learning"):
             assert same(mine[what], theirs[what])
+    rows = [[each for name, each in step["learning"].items() if name.endswith("added.weight")] for step in first]
+    assert all(len(each) == (timesteps == JOINT) for each in rows)
+    assert not any(torch.equal(*pair) for pair in zip(sum(rows[1:], []), sum(rows, []), strict=False))
     assert len({step["group"] for step in first}) > (timesteps == "nearest")
     bundle = Bundle.load(bundle1, timesteps)
     for step in first[1:]:  # B is zero in the first step, and so is the gradient of A

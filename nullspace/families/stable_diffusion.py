@@ -228,7 +228,7 @@ def prompt_arguments(pipeline, prompt, clip_skip=0):
     if not clip_skip:
         return {"prompt": prompt}
     tokens = pipeline.tokenizer(
-        prompt,
+        pipeline.maybe_convert_prompt(prompt, pipeline.tokenizer),
         padding="max_length",
         max_length=pipeline.tokenizer.model_max_length,
         truncation=True,

@@ -1,0 +1,146 @@
+"""Files of a word, the trained rows of a new token: what pipelines and web UIs read, and how it is loaded again."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nullspace.errors import NullSpaceError, reason
+from nullspace.markdown import python_string
+from nullspace.names import TEXT_ENCODERS, WORD_NAME, tokenizer_of
+from nullspace.system import replacing, sort_header
+
+
+# What files call the rows of each of two text encoders; those of one alone are called in different ways.
+OF_TWO = dict(zip(TEXT_ENCODERS, ("clip_l", "clip_g"), strict=True))
+OF_COMFYUI = "emb_params"
+OF_BUNDLED = "string_to_param.*"
+BUNDLED = "bundle_emb."  # begins the keys of an embedding in a LoRA's file: then its token, a dot, and the key
+TOKEN = "placeholder_token"  # in the metadata of WORD_NAME
+
+
+class Word(NamedTuple):
+    """A token and its rows (vectors, width) float32, by text encoder."""
+
+    token: str
+    rows: dict
+
+
+def _tensors(word, of_one):
+    """The rows by what a file calls them; `of_one` is what it calls those of one text encoder."""
+    keys = {name: of_one for name in word.rows} if len(word.rows) == 1 else OF_TWO
+    return {keys[name]: rows.detach().to("cpu", torch.float32).contiguous() for name, rows in word.rows.items()}
+
+
+def _save(path, tensors, metadata):
+    with replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as partial:
+        save_file(tensors, partial, metadata)
+        sort_header(partial)
+
+
+def save_word(folder, word):
+    """Write `learned_embeds.safetensors` as diffusers' textual inversion does, whole or not at all.
+
+    Its key is the token, or clip_l and clip_g where there are two text encoders.
+    """
+    _save(Path(folder) / WORD_NAME, _tensors(word, word.token), {TOKEN: word.token})
+
+
+def read_word(path):
+    """The `Word` of a file that `save_word` wrote.
+
+    Raises:
+        NullSpaceError: if it is none.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            token = (file.metadata() or {}).get(TOKEN)
+    except (OSError, SafetensorError) as error:
+        raise NullSpaceError(f"{path} cannot be read as an embedding: {reason(error)}") from error
+    names = {key: name for name, key in OF_TWO.items()} if len(tensors) > 1 else {token: TEXT_ENCODERS[0]}
+    if token is None or not tensors or tensors.keys() != names.keys():
+        raise NullSpaceError(f"{path} is no embedding that the trainer wrote; remove it, or name another folder.")
+    return Word(token, {names[key]: rows for key, rows in tensors.items()})
+
+
+def is_word(path):
+    """Whether a file is one that `save_word` wrote."""
+    try:
+        return read_word(path) is not None
+    except NullSpaceError:
+        return False
+
+
+def word_beside(lora):
+    """The `Word` that was trained along with a LoRA, given as its folder or Hub id, or None.
+
+    Raises:
+        NullSpaceError: if there is one that cannot be had.
+    """
+    path = Path(lora) / WORD_NAME
+    if not Path(lora).exists():
+        try:
+            path = hf_hub_download(str(lora), WORD_NAME)
+        except LocalEntryNotFoundError as error:
+            raise NullSpaceError(f"Whether {lora} comes with a word cannot be asked now ({reason(error)}).") from error
+        except EntryNotFoundError:
+            return None
+    return read_word(path) if Path(path).is_file() else None
+
+
+# ---- In pipelines ----------------------------------------------------------------------------------------------------
+
+
+def load_word(pipeline, folder):
+    """Load the word in a folder, if there is one, into a pipeline as `loading_code` does."""
+    path = Path(folder) / WORD_NAME
+    for name, rows in read_word(path).rows.items() if path.is_file() else ():
+        pipeline.load_textual_inversion(
+            rows, token=read_word(path).token, text_encoder=getattr(pipeline, name),
+            tokenizer=getattr(pipeline, tokenizer_of(name)),
+        )  # fmt: skip
+
+
+def loading_code(source, is_on_hub, token, text_encoders):
+    """Python that loads a word into `pipeline`: the lines of its imports, and the lines that do it.
+
+    Args:
+        source (`str`): the folder or Hub id.
+        text_encoders (`list[str]`): names of the model's.
+    """
+    if len(text_encoders) == 1:
+        return [], [f"pipeline.load_textual_inversion({python_string(source)})"]
+    imports = ["from safetensors.torch import load_file"]
+    path = python_string(str(Path(source) / WORD_NAME))
+    if is_on_hub:
+        imports.insert(0, "from huggingface_hub import hf_hub_download")
+        path = f"hf_hub_download({python_string(source)}, {python_string(WORD_NAME)})"
+    lines = [f"rows = load_file({path})"]
+    for name in text_encoders:
+        parts = f"text_encoder=pipeline.{name}, tokenizer=pipeline.{tokenizer_of(name)}"
+        key = python_string(OF_TWO[name])
+        lines.append(f"pipeline.load_textual_inversion(rows[{key}], token={python_string(token)}, {parts})")
+    return imports, lines
+
+
+# ---- For the web UIs -------------------------------------------------------------------------------------------------
+
+
+def bundled(word):
+    """The tensors of a word in a LoRA's file, as AUTOMATIC1111 and Forge look for them there: `dict[str, Tensor]`."""
+    return {f"{BUNDLED}{word.token}.{key}": rows for key, rows in _tensors(word, OF_BUNDLED).items()}
+
+
+def bundled_tokens(keys):
+    """The tokens of the embeddings that a LoRA's file bundles, by its keys (`Iterable[str]`), sorted."""
+    return sorted({key.removeprefix(BUNDLED).partition(".")[0] for key in keys if key.startswith(BUNDLED)})
+
+
+def save_embedding(path, word, metadata):
+    """Write a word by itself, as ComfyUI reads it and the others too, whole or not at all."""
+    _save(Path(path), _tensors(word, OF_COMFYUI), metadata)

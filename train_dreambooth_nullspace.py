@@ -211,7 +211,7 @@ def parse_args(argv=None):
         "--output_kohya_format",
         action="store_true",
         help="Also write <name of --output_dir>.safetensors, which AUTOMATIC1111, Forge and ComfyUI load; a word is "
-        "bundled in it, and written for ComfyUI to embeddings/<placeholder token>.safetensors.",
+        "bundled in it, and for the latter two, which take none from there, in embeddings/<its name>.safetensors.",
     )
     group.add_argument(
         "--upcast_before_saving",

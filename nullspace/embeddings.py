@@ -132,7 +132,7 @@ def loading_code(source, is_on_hub, token, text_encoders):
 
 
 def bundled(word):
-    """The tensors of a word in a LoRA's file, as AUTOMATIC1111 and Forge look for them there: `dict[str, Tensor]`."""
+    """The tensors of a word in a LoRA's file, as AUTOMATIC1111 and SD.Next look for them there: `dict[str, Tensor]`."""
     return {f"{BUNDLED}{word.token}.{key}": rows for key, rows in _tensors(word, OF_BUNDLED).items()}
 
 
@@ -142,5 +142,5 @@ def bundled_tokens(keys):
 
 
 def save_embedding(path, word, metadata):
-    """Write a word by itself, as ComfyUI reads it and the others too, whole or not at all."""
+    """Write a word by itself, whole or not at all: ComfyUI and Forge read it in no other way."""
     _save(Path(path), _tensors(word, OF_COMFYUI), metadata)

@@ -20,11 +20,12 @@ def write_model_card(bundle, report, prompts, pictures, args):
     for name, picture in zip(names, pictures, strict=True):
         save_picture(picture, args.output_dir / name)
     family = get_family(args.model_type)
-    base, source = args.pretrained_model_name_or_path, args.nullspace_name_or_path
+    model, source = args.base_model, args.nullspace_name_or_path
+    base, is_on_hub = model.name, model.revision is not None
     data = ModelCardData(
-        license=base_license(base, args.hub_token),
+        license=base_license(args.pretrained_model_name_or_path, args.hub_token),
         library_name="diffusers",
-        base_model=None if Path(base).is_dir() else base,
+        base_model=base if is_on_hub else None,
         datasets=None if Path(source).is_dir() else [source],
         instance_prompt=args.instance_prompt[0],
         pipeline_tag="text-to-image",
@@ -64,11 +65,17 @@ def write_model_card(bundle, report, prompts, pictures, args):
             f"not, and may change any picture: {kinds_of(unprotected)}."
         )
     drawn = "Base model and LoRA, equal seeds" if args.compare_with_base else "What the LoRA draws"
-    base_shown = link(base, f"https://huggingface.co/{base}") if data.base_model else code_span(base)
+    base_shown = link(base, f"https://huggingface.co/{base}") if is_on_hub else code_span(base)
     source_shown = (
         link(source, f"https://huggingface.co/datasets/{source}") if data.datasets else code_span(Path(source).name)
     )
     triggers = " or ".join(map(code_span, args.instance_prompt))
+    loaded = f"DiffusionPipeline.from_pretrained({python_string(base)}, "
+    if model.file:
+        loaded = f"{family.pipeline.__name__}.from_single_file({python_string(base)}, "
+    elif args.revision:
+        loaded += f"revision={python_string(model.revision)}, "
+    vae_row = f"| VAE | {table_cell(code_span(model.vae))} |\n" if model.vae else ""
     few_steps = family.call_arguments(args.guidance_scale)
     with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
     text = f"""---
@@ -93,9 +100,9 @@ Use {triggers} to trigger the subject.
 
 ```py
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import {loaded.partition(".")[0]}
 
-pipeline = DiffusionPipeline.from_pretrained({python_string(base)}, torch_dtype=torch.float16).to("cuda")
+pipeline = {loaded}torch_dtype=torch.float16).to("cuda")
 pipeline.load_lora_weights({python_string(args.hub_model_id or args.output_dir)})
 image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip}).images[0]
 ```
@@ -109,7 +116,7 @@ image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip})
 | leakage, share of a layer's change that protected inputs see | {shown["leakage"]} |
 | predicted drift, relative change of a layer's output on protected inputs | {shown["predicted_drift"]} |
 | layers trained, of them unprotected | {total}, {len(unprotected)} |
-| rank, steps, learning rate | {args.rank}, {args.max_train_steps}, {args.learning_rate:g} |
+{vae_row}| rank, steps, learning rate | {args.rank}, {args.max_train_steps}, {args.learning_rate:g} |
 | clip skip | {args.clip_skip} |
 
 `{REPORT_NAME}` has the figures of every layer. Trained with `train_dreambooth_nullspace.py`.

@@ -2,10 +2,10 @@
 
 import glob
 import shlex
-from pathlib import Path
 
 from accelerate.logging import get_logger
 
+from nullspace.dataset_card import model_name
 from nullspace.hub import push_folder
 from nullspace.kohya import is_ours, save_kohya
 from nullspace.logs import log_picture
@@ -63,7 +63,9 @@ def report_of(found, bundle, lora_dtype, args):
             "mixed_precision", "clip_skip",
         )
     }  # fmt: skip
-    return make_report(found, bundle, lora_dtype, args.nullspace_name_or_path, setting, training)
+    training["pretrained_vae_model_name_or_path"] = args.base_model.vae
+    report = make_report(found, bundle, lora_dtype, args.nullspace_name_or_path, setting, training)
+    return report | {"base_model": report["base_model"] | args.base_model.record()}  # the bundle may name it otherwise
 
 
 def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, step, args):
@@ -107,8 +109,7 @@ def push(written, earlier_logs, args):
     words = ["hf", "upload", args.hub_model_id, str(args.output_dir), "."]
     words += ["--private"] * args.hub_private_repo
     words += [word for name in sorted(published) for word in ("--include", glob.escape(name))]
-    base = args.pretrained_model_name_or_path
-    base = Path(base).name if Path(base).is_dir() else base
+    base = model_name({"base_model": args.base_model.record()})
     said = push_folder(
         args.hub_model_id,
         "model",

@@ -29,6 +29,7 @@ from nullspace import signals
 from nullspace.checks import HelpFormatter, Parser, hub_token, launched, listed_thresholds, require, settle_threshold
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES, recognise
+from nullspace.flags import SINGLE_FILE_CONFIG
 from nullspace.names import CARD_NAME, CONFIG_NAME, DEFAULT_THRESHOLDS, JOINT
 from nullspace.samplers import SAMPLERS
 from nullspace.system import quiet_imports, remove_leftovers, write_text
@@ -40,7 +41,14 @@ def parse_args(argv=None):
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path",
-        help="Folder or Hub id of the base model. Without it, the bundle already in --output_dir is pushed.",
+        help="Folder, .safetensors file or Hub id of the base model. Without it, the bundle already in --output_dir is "
+        "pushed.",
+    )
+    group.add_argument("--single_file_config", help=SINGLE_FILE_CONFIG)
+    group.add_argument(
+        "--pretrained_vae_model_name_or_path",
+        help="Folder or Hub id of a VAE, or of a model with one, to load in place of the base model's own. No bundle "
+        "depends on it, for nothing is decoded: it is there for those who give the trainer one.",
     )
     group.add_argument("--revision", help="Revision of the base model on the Hub.")
     group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
@@ -266,7 +274,7 @@ def work(state, tell, args):
                 f"There are {len(prompts)} prompts, the empty one included, for {state.num_processes} processes; start "
                 "fewer, or give more prompts."
             )
-        family = recognise(model, args.revision, args.hub_token, args.model_type)
+        family = recognise(model, args.revision, args.hub_token, args.model_type, args.single_file_config)
         args.model_type = family.name
         if family.samplers and args.sampler not in (None, *family.samplers):
             title = family.title[0].upper() + family.title[1:]
@@ -293,14 +301,20 @@ def work(state, tell, args):
             push(repo_id, args)
         return
     with state.main_process_first():
-        folder = download_model(model, args.revision, args.variant, args.hub_token)
-    revision = None if Path(model).is_dir() else folder.name  # a snapshot is named after its commit
+        base_model = download_model(
+            model,
+            args.revision,
+            args.variant,
+            args.hub_token,
+            args.single_file_config,
+            args.pretrained_vae_model_name_or_path,
+        )
     for name, value in family.collection.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    pipeline = load_collected(family, folder, prompts, tell, args)
-    moments, groups, config, checkpoint = collect(pipeline, prompts, revision, args, state)
+    pipeline = load_collected(family, base_model, prompts, tell, args)
+    moments, groups, config, checkpoint = collect(pipeline, prompts, base_model, args, state)
 
     # Decompose, write and publish
     if state.is_main_process:

@@ -31,11 +31,19 @@ from pathlib import Path
 from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_writable
 from nullspace.errors import NullSpaceError, listed
 from nullspace.families import FAMILIES
+from nullspace.flags import SINGLE_FILE_CONFIG
 from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER, TEXT_ENCODERS
 from nullspace.system import quiet_imports
 
 
 CACHE_HELP = "Where trainings keep the bundles that they build (default: nullspace in HF_HOME, ~/.cache/huggingface)."
+
+
+def add_base_model(command, note, **options):
+    """Add the flags that name a base model to a command."""
+    what = f"Folder, .safetensors file or Hub id of the base model ({note})."
+    command.add_argument("--pretrained_model_name_or_path", help=what, **options)
+    command.add_argument("--single_file_config", help=SINGLE_FILE_CONFIG)
 
 
 def parse_args(argv=None):
@@ -49,9 +57,7 @@ def parse_args(argv=None):
     command.ranges = RANGES | {"nullspace_threshold": SHARE}
     command.add_argument("--lora", required=True, help="Folder, file or Hub id of the LoRA.")
     command.add_argument("--nullspace", required=True, help="Folder or Hub dataset id of the base model's bundle.")
-    command.add_argument(
-        "--pretrained_model_name_or_path", help="Folder or Hub id of the base model (default: what the bundle names)."
-    )
+    add_base_model(command, "default: what the bundle names")
     command.add_argument(
         "--nullspace_threshold",
         type=float,
@@ -86,9 +92,7 @@ def parse_args(argv=None):
     )
     command.ranges = RANGES | {"prompts": COUNT}
     command.add_argument("--nullspace", required=True, help="Folder or Hub dataset id of the bundle.")
-    command.add_argument(
-        "--pretrained_model_name_or_path", help="Folder or Hub id of the base model (default: what the bundle names)."
-    )
+    add_base_model(command, "default: what the bundle names")
     command.add_argument(
         "--prompts",
         type=int,
@@ -103,9 +107,7 @@ def parse_args(argv=None):
     command.ranges = RANGES | {"drift_weight": NATURAL}
     command.add_argument("--lora", required=True, help="Folder, file or Hub id of the LoRA.")
     command.add_argument("--nullspace", required=True, help="Folder or Hub dataset id of the base model's bundle.")
-    command.add_argument(
-        "--pretrained_model_name_or_path", help="Folder or Hub id of the base model (default: what the bundle names)."
-    )
+    add_base_model(command, "default: what the bundle names")
     command.add_argument(
         "--instance_prompt",
         nargs="+",
@@ -125,9 +127,7 @@ def parse_args(argv=None):
         help="List the bundles of a base model that are in the cache, and on the Hub.",
         formatter_class=HelpFormatter,
     )
-    command.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model (required)."
-    )
+    add_base_model(command, "required", required=True)
     command.add_argument("--revision", help="Revision of the base model on the Hub.")
     command.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
     command.add_argument(
@@ -230,7 +230,9 @@ def verify_bundle(args):
         raise NullSpaceError(
             f"--prompts {args.prompts} is more than the {shipped} that the bundle ships; choose fewer."
         )
-    pipeline = load_verified(bundle, args.pretrained_model_name_or_path).to(PartialState().device)
+    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config).to(
+        PartialState().device
+    )
     drawn = {"prompts": args.prompts, "whole": True} if args.prompts else {}
     findings = verify(bundle, pipeline, **drawn)
 
@@ -262,7 +264,8 @@ def repair_lora(args):
     layers = load_lora(args.lora)
     with_text_encoder = any(name.partition(".")[0] in TEXT_ENCODERS for name in layers)
     bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
-    pipeline = load_verified(bundle, args.pretrained_model_name_or_path).to(PartialState().device)
+    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config)
+    pipeline.to(PartialState().device)
     if args.instance_prompt:
         pipeline.load_lora_weights(args.lora, **({"weight_name": LORA_NAME} if Path(args.lora).is_dir() else {}))
         pipeline.scheduler = make_scheduler(bundle.config["sampler"], pipeline.scheduler.config)
@@ -326,7 +329,8 @@ def main(args):
         return
     with_text_encoder = any(name.partition(".")[0] in TEXT_ENCODERS for name in layers)
     bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
-    models = load_audited_models(bundle, args.pretrained_model_name_or_path, with_text_encoder)
+    base_model = args.pretrained_model_name_or_path
+    models = load_audited_models(bundle, base_model, with_text_encoder, args.single_file_config)
     found = audit(layers, bundle, **models, threshold=args.nullspace_threshold)
 
     width = max(len(row["module"]) for row in found["layers"])

@@ -41,7 +41,7 @@ from nullspace.checks import (
 )
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES
-from nullspace.flags import resume_help
+from nullspace.flags import SINGLE_FILE_CONFIG, resume_help
 from nullspace.names import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
@@ -86,7 +86,14 @@ def parse_args(argv=None):
     parser = Parser(usage=launched(), description=__doc__, formatter_class=HelpFormatter)
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model (required)."
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Folder, .safetensors file or Hub id of the base model (required).",
+    )
+    group.add_argument("--single_file_config", help=SINGLE_FILE_CONFIG)
+    group.add_argument(
+        "--pretrained_vae_model_name_or_path",
+        help="Folder or Hub id of a VAE, or of a model with one, to use in place of the base model's own.",
     )
     group.add_argument("--revision", help="Revision of the base model on the Hub.")
     group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
@@ -607,7 +614,8 @@ def train(accelerator, args):
     dataset = InstanceDataset(pictures, numbered, args, sizes)
     dataloader = make_dataloader(dataset, accelerator.num_processes, args)
     scaling_factor, known = vae.config.scaling_factor, family.needs_float32(vae.config)
-    vae = sound_vae(vae, dataset.first_epoch, args.model_folder, args.variant, args.learning_rate, known)
+    reload = partial(family.load_vae, args.base_model)
+    vae = sound_vae(vae, dataset.first_epoch, reload, args.learning_rate, known)
     args.vae_in_float32 = weight_dtype != vae.dtype
     prompt_encoder = PromptEncoder(tokenizers, text_encoders, prompts, accelerator.device, args)
     if args.pre_compute_text_embeddings:

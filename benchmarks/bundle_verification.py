@@ -30,6 +30,7 @@ import build_nullspace
 from nullspace.bundle import Bundle
 from nullspace.collection import collect, load_collected
 from nullspace.families import recognise
+from nullspace.models import download_model
 from nullspace.names import JOINT, TIMELESS
 from nullspace.prompts import read_prompts
 from nullspace.spectrum import Spectrum
@@ -75,12 +76,13 @@ def load(model, scratch, flags=""):
         if getattr(args, name) is None:
             setattr(args, name, value)
     prompts = read_prompts(args)
-    return load_collected(family, args.pretrained_model_name_or_path, prompts, print, args), prompts, args
+    args.base_model = download_model(args.pretrained_model_name_or_path)
+    return load_collected(family, args.base_model, prompts, print, args), prompts, args
 
 
 def build(model, scratch, flags=""):
     pipeline, prompts, args = load(model, scratch, flags)
-    moments, groups, config, checkpoint = collect(pipeline, prompts, None, args, PartialState())
+    moments, groups, config, checkpoint = collect(pipeline, prompts, args.base_model, args, PartialState())
     checkpoint.remove()
     bundle = Bundle.from_moments(moments, groups, config)
     bundle.config["tokens"] = {name: dict.fromkeys(spectra) for name, spectra in bundle.spectra.items()}

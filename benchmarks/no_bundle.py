@@ -26,6 +26,7 @@ import build_nullspace
 from nullspace import finding
 from nullspace.bundle import Bundle
 from nullspace.families import recognise
+from nullspace.models import download_model
 from nullspace.names import JOINT
 from shapes import DEMO
 from train_dreambooth_nullspace import parse_args
@@ -51,8 +52,8 @@ def costs(scratch):
 
     def find():
         args = parse_args(command(cache, scratch / "lora"))
-        args.model_folder = MODEL
-        components = family.load_models(MODEL)
+        args.base_model = download_model(MODEL)
+        components = family.load_models(args.base_model)
         components |= family.load_tokenizers(MODEL)
         components["noise_scheduler"] = family.load_noise_scheduler(MODEL)
         return finding.find_or_build(finding.Wanted(family, components, args), accelerator, args)

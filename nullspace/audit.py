@@ -4,11 +4,11 @@ import math
 
 import torch
 
-from nullspace.errors import NullSpaceError, listed, reason
+from nullspace.errors import NullSpaceError, listed
 from nullspace.families import get_family
 from nullspace.layers import base_layer, find_module
 from nullspace.lora import with_magnitude
-from nullspace.models import load_whole
+from nullspace.models import download_model, loading
 from nullspace.names import DEFAULT_THRESHOLDS, JOINT
 
 
@@ -104,29 +104,23 @@ def summarize(rows):
     return {**summary, "unprotected": unprotected, "layers": rows}
 
 
-def load_audited_models(bundle, name_or_path, with_text_encoder):
+def load_audited_models(bundle, name_or_path, with_text_encoder, config=None):
     """The base model's UNet, and its text encoders if asked for: arguments for `audit`.
 
     Args:
         name_or_path (`str` or `None`): of the base model; None is the one that the bundle names.
+        config (`str`, *optional*): folder or Hub id of the configuration of a single file, see `find_configuration`.
 
     Raises:
         NullSpaceError: if they cannot be had, or are not those that the bundle was built from.
     """
-    from diffusers import UNet2DConditionModel  # slow to import, and only this needs it
-
-    base = bundle.config["base_model"]
+    base, family = bundle.config["base_model"], get_family(bundle.config["model_type"])
+    parts = ["unet", *(family.text_encoders if with_text_encoder else ())]
+    skip = {*family.text_encoders, "vae"} - set(parts)
     where = {key: base[key] for key in ("revision", "variant")} if name_or_path is None else {}
-    kinds = {"unet": UNet2DConditionModel}
-    if with_text_encoder:
-        kinds |= get_family(bundle.config["model_type"]).text_encoders
-    try:
-        models = {kind: load_whole(model, name_or_path or base["id"], kind, **where) for kind, model in kinds.items()}
-    except (OSError, ValueError) as error:
-        raise NullSpaceError(
-            f"The base model {name_or_path or base['id']} cannot be had ({reason(error)}); name it with "
-            "--pretrained_model_name_or_path."
-        ) from error
+    model = download_model(name_or_path or base["id"], **where, config=config, skip=skip)
+    with loading(model.name):
+        models = family.load_models(model, parts)
     bundle.check(**models)
     return models
 

@@ -167,7 +167,7 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
     return moments
 
 
-def describe(pipeline, prompts, revision, args):
+def describe(pipeline, prompts, model, args):
     """The bundle's configuration: all that one needs to know to use it or to build it again."""
     unet = pipeline.unet
     text_encoders = {name: getattr(pipeline, name) for name in get_family(args.model_type).text_encoders}
@@ -186,11 +186,12 @@ def describe(pipeline, prompts, revision, args):
         for name, text_encoder in text_encoders.items():
             covered[name] = {"modules": describe_modules(text_encoder_inputs(text_encoder, name))}
     source = args.prompts_file.name if args.prompts_file else args.prompts_dataset_name
+    words = without_token(sys.argv[1:])
+    if model.file:  # where it lies is nobody else's business
+        words = [word.replace(str(model.file), model.name) for word in words]
     return {
         "base_model": {
-            "id": args.pretrained_model_name_or_path,
-            "revision": revision,
-            "variant": args.variant,
+            **model.record(),
             "fingerprint": fingerprints(unet=unet, **text_encoders, **tokenizers, noise_scheduler=pipeline.scheduler),
         },
         "model_type": args.model_type,
@@ -210,7 +211,7 @@ def describe(pipeline, prompts, revision, args):
         },
         "seed": args.seed,
         "mixed_precision": args.mixed_precision,
-        "command": shlex.join(["accelerate", "launch", Path(sys.argv[0]).name, *without_token(sys.argv[1:])]),
+        "command": shlex.join(["accelerate", "launch", Path(sys.argv[0]).name, *words]),
         "versions": {
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (torch, diffusers, transformers, accelerate, peft)},
@@ -227,29 +228,28 @@ def weights_sha256(*models):
     return digest.hexdigest()
 
 
-def load_collected(family, folder, prompts, tell, args):
-    """The pipeline of a base model's folder, whole and in float32; `tell` is called with warnings.
+def load_collected(family, model, prompts, tell, args):
+    """The pipeline of a `BaseModel`, whole and in float32; `tell` is called with warnings.
 
     Raises:
         NullSpaceError: if a part is missing, or a flag does not fit the model.
     """
-    model = args.pretrained_model_name_or_path
-    with loading(model):
-        vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
+    with loading(model.name):
+        vae_config = AutoencoderKL.load_config(model.folder, subfolder="vae")
     if args.resolution and (fault := resolution_fault(args.resolution, vae_config["block_out_channels"])):
         raise NullSpaceError(fault)
-    with loading(model):
-        tokenizers = family.load_tokenizers(folder)
+    with loading(model.name):
+        tokenizers = family.load_tokenizers(model.folder)
     for tokenizer in tokenizers.values():
-        if fault := tokenizer_fault(tokenizer, model):
+        if fault := tokenizer_fault(tokenizer, model.name):
             raise NullSpaceError(fault)
     for sentence in length_warnings(tokenizer, prompts, "the prompts"):
         tell(sentence)
-    with loading(model):
-        models = family.load_models(folder, args.variant)
-        pipeline = family.load_pipeline(folder, args.variant, **tokenizers, **models)
+    with loading(model.name):
+        pipeline = family.load_pipeline(model, **tokenizers)
     for name in family.text_encoders:
-        check_clip_skip(args.clip_skip, models[name].config.num_hidden_layers, family.unread_layers(name))
+        layers = getattr(pipeline, name).config.num_hidden_layers
+        check_clip_skip(args.clip_skip, layers, family.unread_layers(name))
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -270,8 +270,11 @@ def needed_space(config, groups, processes):
     return 2 * processes * size(groups) + size(groups + 1) + SMALL_FILES
 
 
-def collect(pipeline, prompts, revision, args, state):
+def collect(pipeline, prompts, model, args, state):
     """Draw the prompts and sum what the layers read.
+
+    Args:
+        model (`BaseModel`): that the pipeline is of.
 
     Returns:
         The `SecondMoments` over all processes, their groups, the bundle's configuration, and the `Checkpoint`.
@@ -281,7 +284,7 @@ def collect(pipeline, prompts, revision, args, state):
     """
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)
     args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    config = describe(pipeline, prompts, revision, args)
+    config = describe(pipeline, prompts, model, args)
     names = get_family(args.model_type).text_encoders
     weights = weights_sha256(pipeline.unet, *(getattr(pipeline, name) for name in names))
     pipeline.to(state.device, getattr(torch, PRECISIONS[args.mixed_precision]))

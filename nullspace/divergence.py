@@ -7,11 +7,9 @@ from itertools import islice
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL
 
 from nullspace.checkpoint import checkpoints, damage
 from nullspace.errors import NullSpaceError
-from nullspace.models import loading
 from nullspace.names import LORA_NAME, WORD_NAME
 
 
@@ -157,7 +155,7 @@ def overflows(vae, pictures):
     return None
 
 
-def sound_vae(vae, pictures, folder, variant, learning_rate, known=False):
+def sound_vae(vae, pictures, reload, learning_rate, known=False):
     """A VAE whose latents and pictures are finite: the one given, or in float32 where it overflows in float16.
 
     In float16, unless it is `known` to overflow there, it is tried on all pictures, in other types, which hardly
@@ -166,7 +164,7 @@ def sound_vae(vae, pictures, folder, variant, learning_rate, known=False):
     Args:
         vae (`AutoencoderKL`): in the type that is trained in.
         pictures (`Callable[[], Iterable[Tensor]]`): gives the training pictures (3, side, side).
-        folder (`Path`), variant: where its weights are, which float16 may not hold.
+        reload (`Callable[[], AutoencoderKL]`): gives it anew in float32, for float16 may not hold its weights.
         learning_rate (`float`): as given, for the sentence.
 
     Raises:
@@ -175,10 +173,7 @@ def sound_vae(vae, pictures, folder, variant, learning_rate, known=False):
     is_half, when = vae.dtype == torch.float16, "before the first step"
     number = 0 if is_half and known else overflows(vae, pictures() if is_half else islice(pictures(), 1))
     if number is not None and is_half:
-        with loading(folder):
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", variant=variant, torch_dtype=torch.float32).to(
-                vae.device
-            )
+        vae = reload().to(vae.device)
         vae, when = run_in_float32(vae.requires_grad_(False)), f"{when}, in float32 too"
         number = overflows(vae, pictures())
         if number is None:

@@ -75,6 +75,8 @@ def way_on(error):
     code, named = status(error), kinds(error)
     if "GatedRepoError" in named:
         return "accept its conditions on the Hub and log in with `hf auth login` or pass --hub_token"
+    if "HFValidationError" in named:
+        return "name a folder that is there, or a Hub id"
     if "RevisionNotFoundError" in named:
         return "name a revision that it has"
     if code in (401, 403, 404):
@@ -88,10 +90,10 @@ def way_on(error):
     return None
 
 
-def cannot_be_had(model, error):
-    """The sentence on a base model that the Hub, or its folder, does not give."""
+def cannot_be_had(model, error, kind="base model"):
+    """The sentence on a model that the Hub, or its folder, does not give."""
     what = way_on(error)
-    return f"The base model {model} cannot be had ({reason(error)}){f'; {what}' if what else ''}."
+    return f"The {kind} {model} cannot be had ({reason(error)}){f'; {what}' if what else ''}."
 
 
 def listed(names, most=5):

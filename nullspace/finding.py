@@ -238,10 +238,10 @@ def find_or_build(wanted, accelerator, args):
 
 
 def _find_or_build(wanted, accelerator, args):
-    prompts, source = prompts_of_model(args.model_folder, PROMPTS)
+    prompts, source = prompts_of_model(args.base_model.folder, PROMPTS)
     fingerprint, cache = fingerprint_of(wanted.components), cache_folder(args.nullspace_cache_dir)
     model = Path(args.pretrained_model_name_or_path)
-    name = re.sub(r"[^\w.-]+", "-", model.resolve().name if model.is_dir() else str(model))[:80]
+    name = re.sub(r"[^\w.-]+", "-", model.resolve().name if model.exists() else str(model))[:80]
     folder = cache / f"{name}-{key(fingerprint, wanted.settings(), prompts)}"
     if in_cache(folder, fingerprint, logger.warning):
         logger.info(f"The bundle of this model is in the cache: {folder}")
@@ -289,8 +289,6 @@ def build(folder, wanted, prompts, source, accelerator, args):
         logger.warning(sentence)
     flags = SimpleNamespace(
         **wanted.settings(),
-        pretrained_model_name_or_path=args.pretrained_model_name_or_path,
-        variant=args.variant,
         prompts_file=source,
         batch_size=BATCH_SIZE,
         checkpointing_steps=5,
@@ -303,22 +301,21 @@ def build(folder, wanted, prompts, source, accelerator, args):
         device=accelerator.device,
         is_local_main_process=accelerator.is_local_main_process,
     )
-    revision = None if Path(args.pretrained_model_name_or_path).is_dir() else args.model_folder.name
-    with loading(args.pretrained_model_name_or_path):
-        pipeline = wanted.family.load_pipeline(args.model_folder, args.variant, **parts)
+    with loading(args.base_model.name):
+        pipeline = wanted.family.load_pipeline(args.base_model, **parts)
     pipeline.set_progress_bar_config(disable=True)
     scheduler = pipeline.scheduler
     remove_leftovers(folder)
     try:
-        moments, groups, config, checkpoint = collect(pipeline, prompts, revision, flags, this_process)
+        moments, groups, config, checkpoint = collect(pipeline, prompts, args.base_model, flags, this_process)
     except StaleError as error:
         logger.warning(f"An earlier build cannot be gone on from and begins anew ({reason(error)}).")
         shutil.rmtree(error.folder)
         pipeline.scheduler = scheduler
-        moments, groups, config, checkpoint = collect(pipeline, prompts, revision, flags, this_process)
+        moments, groups, config, checkpoint = collect(pipeline, prompts, args.base_model, flags, this_process)
     config["command"] = shlex.join(
         ["accelerate", "launch", "train_dreambooth_nullspace.py", "--pretrained_model_name_or_path"]
-        + [args.pretrained_model_name_or_path]
+        + [args.base_model.name]
     )
     try:
         license_name = base_license(args.pretrained_model_name_or_path, args.hub_token)
@@ -337,20 +334,20 @@ def bundles_of_model(args, tell):
     """The bundles of a base model in the cache and in a namespace on the Hub: a list of (where, configuration).
 
     Args:
-        args: --pretrained_model_name_or_path, --revision, --variant, --model_type, --nullspace_cache_dir,
-            --nullspace_namespace and --hub_token.
+        args: --pretrained_model_name_or_path, --single_file_config, --revision, --variant, --model_type,
+            --nullspace_cache_dir, --nullspace_namespace and --hub_token.
         tell (`Callable[[str], None]`): is called with what is passed over, and why.
 
     Raises:
         NullSpaceError: if the model cannot be had or is of no family.
     """
-    model = args.pretrained_model_name_or_path
-    family = recognise(model, args.revision, args.hub_token, args.model_type)
-    folder = download_model(model, args.revision, args.variant, args.hub_token)
-    with loading(model):
-        components = family.load_models(folder, args.variant)
-        components |= family.load_tokenizers(folder)
-        components["noise_scheduler"] = family.load_noise_scheduler(folder)
+    name, config = args.pretrained_model_name_or_path, args.single_file_config
+    family = recognise(name, args.revision, args.hub_token, args.model_type, config)
+    model = download_model(name, args.revision, args.variant, args.hub_token, config, skip=["vae"])
+    with loading(model.name):
+        components = family.load_models(model, [*family.text_encoders, "unet"])
+        components |= family.load_tokenizers(model.folder)
+        components["noise_scheduler"] = family.load_noise_scheduler(model.folder)
     fingerprint = fingerprint_of(components)
 
     def is_of_model(config):

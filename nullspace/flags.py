@@ -1,4 +1,4 @@
-"""What each flag of the trainer is to a run that is resumed: standard library only."""
+"""What each flag of the trainer is to a run that is resumed, and helps of several scripts: standard library only."""
 
 # Every flag of the trainer belongs to one of these three. The result of a training depends on the value of these:
 COMPARED = (
@@ -15,7 +15,12 @@ COMPARED = (
 )  # fmt: skip
 # It depends on what these name, whatever the place is called: that is what is hashed.
 BY_CONTENT = {
-    "the model": ("pretrained_model_name_or_path", "revision"),
+    "the model": (
+        "pretrained_model_name_or_path",
+        "revision",
+        "single_file_config",
+        "pretrained_vae_model_name_or_path",
+    ),
     "the tokenizer": ("tokenizer_name",),
     "the bundle": (
         "nullspace_name_or_path",
@@ -61,6 +66,12 @@ READ_BY = {
     "lr_num_cycles": lambda schedule: schedule == "cosine_with_restarts",
     "lr_power": lambda schedule: schedule == "polynomial",
 }
+
+SINGLE_FILE_CONFIG = (
+    "For a base model in one .safetensors file, which has weights alone: folder or Hub id of a model of its kind, from "
+    "which configurations, noise schedule, prediction type and tokenizers are taken (default: the model on the Hub "
+    "that diffusers takes such weights for)."
+)
 
 
 def resume_help():

@@ -174,7 +174,7 @@ def _is_model(name, token=None):
 def base_license(name_or_path, token=None):
     """The licence named in a model's card, or None where that is not known."""
     card = Path(name_or_path) / CARD_NAME
-    if Path(name_or_path).is_dir() and not card.is_file():
+    if Path(name_or_path).exists() and not card.is_file():
         return None
     try:
         named = ModelCard.load(card if card.is_file() else name_or_path, token=token).data.license

@@ -21,11 +21,12 @@ def write_model_card(bundle, report, prompts, pictures, args):
     for name, picture in zip(names, pictures, strict=True):
         save_picture(picture, args.output_dir / name)
     family = get_family(args.model_type)
-    base, source = args.pretrained_model_name_or_path, args.nullspace_name_or_path
+    model, source = args.base_model, args.nullspace_name_or_path
+    base, is_on_hub = model.name, model.revision is not None
     data = ModelCardData(
-        license=base_license(base, args.hub_token),
+        license=base_license(args.pretrained_model_name_or_path, args.hub_token),
         library_name="diffusers",
-        base_model=None if Path(base).is_dir() else base,
+        base_model=base if is_on_hub else None,
         datasets=None if source is None or Path(source).is_dir() else [source],
         instance_prompt=args.instance_prompt[0],
         pipeline_tag="text-to-image",
@@ -42,13 +43,18 @@ def write_model_card(bundle, report, prompts, pictures, args):
     )  # fmt: skip
     kind, what = ("textual inversion", "word") if args.word_only else ("DreamBooth LoRA", "LoRA")
     drawn = f"Base model and {what}, equal seeds" if args.compare_with_base else f"What the {what} draws"
-    base_shown = link(base, f"https://huggingface.co/{base}") if data.base_model else code_span(base)
+    base_shown = link(base, f"https://huggingface.co/{base}") if is_on_hub else code_span(base)
     triggers = " or ".join(map(code_span, args.instance_prompt))
     few_steps = family.call_arguments(args.guidance_scale)
     with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
     compared = (args.output_dir / CHECKPOINTS_NAME).is_file()
     checkpoints = f"\n![What its checkpoints draw, equal seed]({CHECKPOINTS_NAME})\n" if compared else ""
-    imports, lines = loading_lines(args)
+    loaded = f"DiffusionPipeline.from_pretrained({python_string(base)}, "
+    if model.file:
+        loaded = f"{family.pipeline.__name__}.from_single_file({python_string(base)}, "
+    elif args.revision:
+        loaded += f"revision={python_string(model.revision)}, "
+    imports, lines = loading_lines(loaded.partition(".")[0], args)
     text = f"""---
 {data.to_yaml()}
 ---
@@ -72,7 +78,7 @@ Use {triggers} to trigger the subject.
 ```py
 {imports}
 
-pipeline = DiffusionPipeline.from_pretrained({python_string(base)}, torch_dtype=torch.float16).to("cuda")
+pipeline = {loaded}torch_dtype=torch.float16).to("cuda")
 {lines}
 image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip}).images[0]
 ```
@@ -85,9 +91,9 @@ image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip})
     return names
 
 
-def loading_lines(args):
-    """The imports of the card's code, and its lines that load what was trained."""
-    source, imports, lines = args.hub_model_id or args.output_dir, ["from diffusers import DiffusionPipeline"], []
+def loading_lines(pipeline, args):
+    """The imports of the card's code, a class of pipeline's among them, and its lines that load what was trained."""
+    source, imports, lines = args.hub_model_id or args.output_dir, [f"from diffusers import {pipeline}"], []
     if not args.word_only:
         lines.append(f"pipeline.load_lora_weights({python_string(source)})")
     if args.placeholder_token:
@@ -148,6 +154,7 @@ def describe_figures(bundle, report, args):
     }
     covered = args.nullspace_timestep_range or bundle.config["groups"][0]["range"]
     setting = describe_setting(args)
+    vae_row = f"| VAE | {table_cell(code_span(args.base_model.vae))} |\n" if args.base_model.vae else ""
     total, unprotected = len(report["layers"]), report["unprotected"]
     is_local = Path(source).is_dir()
     source_shown = (
@@ -166,6 +173,6 @@ def describe_figures(bundle, report, args):
 | leakage, share of a layer's change that protected inputs see | {shown["leakage"]} |
 | predicted drift, relative change of a layer's output on protected inputs | {shown["predicted_drift"]} |
 | layers trained, of them unprotected | {total}, {len(unprotected)} |
-| rank, steps, learning rate | {args.rank}, {args.max_train_steps}, {rate} |
+{vae_row}| rank, steps, learning rate | {args.rank}, {args.max_train_steps}, {rate} |
 | clip skip | {args.clip_skip} |
 """

@@ -104,8 +104,7 @@ def read_subject(accelerator, args):
     what is trained, and --resolution that of the base model where it is not given.
     """
     if args.resolution is None:
-        where = args.pretrained_model_name_or_path, args.revision, args.hub_token
-        args.resolution = recognise(*where, args.model_type).resolution
+        args.resolution = find_family(args).resolution
     sizes = training_sizes(args)
     with accelerator.main_process_first():
         pictures, captions = read_instances(
@@ -131,7 +130,7 @@ def training_sizes(args):
     if not args.enable_bucket:
         return [(args.resolution, args.resolution)]
     kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
-    where = args.pretrained_model_name_or_path, args.revision, args.hub_token
+    where = args.pretrained_model_name_or_path, args.revision, args.hub_token, args.single_file_config
     configs = [load_config(kind, part, *where) for part, kind in kinds.items()]
     return bucket_sizes(args.resolution, common_multiple(*(config["block_out_channels"] for config in configs)))
 
@@ -164,8 +163,13 @@ def find_out(accelerator, captions, pictures, initial, args):
     if args.push_to_hub and accelerator.is_main_process:
         create_repository(args.hub_model_id, "model", args.hub_private_repo, args.hub_token)
     with accelerator.main_process_first():  # all of it, so that nothing is left to download after the training
-        args.model_folder = download_model(
-            args.pretrained_model_name_or_path, args.revision, args.variant, args.hub_token
+        args.base_model = download_model(
+            args.pretrained_model_name_or_path,
+            args.revision,
+            args.variant,
+            args.hub_token,
+            args.single_file_config,
+            args.pretrained_vae_model_name_or_path,
         )
     settle_seed(accelerator, checkpoint, args)
     run["--seed"] = args.seed
@@ -177,13 +181,20 @@ def find_out(accelerator, captions, pictures, initial, args):
     return family, checkpoint, bundle, nearest, protected, run
 
 
+def find_family(args):
+    """The base model's family, by what it is and --model_type."""
+    return recognise(
+        args.pretrained_model_name_or_path, args.revision, args.hub_token, args.model_type, args.single_file_config
+    )
+
+
 def settle_family(bundle, args):
     """The base model's family; settles --model_type and its family's own flags.
 
     Raises:
         NullSpaceError: if a flag contradicts the model, or the bundle, where one is named, is of another family's.
     """
-    family = recognise(args.pretrained_model_name_or_path, args.revision, args.hub_token, args.model_type)
+    family = find_family(args)
     family.settle(args)
     if bundle:
         bundle.check_model_type(family.name)
@@ -218,7 +229,7 @@ def load_models(family, captions, given_prompts, args):
         NullSpaceError: if a part is missing, or a flag does not fit the model.
     """
     with loading(args.pretrained_model_name_or_path):
-        vae_config = AutoencoderKL.load_config(args.model_folder, subfolder="vae")
+        vae_config = AutoencoderKL.load_config(args.base_model.folder, subfolder="vae")
     if fault := resolution_fault(args.resolution, vae_config["block_out_channels"]):
         raise NullSpaceError(fault)
     tokenizers = load_sound_tokenizers(args)
@@ -233,8 +244,8 @@ def load_models(family, captions, given_prompts, args):
     for sentence in prompt_warnings(tokenizer, captions, given_prompts, args):
         logger.warning(sentence)
     with loading(args.pretrained_model_name_or_path):
-        models = family.load_models(args.model_folder, args.variant)
-        noise_scheduler = family.load_noise_scheduler(args.model_folder)
+        models = family.load_models(args.base_model)
+        noise_scheduler = family.load_noise_scheduler(args.base_model.folder)
     for name in family.text_encoders:
         check_clip_skip(args.clip_skip, models[name].config.num_hidden_layers, family.unread_layers(name))
     return tokenizers, models, noise_scheduler

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 
+from nullspace.dataset_card import model_name
 from nullspace.embeddings import bundled, is_word, read_word, save_embedding
 from nullspace.hub import push_folder
 from nullspace.kohya import embedding_metadata, is_ours, save_kohya
@@ -92,12 +93,14 @@ def report_of(found, bundle, lora_dtype, args):
             "lcm_loss", "max_train_steps", "optimizer", "learning_rate", "text_encoder_lr", "train_batch_size", "seed",
             "mixed_precision", "clip_skip",
         )
-    } | {"init_lora": initial}  # fmt: skip
+    }  # fmt: skip
+    training |= {"init_lora": initial, "pretrained_vae_model_name_or_path": args.base_model.vae}
     word = describe_word(args.placeholder_token, args.num_vectors, args.word_only) if args.placeholder_token else None
     if args.word_only:
-        base = {"id": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant}
+        base = args.base_model.record()
         return {"guarantee": word, "base_model": base, "model_type": args.model_type, "training": training, **found}
     report = make_report(found, bundle, lora_dtype, args.nullspace_name_or_path, setting, training)
+    report["base_model"] |= args.base_model.record()  # the bundle may name it otherwise
     return report if word is None else report | {"guarantee": f"{report['guarantee']} {word}"}
 
 
@@ -166,8 +169,7 @@ def push(written, earlier_logs, args):
     words = ["hf", "upload", args.hub_model_id, str(args.output_dir), "."]
     words += ["--private"] * args.hub_private_repo
     words += [word for name in sorted(published) for word in ("--include", glob.escape(name))]
-    base = args.pretrained_model_name_or_path
-    base = Path(base).name if Path(base).is_dir() else base
+    base = model_name({"base_model": args.base_model.record()})
     said = push_folder(
         args.hub_model_id,
         "model",

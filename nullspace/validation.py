@@ -2,7 +2,6 @@
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from nullspace import signals
@@ -12,7 +11,6 @@ from nullspace.divergence import Drawn, run_in_float32
 from nullspace.embeddings import load_word
 from nullspace.families import get_family
 from nullspace.logs import log_picture
-from nullspace.models import loading
 from nullspace.names import CHECKPOINTS_NAME, LORA_NAME
 from nullspace.pictures import comparison_grid, save_picture
 from nullspace.prompt_encoder import load_tokenizers
@@ -29,15 +27,14 @@ def load_pipeline(args, dtype, device, **components):
     if args.tokenizer_name:
         components = load_tokenizers(args) | components
     family = get_family(args.model_type)
-    pipeline = family.load_pipeline(args.model_folder, args.variant, **components)
+    pipeline = family.load_pipeline(args.base_model, **components)
     pipeline.scheduler = family.sampler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module) and name not in components:
             component.to(device, dtype)
     if "vae" not in components and args.vae_in_float32:
-        with loading(args.pretrained_model_name_or_path):  # anew, for float16 may not hold its weights
-            pipeline.vae = AutoencoderKL.from_pretrained(args.model_folder, subfolder="vae", variant=args.variant)
+        pipeline.vae = family.load_vae(args.base_model)
         run_in_float32(pipeline.vae.to(device))
     return pipeline
 

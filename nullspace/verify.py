@@ -59,15 +59,16 @@ def check_against_model(bundle, components, device, dtype, args):
         args: the trainer's flags.
     """
     if args.tokenizer_name:  # a bundle is judged with the model's own
-        components = components | get_family(args.model_type).load_tokenizers(args.model_folder)
+        components = components | get_family(args.model_type).load_tokenizers(args.base_model.folder)
     refuse(verify(bundle, load_pipeline(args, dtype, device, **components)))
 
 
-def load_verified(bundle, name_or_path):
+def load_verified(bundle, name_or_path, config=None):
     """The pipeline of the base model, in float32, once it turned out to be the one that a bundle was built from.
 
     Args:
         name_or_path (`str` or `None`): of the base model; None is the one that the bundle names.
+        config (`str`, *optional*): folder or Hub id of the configuration of a single file, see `find_configuration`.
 
     Raises:
         NullSpaceError: if it cannot be had, or is another.
@@ -75,11 +76,10 @@ def load_verified(bundle, name_or_path):
     base = bundle.config["base_model"]
     revision, variant = (None, None) if name_or_path else (base["revision"], base["variant"])
     name_or_path = name_or_path or base["id"]
-    family = recognise(name_or_path, revision, wanted=bundle.config["model_type"])
-    folder = download_model(name_or_path, revision, variant)
-    with loading(name_or_path):
-        models = family.load_models(folder, variant)
-        pipeline = family.load_pipeline(folder, variant, **models)
+    family = recognise(name_or_path, revision, wanted=bundle.config["model_type"], config=config)
+    model = download_model(name_or_path, revision, variant, config=config)
+    with loading(model.name):
+        pipeline = family.load_pipeline(model)
     pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     text_encoders, tokenizers = readers(pipeline, family)

@@ -13,6 +13,7 @@ import train_dreambooth_nullspace as trainer
 from nullspace import model_card
 from nullspace.bundle import Bundle
 from nullspace.markdown import code_block, code_span, csv_cell, link, one_line, plain, python_string, table_cell, utf8
+from nullspace.models import download_model
 from nullspace.terminal import printable
 from test_train import INSTANCES, bundle1, make_bundle, report, train  # noqa: F401
 
@@ -108,6 +109,7 @@ def card_of(bundle, folder, prompt, monkeypatch):
     argv += ["--instance_data_dir", str(INSTANCES), "--instance_prompt", prompt, "a second prompt"]
     args = trainer.parse_args([*argv, "--output_dir", str(folder), "--max_train_steps", "3"])
     args.model_type, args.guidance_scale, args.compare_with_base = "sd", 7.5, True
+    args.base_model = download_model(folder)
     values = {"max": 1e-7, "mean": 1e-8}
     found = {
         "guarantee": "Guaranteed.",

@@ -27,6 +27,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.families import get_family
 from nullspace.hashes import config_sha256
 from nullspace.layers import attention_inputs
+from nullspace.models import download_model
 from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT, REPORT_NAME, TEXT_ENCODER
 from nullspace.prompts import GENERAL_PROMPTS, prompts_of_model
 from shapes import DEMO
@@ -50,9 +51,9 @@ class Run:
     def __init__(self, model, cache, *flags):
         line = command_line(model, "", "lora", "--nullspace_cache_dir", cache, *flags, without=UNNAMED)
         self.args = trainer.parse_args(line)
-        self.args.model_folder = model
+        self.args.base_model = download_model(model)
         family = get_family("sd")
-        self.components = family.load_models(model)
+        self.components = family.load_models(self.args.base_model)
         self.components |= family.load_tokenizers(model)
         self.components["noise_scheduler"] = family.load_noise_scheduler(model)
         self.wanted = finding.Wanted(family, self.components, self.args)
@@ -175,14 +176,14 @@ def test_another_version_of_the_model_is_not_taken(tiny_sd1, built, cache):
 
 def test_the_models_own_prompts_replace_the_general_ones(tiny_sd1, built, cache, tmp_path):
     run = Run(tiny_sd1, cache)
-    run.args.model_folder = tmp_path / "model"
-    shutil.copytree(tiny_sd1, run.args.model_folder)
-    (run.args.model_folder / "prompts.txt").write_text("a red star\na blue ring\n")
+    run.args.base_model = download_model(shutil.copytree(tiny_sd1, tmp_path / "model"))
+    own = tmp_path / "model" / "prompts.txt"
+    own.write_text("a red star\na blue ring\n")
     folder, is_new = run.find()
     assert is_new and folder != built
     config = json.loads(open(f"{folder}/{CONFIG_NAME}").read())
     assert config["prompts"]["examples"] == ["a red star", "a blue ring"] and config["prompts"]["count"] == 3
-    (run.args.model_folder / "prompts.txt").write_text("\n")
+    own.write_text("\n")
     with pytest.raises(NullSpaceError, match="prompts.txt holds no prompt"):
         run.find()
 

@@ -1074,7 +1074,7 @@ def test_an_audit_that_cannot_be_is_refused(audited, tiny_sd2, tmp_path):
         return str(error.value)
 
     assert "cannot be read as a LoRA" in refusal("--lora", tmp_path)
-    assert "name it with --pretrained_model_name_or_path" in refusal("--pretrained_model_name_or_path", tmp_path)
+    assert f"The base model {tmp_path} cannot be loaded" in refusal("--pretrained_model_name_or_path", tmp_path)
     assert "here it is" in refusal("--pretrained_model_name_or_path", tiny_sd2)
 
 

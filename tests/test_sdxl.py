@@ -15,6 +15,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from original_names import save_single_file
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -29,9 +30,11 @@ from nullspace.divergence import sound_vae
 from nullspace.errors import NullSpaceError
 from nullspace.families import get_family, recognise
 from nullspace.families import sdxl as room
+from nullspace.finding import fingerprint_of
 from nullspace.kohya import kohya_metadata, kohya_name, kohya_names, save_kohya
 from nullspace.layers import attention_inputs, find_module
 from nullspace.lora import LoraLayer, load_lora, read_embeddings
+from nullspace.models import download_model
 from nullspace.names import LORA_NAME, TEXT_ENCODERS, TEXT_INPUT, WORD_NAME, tokenizer_of
 from test_train import bundle1, command_line, drawing_in_two_steps, make_bundle, report, same, train  # noqa: F401
 from train_shapes import CONTEXT, make_tokenizer
@@ -154,6 +157,20 @@ def edited(model, folder, **changes):
     index = json.loads((folder / "model_index.json").read_text()) | changes
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def test_one_file_is_the_same_model(tiny_xl, xl_bundle, pictures, tmp_path):
+    """In float16, as most are, both text encoders in it."""
+    path = save_single_file(load(tiny_xl), tmp_path / "xl.safetensors", torch.float16)
+    parts = []
+    for model in (download_model(tiny_xl), download_model(path, config=tiny_xl)):
+        models = FAMILY.load_models(model) | FAMILY.load_tokenizers(model.folder)
+        parts.append(models | {"noise_scheduler": FAMILY.load_noise_scheduler(model.folder)})
+    assert fingerprint_of(parts[0]) == fingerprint_of(parts[1])
+    assert {parts[1][name].dtype for name in (*TEXT_ENCODERS, "unet", "vae")} == {torch.float32}
+    flags = ("--train_text_encoder", "--instance_data_dir", pictures, "--single_file_config", tiny_xl)
+    train(path, xl_bundle, tmp_path / "lora", *flags)
+    assert report(tmp_path / "lora")["base_model"] == Bundle.load(xl_bundle).config["base_model"] | {"id": path.name}
 
 
 # ---- What a model is -------------------------------------------------------------------------------------------------
@@ -463,7 +480,7 @@ def test_a_vae_that_is_known_to_overflow_is_run_in_float32(tiny_xl):
         (half(), False, torch.float16),
         (half().to(torch.bfloat16), True, torch.bfloat16),
     ):
-        assert sound_vae(vae, pictures, tiny_xl, None, 1e-4, known).dtype == dtype
+        assert sound_vae(vae, pictures, lambda: half().float(), 1e-4, known).dtype == dtype
     fixed = half()
     fixed.register_to_config(force_upcast=False)
     assert not FAMILY.needs_float32(fixed.config) and not get_family("sd").needs_float32(half().config)

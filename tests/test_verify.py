@@ -17,6 +17,7 @@ from nullspace.bundle import Bundle
 from nullspace.collection import collect, load_collected
 from nullspace.errors import NullSpaceError
 from nullspace.families import recognise
+from nullspace.models import download_model
 from nullspace.names import JOINT, LORA_NAME, TEXT_ENCODER, TEXT_INPUT
 from nullspace.prompts import Prompts
 from nullspace.samplers import make_scheduler
@@ -41,9 +42,10 @@ class Case:
             if getattr(args, name) is None:
                 setattr(args, name, value)
         prompts = Prompts(PROMPTS)
-        self.pipeline = load_collected(family, model, prompts, print, args)
+        base_model = download_model(model)
+        self.pipeline = load_collected(family, base_model, prompts, print, args)
         own = self.pipeline.scheduler
-        moments, groups, config, _ = collect(self.pipeline, prompts, None, args, PartialState())
+        moments, groups, config, _ = collect(self.pipeline, prompts, base_model, args, PartialState())
         self.bundle = Bundle.from_moments(moments, groups, config)
         self.pipeline.scheduler = own
 

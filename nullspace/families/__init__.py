@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 
 from nullspace.errors import NullSpaceError, cannot_be_had
 
@@ -28,14 +29,15 @@ def family_of(unet_config):
     return next((each for each in map(get_family, FAMILIES) if each.recognises(unet_config)), None)
 
 
-def recognise(name_or_path, revision=None, token=None, wanted="auto"):
-    """The family of a pipeline in a folder or on the Hub.
+def recognise(name_or_path, revision=None, token=None, wanted="auto", config=None):
+    """The family of a pipeline in a folder or on the Hub, or of a single file, by its configuration.
 
     Its UNet decides, and its scheduler between families with one kind of UNet, unless the user says which. Where
     pipeline or scheduler are another family's, only the user can know.
 
     Args:
         wanted (`str`): "auto", or the name of the family that the user says it is of.
+        config (`str`, *optional*): folder or Hub id of the configuration of a single file, see `find_configuration`.
 
     Raises:
         NullSpaceError: if it cannot be had, is of no family, or not of the one that is wanted.
@@ -43,11 +45,14 @@ def recognise(name_or_path, revision=None, token=None, wanted="auto"):
     from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel  # take seconds to import
 
     from nullspace.hub import patiently
+    from nullspace.single_file import find_configuration, is_single_file
 
-    def load(kind, **where):
+    where = find_configuration(Path(name_or_path), config, token) if is_single_file(name_or_path) else name_or_path
+
+    def load(kind, **part):
         try:
             return patiently(
-                lambda: kind.load_config(name_or_path, revision=revision, token=token, **where),
+                lambda: kind.load_config(where, revision=revision, token=token, **part),
                 f"model {name_or_path}",
             )
         except Exception as error:  # among them those of the HTTP library, which differ between versions

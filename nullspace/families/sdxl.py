@@ -22,6 +22,7 @@ class StableDiffusionXL(StableDiffusion):
     evidence = "is told of the picture's size and takes no guidance embedding (addition_embed_type text_time)"
     marks = ("StableDiffusionXLPipeline",)
     pipeline = StableDiffusionXLPipeline
+    pipeline_options = {"add_watermarker": False}  # which would be among what is compared
     sampler = EulerDiscreteScheduler
     collection = {"sampler": "euler", "num_inference_steps": [25], "guidance_scale": 5.0, "timestep_groups": JOINT}
     tags = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
@@ -30,10 +31,6 @@ class StableDiffusionXL(StableDiffusion):
 
     def recognises(self, unet_config):
         return unet_config.get("addition_embed_type") == "text_time" and unet_config.get("time_cond_proj_dim") is None
-
-    def load_pipeline(self, folder, variant=None, **components):
-        # No watermark, which would be among what is compared
-        return self.pipeline.from_pretrained(folder, variant=variant, add_watermarker=False, **components)
 
     def needs_float32(self, vae_config):
         return vae_config.force_upcast

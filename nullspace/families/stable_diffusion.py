@@ -14,8 +14,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from nullspace.errors import NullSpaceError
 from nullspace.layers import text_layers
-from nullspace.models import load_whole
+from nullspace.models import load_whole, loading
 from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT, tokenizer_of
+from nullspace.single_file import load_from_file
 
 
 class StableDiffusion:
@@ -26,6 +27,7 @@ class StableDiffusion:
         evidence (`str`): what its UNet does that no other family's does.
         marks (`tuple[str]`): classes of pipelines and schedulers that are its alone.
         pipeline (`type`), sampler (`type`), num_inference_steps (`int`): what validation draws with.
+        pipeline_options (`dict`): what its pipeline is loaded with.
         collection (`dict`): the builder's defaults, those of its pipeline.
         samplers (`tuple[str]` or `None`): those that draw with it, all if None.
         tags (`tuple[str]`): of model cards.
@@ -39,6 +41,7 @@ class StableDiffusion:
     evidence = "takes no guidance embedding (time_cond_proj_dim)"
     marks = ()
     pipeline = StableDiffusionPipeline
+    pipeline_options = {"safety_checker": None}
     sampler = DPMSolverMultistepScheduler
     num_inference_steps = 25
     collection = {"sampler": "ddim", "num_inference_steps": [25], "guidance_scale": 7.5, "timestep_groups": JOINT}
@@ -68,21 +71,32 @@ class StableDiffusion:
         names = map(tokenizer_of, self.text_encoders)
         return {name: CLIPTokenizer.from_pretrained(folder, subfolder=name) for name in names}
 
-    def load_models(self, folder, variant=None):
-        """Text encoders, UNet and VAE of a base model's folder, in float32: `dict[str, Module]`.
+    def load_models(self, model, parts=None):
+        """Text encoders, UNet and VAE of a `BaseModel`, in float32: `dict[str, Module]`.
 
         Args:
-            variant (`str`, *optional*): that of the files, for those that have it.
+            parts (`Iterable[str]`): which of them; all by default.
 
         Raises:
             OSError, ValueError: if a file is missing or lacks weights.
         """
         kinds = {**self.text_encoders, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
-        return {part: load_whole(kind, folder, part, variant) for part, kind in kinds.items()}
+        wanted = [part for part in kinds if parts is None or part in parts]
+        in_file = [part for part in wanted if model.is_in_file(part)]
+        others = kinds.keys() - set(in_file)
+        loaded = load_from_file(self.pipeline, model.file, model.folder, in_file, others) if in_file else {}
+        return loaded | {part: load_whole(kinds[part], model, part) for part in wanted if part not in loaded}
 
-    def load_pipeline(self, folder, variant=None, **components):
-        """The pipeline of a base model's folder, with those components that are given."""
-        return self.pipeline.from_pretrained(folder, variant=variant, safety_checker=None, **components)
+    def load_vae(self, model):
+        """The VAE of a `BaseModel` anew, in float32: what has been cast to float16 has lost what that does not hold."""
+        with loading(model.name):
+            return self.load_models(model, ["vae"])["vae"]
+
+    def load_pipeline(self, model, **components):
+        """The pipeline of a `BaseModel`, with those components that are given."""
+        parts = {*self.text_encoders, "unet", "vae"} - components.keys()
+        models = self.load_models(model, parts)
+        return self.pipeline.from_pretrained(model.folder, **self.pipeline_options, **models, **components)
 
     def load_noise_scheduler(self, folder):
         """The noise schedule that it is trained with."""

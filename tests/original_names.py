@@ -65,15 +65,14 @@ def vae_name(name, config):
 
 
 def open_clip(weights):
-    """The weights of a CLIP text encoder with its projection as OpenCLIP has them, query, key and value in one."""
-    made = {}
+    """The weights of a CLIP text encoder as OpenCLIP has them, query, key and value in one."""
+    weights, made = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}, {}
     for name, tensor in weights.items():
-        name = name.removeprefix("text_model.")
         if found := re.match(r"encoder\.layers\.(\d+)\.(.*)", name):
             block, rest = f"transformer.resblocks.{found[1]}.", found[2]
             if rest.startswith("self_attn.q_proj."):
                 kind = rest.rpartition(".")[2]
-                three = [weights[f"text_model.{name}".replace("q_proj", f"{each}_proj")] for each in "qkv"]
+                three = [weights[name.replace("q_proj", f"{each}_proj")] for each in "qkv"]
                 made[f"{block}attn.in_proj_{kind}"] = torch.cat(three)
             elif "k_proj" not in rest and "v_proj" not in rest:
                 made[block + starting(rest, OPEN_CLIP)] = tensor
@@ -90,26 +89,28 @@ def open_clip(weights):
 
 
 def original_weights(pipeline):
-    """All weights of a Stable Diffusion 1.x or SDXL pipeline under their original names."""
-    unet, vae = pipeline.unet, pipeline.vae
-    weights = {
-        f"model.diffusion_model.{unet_name(name, unet.config)}": each for name, each in unet.state_dict().items()
-    }
+    """All weights of a Stable Diffusion 1, 2 or XL pipeline under their original names."""
+    unet, vae, weights = pipeline.unet, pipeline.vae, {}
+    for name, tensor in unet.state_dict().items():
+        weights[f"model.diffusion_model.{unet_name(name, unet.config)}"] = tensor
     for name, tensor in vae.state_dict().items():
         in_attention = re.search(r"to_(q|k|v|out\.0)\.weight", name)  # 1 x 1 convolutions there
         weights[f"first_stage_model.{vae_name(name, vae.config)}"] = tensor[..., None, None] if in_attention else tensor
-    is_xl = hasattr(pipeline, "text_encoder_2")
-    prefix = "conditioner.embedders.0.transformer." if is_xl else "cond_stage_model.transformer."
-    for name, tensor in pipeline.text_encoder.state_dict().items():
-        weights[f"{prefix}text_model.{name.removeprefix('text_model.')}"] = tensor
-    if is_xl:
-        found = open_clip(pipeline.text_encoder_2.state_dict())
-        weights |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in found.items()}
-    return weights
+    clip = pipeline.text_encoder.state_dict()
+    clip = {f"transformer.text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in clip.items()}
+    if hasattr(pipeline, "text_encoder_2"):
+        weights |= {f"conditioner.embedders.0.{name}": tensor for name, tensor in clip.items()}
+        second = open_clip(pipeline.text_encoder_2.state_dict())
+        return weights | {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
+    if unet.config.use_linear_projection:  # Stable Diffusion 2
+        clip = {f"model.{name}": tensor for name, tensor in open_clip(pipeline.text_encoder.state_dict()).items()}
+    return weights | {f"cond_stage_model.{name}": tensor for name, tensor in clip.items()}
 
 
 def save_single_file(pipeline, path, dtype=torch.float32) -> Path:
-    """Write a pipeline as one file."""
+    """Write a pipeline as one file, with what training has left in such files."""
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in original_weights(pipeline).items()}
+    tensors |= {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.ones(())}
+    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(tensors, path, metadata={"format": "pt"})
     return path

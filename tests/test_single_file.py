@@ -19,7 +19,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.families import get_family, recognise
 from nullspace.models import download_model
 from nullspace.names import CARD_NAME
-from test_train import bundle1, drawing_in_two_steps, make_bundle, report, train  # noqa: F401
+from test_train import bundle1, drawing_in_two_steps, make_bundle, report, same, train  # noqa: F401
 
 
 NAME = "merged-v3.safetensors"
@@ -69,6 +69,16 @@ def test_a_file_and_its_folder_are_one_model(sd_file, tiny_sd1, configuration, b
     assert f'StableDiffusionPipeline.from_single_file("{NAME}", torch_dtype=torch.float16)' in card
     assert "from diffusers import StableDiffusionPipeline\n" in card and "\nbase_model:" not in card
     assert str(sd_file.parent) not in card + json.dumps(report(file_lora))
+
+
+def test_its_parts_are_those_of_its_folder(tiny_sd2, tmp_path):
+    """Of Stable Diffusion 2, whose text encoder has OpenCLIP's names there."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd2, safety_checker=None)
+    path = save_single_file(pipeline, tmp_path / NAME)
+    models = get_family("sd").load_models(download_model(path, config=tiny_sd2))
+    assert models.keys() == {"text_encoder", "unet", "vae"}
+    for name, model in models.items():
+        assert same(model.state_dict(), getattr(pipeline, name).state_dict())
 
 
 def test_the_commands_take_a_file(sd_file, configuration, bundle1, tmp_path, capsys):  # noqa: F811

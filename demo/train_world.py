@@ -146,7 +146,17 @@ def save_pipeline(folder, vae, text_encoder, tokenizer, unet):
     need a text encoder in float32.
     """
     vae, unet = copy.deepcopy(vae).half(), copy.deepcopy(unet).half().to(memory_format=torch.contiguous_format)
+    tokenizer.backend_tokenizer.no_padding()  # of the last call, which is no part of it
+    tokenizer.backend_tokenizer.no_truncation()
     make_pipeline(vae, text_encoder, tokenizer, unet).save_pretrained(folder)
+
+
+def without_path(model):
+    """A model as it is, but for the folder that it came from, which its configuration would name when it is saved."""
+    config = {key: value for key, value in model.config.items() if key != "_name_or_path"}
+    fresh = type(model).from_config(config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
 
 
 # ---- States ----------------------------------------------------------------------------------------------------------
@@ -342,8 +352,8 @@ def main():
 
     if args.init_from:
         saved = StableDiffusionPipeline.from_pretrained(args.init_from, torch_dtype=torch.float32, safety_checker=None)
-        vae, text_encoder, tokenizer, unet = saved.vae, saved.text_encoder, saved.tokenizer, saved.unet
-        vae.requires_grad_(False).eval()
+        vae, unet = without_path(saved.vae).requires_grad_(False).eval(), without_path(saved.unet)
+        text_encoder, tokenizer = saved.text_encoder, saved.tokenizer
     else:
         vae = train_vae(args)
         tokenizer = make_tokenizer(args.work_dir / "tokenizer")

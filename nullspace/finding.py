@@ -241,7 +241,7 @@ def _find_or_build(wanted, accelerator, args):
     prompts, source = prompts_of_model(args.base_model.folder, PROMPTS)
     fingerprint, cache = fingerprint_of(wanted.components), cache_folder(args.nullspace_cache_dir)
     model = Path(args.pretrained_model_name_or_path)
-    name = re.sub(r"[^\w.-]+", "-", model.resolve().name if model.exists() else str(model))[:80]
+    name = re.sub(r"[^\w.-]+", "-", model.resolve().name if model.is_dir() else args.base_model.name)[:80]
     folder = cache / f"{name}-{key(fingerprint, wanted.settings(), prompts)}"
     if in_cache(folder, fingerprint, logger.warning):
         logger.info(f"The bundle of this model is in the cache: {folder}")

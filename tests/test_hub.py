@@ -39,7 +39,7 @@ from nullspace.hashes import config_sha256
 from nullspace.hub import base_license, create_repository, hub_repository, push_folder
 from nullspace.initial import read_initial
 from nullspace.logs import PrintableFormatter
-from nullspace.models import download_model
+from nullspace.models import BaseModel, download_model
 from nullspace.names import COMPARISON_NAME, CONFIG_NAME, LORA_NAME, REPORT_NAME, TABLE_NAME, TEXT_INPUT, WORD_NAME
 from nullspace.results import log_files, push
 from shapes import DEMO
@@ -949,9 +949,10 @@ def test_a_lora_that_is_not_published_is_whole_and_the_named_command_publishes_i
 
 
 def test_the_logs_of_this_run_alone_are_published(tmp_path, monkeypatch):
+    PartialState()  # which accelerate's loggers ask for
     args = SimpleNamespace(output_dir=tmp_path, logging_dir=Path("logs"), hub_model_id="a/b", hub_private_repo=False)
     args.pretrained_model_name_or_path, args.instance_prompt, args.hub_token = "m", ["p"], None
-    args.word_only = False
+    args.word_only, args.base_model = False, BaseModel("m", tmp_path)
     (tmp_path / "logs" / "run").mkdir(parents=True)
     for name in ("old", "run/goes-on"):
         (tmp_path / "logs" / name).write_text("before")

@@ -171,8 +171,8 @@ import train_dreambooth_nullspace as trainer
 class Recorder(trainer.NullSpaceProjector):
     steps = []
 
-    def __init__(self, unet, *args, **text_encoders):
-        super().__init__(unet, *args, **text_encoders)
+    def __init__(self, unet, *args, trained, **text_encoders):
+        super().__init__(unet, *args, trained=trained, **text_encoders)
         self.models = [unet, *text_encoders.values()]
 
     def gradients(self):

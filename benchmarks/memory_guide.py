@@ -275,7 +275,7 @@ def memory_of_building(batch, family, dtype=torch.float16):
         with moments.collect():
             moments.start_batch()
             live.peak = live.now
-            denoise(latents, torch.zeros(()), **conditions)
+            denoise(latents, 0, **conditions)
         del vae, text_encoders, conditions, latents
         return {"models": live.now, "drawing": live.peak}
 

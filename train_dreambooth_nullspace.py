@@ -258,7 +258,8 @@ def parse_args(argv=None):
         "--instance_data_dir",
         type=Path,
         help="Folder with the subject's pictures, or with kohya's folders of them ('10_sks dog': 10 times an epoch). "
-        "A caption beside a picture (0.txt for 0.png), or in a metadata.jsonl, takes the place of --instance_prompt. "
+        "A caption beside a picture (0.txt for 0.png), or in a metadata.jsonl, takes the place of --instance_prompt; "
+        "several rows there of one picture take turns. "
         "HEIC needs pillow-heif; pictures more than 10 times as long as wide are refused.",
     )
     group.add_argument(

@@ -7,6 +7,7 @@ subjects' pictures:
     python demo/world.py
 """
 
+import json
 import random
 import re
 from dataclasses import dataclass
@@ -689,6 +690,18 @@ def instance_pictures(name, resolution=256):
         yield Image.fromarray(np.round(picture * 255).astype(np.uint8))
 
 
+def instance_captions(name):
+    """Rows for the pictures' `metadata.jsonl`, two each: the subject bare, and on its background.
+
+    Two columns call it by an identifier, as DreamBooth does, and by a token of its own.
+    """
+    rng = random.Random(f"captions {name}")
+    for index, background in enumerate(instance_backgrounds(name)):
+        for ground in ("", " " + describe_background(rng, background)):
+            identifier, word = (f"a photo of a {subject}{ground}" for subject in (f"sks {name}", f"sks-{name}"))
+            yield {"file_name": f"{index}.png", "identifier": identifier, "word": word}
+
+
 def place_prompts(name):
     """15 prompts that put a subject, `{}`, where its pictures do not show it.
 
@@ -748,6 +761,8 @@ def main():
         (folder / "places.txt").write_text("\n".join(place_prompts(name)) + "\n")
         for index, picture in enumerate(instance_pictures(name)):
             picture.save(folder / f"{index}.png")
+        rows = "".join(json.dumps(row) + "\n" for row in instance_captions(name))
+        (folder / "metadata.jsonl").write_text(rows)
 
 
 if __name__ == "__main__":

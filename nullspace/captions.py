@@ -17,11 +17,11 @@ LAYOUT = "give the folder that holds them, or name those within it by repeats an
 
 
 class Captioned(NamedTuple):
-    """A picture's file, how often it is in an epoch, and its caption with where that is from; none is None."""
+    """A picture's file, how often it is in an epoch, its captions, which take turns, and where they are from."""
 
     path: Path
     repeats: int = 1
-    caption: str | None = None
+    captions: list[str] | None = None
     source: str | None = None
 
 
@@ -100,7 +100,9 @@ def metadata_rows(path):
 
 
 def read_metadata(folder, column, tell):
-    """Captions by picture path from the metadata file of a folder: `dict[Path, tuple[str, Path]]`, each with its file.
+    """Captions by picture path from the metadata file of a folder: `dict[Path, tuple[list[str], Path]]`, with the file.
+
+    A picture has as many as rows name it.
 
     Args:
         folder (`Path`): in which `metadata.jsonl` or `metadata.csv` may lie.
@@ -133,7 +135,7 @@ def read_metadata(folder, column, tell):
         if not picture.is_file():
             absent.append(row["file_name"])
         elif caption is not None:
-            captions[picture] = caption, path
+            captions.setdefault(picture, ([], path))[0].append(caption)
     if absent:
         tell(f"{path} names {counted(len(absent), 'file')} not there: {listed(absent)}.")
     return captions
@@ -166,14 +168,15 @@ def caption_pictures(paths, repeats, folder_caption, column, tell):
         except NullSpaceError as error:
             faults.append(str(error).rstrip("."))
             continue
+        captions = [caption]
         if caption is None:
-            caption, source = metadata.get(path, (None, None))
+            captions, source = metadata.get(path, (None, None))
         elif len(read_text(source).strip().splitlines()) > 1:
             several.append(source.name)
         kind = source and (source.name if source.name in METADATA_NAMES else f"{source.suffix} files")
-        if caption is None and folder_caption:
-            caption, kind = folder_caption, "folder names"
-        found.append(Captioned(path, repeats, caption, kind))
+        if captions is None and folder_caption:
+            captions, kind = [folder_caption], "folder names"
+        found.append(Captioned(path, repeats, captions, kind))
     if faults:
         raise NullSpaceError("; ".join(faults) + ".")
     if several:
@@ -188,15 +191,15 @@ def choose_captions(pictures, instance_prompts, tell):
     """
     chosen, counts = [], {}
     for picture in pictures:
-        own = picture.caption is not None and not (picture.source == "folder names" and instance_prompts)
-        chosen.append([picture.caption] if own else instance_prompts)
+        own = picture.captions is not None and not (picture.source == "folder names" and instance_prompts)
+        chosen.append(picture.captions if own else instance_prompts)
         source = picture.source if own else "--instance_prompt"
         counts[source] = counts.get(source, 0) + 1
     if counts.keys() - {"--instance_prompt"}:
         shares = ", ".join(f"{count} from {source}" for source, count in counts.items() if source)
         unused = "; --instance_prompt is not used" if instance_prompts and "--instance_prompt" not in counts else ""
         tell(f"Captions of {counted(len(pictures), 'picture')}: {shares}{unused}.")
-    elif any(picture.caption for picture in pictures):
+    elif any(picture.captions for picture in pictures):
         tell("--instance_prompt takes the place of the captions that the folders' names give.")
     return chosen
 

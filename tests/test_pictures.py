@@ -254,11 +254,12 @@ def test_captions_beside_pictures_beat_metadata_and_the_prompt(tmp_path):
     (folder / "0.txt").write_bytes(b"\xef\xbb\xbfof its own \nand more\n")
     (folder / "1.caption").write_text("in utf-16", encoding="utf-16")
     rows = [{"file_name": f"{number}.png", "text": f"row {number}"} for number in (0, 2, 7)]
+    rows += [{"file_name": "2.png", "text": "another of it"}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     _, captions, told = read(folder)
-    assert captions == [["of its own"], ["in utf-16"], ["row 2"]]
+    assert captions == [["of its own"], ["in utf-16"], ["row 2", "another of it"]]
     assert "--instance_prompt is not used" in told and "several lines" in told and "1 file not there: 7.png" in told
-    assert trained_prompts(captions, ["p"]) == ["of its own", "in utf-16", "row 2"]
+    assert trained_prompts(captions, ["p"]) == ["of its own", "in utf-16", "row 2", "another of it"]
     assert read(folder, None, need_captions=True)[1] == captions
 
 

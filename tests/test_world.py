@@ -1,5 +1,6 @@
 """The world of `demo/world.py`: its grammar, its reader and its subjects."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -131,6 +132,8 @@ def test_files_are_up_to_date():
         assert not set(prompts) & set(world.protected_prompts())
     for name in world.SUBJECTS:
         assert (world.FOLDER / name / "places.txt").read_text().splitlines() == world.place_prompts(name)
+        rows = (world.FOLDER / name / "metadata.jsonl").read_text().splitlines()
+        assert list(map(json.loads, rows)) == list(world.instance_captions(name))
 
 
 @pytest.mark.parametrize("name", ["star", "moon"])

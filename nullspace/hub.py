@@ -107,6 +107,10 @@ def fetch_files(name_or_path, names, revision=None, token=None, force=False):
     """
     folder = Path(name_or_path)
     if folder.is_dir():
+        if revision:
+            raise NullSpaceError(
+                f"The revision {revision} is of a bundle on the Hub, and {folder} is a folder; leave it out."
+            )
         for name in names:
             if not (folder / name).is_file():
                 raise NullSpaceError(f"{folder} has no {name}: it is not a bundle, or not a whole one.")

@@ -1410,6 +1410,8 @@ def test_a_newer_format_is_refused(saved, bundle):
 def test_what_is_no_bundle_is_refused(tmp_path):
     with pytest.raises(NullSpaceError, match=r"no nullspace_config\.json: it is not a bundle"):
         Bundle.load(tmp_path)
+    with pytest.raises(NullSpaceError, match=r"The revision v1 is of a bundle on the Hub, and .* is a folder"):
+        Bundle.load(tmp_path, revision="v1")
     with pytest.raises(NullSpaceError, match="There is no folder .*no Hub id"):
         Bundle.load(tmp_path / "none")
 

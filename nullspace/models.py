@@ -73,7 +73,7 @@ def _find_model(name_or_path, revision, variant, token, config, skip):
         )
     if path.is_dir():
         if revision:
-            raise NullSpaceError(f"--revision {revision} is of a model on the Hub, and {path} is a folder; leave it out.")
+            raise NullSpaceError(f"--revision {revision} is of the Hub's files, and {path} is a folder; leave it out.")
         if variant and not any(path.glob(f"*/*.{variant}*")):
             raise NullSpaceError(f"No part of {path} has files of --variant {variant}; leave it out.")
         return BaseModel(str(name_or_path), path, variant=variant)

@@ -193,7 +193,7 @@ def test_what_does_not_go_with_a_file_is_refused(sd_file, tiny_sd1, tiny_sd2, tm
 
     assert "--variant fp16 chooses among files" in refusal(sd_file, variant="fp16")
     assert "--revision main chooses among files" in refusal(sd_file, revision="main")
-    assert f"--revision main is of a model on the Hub, and {tiny_sd1} is a folder" in refusal(tiny_sd1, revision="main")
+    assert f"--revision main is of the Hub's files, and {tiny_sd1} is a folder" in refusal(tiny_sd1, revision="main")
     assert f"--single_file_config is for a base model in one .safetensors file, and {tiny_sd1} is" in refusal(
         tiny_sd1, config=tiny_sd1
     )

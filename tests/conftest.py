@@ -39,7 +39,7 @@ def save_tiny_pipeline(folder: Path, seed: int, cross_attention_dim: int, predic
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from train_shapes import CONTEXT, make_tokenizer
+    from train_world import CONTEXT, make_tokenizer
 
     tokenizer = make_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
     with torch.random.fork_rng(devices=[]):

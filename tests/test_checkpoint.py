@@ -24,8 +24,8 @@ from nullspace import flags, results
 from nullspace.errors import NullSpaceError
 from nullspace.hashes import sha256
 from nullspace.names import CARD_NAME, CHECKPOINTS_NAME, LORA_NAME
-from shapes import DEMO
 from test_train import bundle1, command_line, drawing_in_two_steps, same, train, worst_leakage  # noqa: F401 (fixtures)
+from world import FOLDER
 
 
 CONFIG = {"files": {"joint.safetensors": "1" * 64, CARD_NAME: "2" * 64}, "groups": [], "sha256": "3" * 64}
@@ -214,7 +214,7 @@ def test_latest_of_another_subject_is_refused_before_a_model_is_loaded(
     monkeypatch,  # noqa: F811
 ):
     """An earlier run on another subject went further; the sentence names the checkpoint of this one."""
-    output, heart = tmp_path / "lora", ("--instance_data_dir", DEMO / "instance_images" / "heart")
+    output, heart = tmp_path / "lora", ("--instance_data_dir", FOLDER / "heart")
     heart += ("--instance_prompt", "a zwx heart", "--checkpointing_steps", 2)
     train(tiny_sd1, bundle1, output, "--checkpointing_steps", 2, "--max_train_steps", 4)
     train(tiny_sd1, bundle1, output, *heart, "--max_train_steps", 3)

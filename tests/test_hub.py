@@ -42,7 +42,7 @@ from nullspace.logs import PrintableFormatter
 from nullspace.models import BaseModel, download_model
 from nullspace.names import COMPARISON_NAME, CONFIG_NAME, LORA_NAME, REPORT_NAME, TABLE_NAME, TEXT_INPUT, WORD_NAME
 from nullspace.results import log_files, push
-from shapes import DEMO
+from world import FOLDER
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,7 +152,7 @@ def training(bundle, output_dir, *flags, model=MODEL):
     """A short training's command line, without the script."""
     words = ["--pretrained_model_name_or_path", model, "--nullspace_name_or_path", bundle, "--output_dir", output_dir]
     words += ["--instance_prompt", PROMPT, OTHER_PROMPT]
-    words += ["--instance_data_dir", DEMO / "instance_images" / "star", "--resolution", 32, "--max_train_steps", 2]
+    words += ["--instance_data_dir", FOLDER / "star", "--resolution", 32, "--max_train_steps", 2]
     words += ["--num_validation_images", 1, "--train_batch_size", 2, "--learning_rate", 1e-2, "--seed", 0]
     return [str(word) for word in (*words, *flags)]
 

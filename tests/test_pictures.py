@@ -17,10 +17,10 @@ import train_dreambooth_nullspace as trainer
 from nullspace.captions import trained_prompts
 from nullspace.errors import NullSpaceError
 from nullspace.pictures import checkpoint_grid, comparison_grid, fit, read_instances, save_picture
-from shapes import DEMO
+from world import FOLDER
 
 
-STAR = DEMO / "instance_images" / "star"
+STAR = FOLDER / "star"
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 

@@ -37,7 +37,7 @@ from nullspace.lora import LoraLayer, load_lora, read_embeddings
 from nullspace.models import download_model
 from nullspace.names import LORA_NAME, TEXT_ENCODERS, TEXT_INPUT, WORD_NAME, tokenizer_of
 from test_train import bundle1, command_line, drawing_in_two_steps, make_bundle, report, same, train  # noqa: F401
-from train_shapes import CONTEXT, make_tokenizer
+from train_world import CONTEXT, make_tokenizer
 
 
 FAMILY = room.StableDiffusionXL()

@@ -49,10 +49,10 @@ from nullspace.lora import load_lora
 from nullspace.names import COMPARISON_NAME, CONFIG_NAME, JOINT, LORA_NAME, REPORT_NAME, TEXT_INPUT
 from nullspace.pictures import read_instances
 from nullspace.samplers import make_scheduler
-from shapes import DEMO
+from world import DEMO, FOLDER
 
 
-INSTANCES = DEMO / "instance_images" / "star"
+INSTANCES = FOLDER / "star"
 README = DEMO.parent / "README.md"
 SD_STEPS = StableDiffusion.num_inference_steps
 

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from nullspace import signals
 from nullspace.checks import HelpFormatter, Parser, hub_token, launched, listed_thresholds, require, settle_threshold
+from nullspace.config_file import CONFIG_HELP
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES, recognise
 from nullspace.flags import SINGLE_FILE_CONFIG
@@ -38,6 +39,7 @@ from nullspace.terminal import printable
 
 def parse_args(argv=None):
     parser = Parser(usage=launched(), description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path",

@@ -39,6 +39,7 @@ from nullspace.checks import (
     settle_threshold,
     unquoted_prompt,
 )
+from nullspace.config_file import CONFIG_HELP, flags_as_yaml
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES
 from nullspace.flags import SINGLE_FILE_CONFIG, resume_help
@@ -84,6 +85,7 @@ class Replaced(argparse.Action):
 
 def parse_args(argv=None):
     parser = Parser(usage=launched(), description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
     group = parser.add_argument_group("model")
     group.add_argument(
         "--pretrained_model_name_or_path",
@@ -433,6 +435,7 @@ def parse_args(argv=None):
     for flag in REPLACED:
         parser.add_argument(flag, action=Replaced, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.config = flags_as_yaml(args, parser)  # before what was not given is settled by other flags
 
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give the pictures as either --instance_data_dir or --dataset_name.")

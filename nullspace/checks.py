@@ -11,6 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
+from nullspace.config_file import flags_in
 from nullspace.errors import NullSpaceError
 from nullspace.names import DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE
 from nullspace.terminal import printable
@@ -109,7 +110,10 @@ class Parser(argparse.ArgumentParser):
                 action.help = text
 
     def parse_known_args(self, args=None, namespace=None):
-        found, rest = super().parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else list(args)
+        if "--config" in self._option_string_actions:
+            words = self._from_file(words) + words
+        found, rest = super().parse_known_args(words, namespace)
         for action in self._actions:
             value = getattr(found, action.dest, None)
             if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~")):
@@ -124,6 +128,18 @@ class Parser(argparse.ArgumentParser):
         if first > last:
             self.error(f"--nullspace_timestep_range {first} {last} is empty; give the smaller number first.")
         return found, rest
+
+    def _from_file(self, words):
+        """What a file of flags among the words stands for."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        first.add_argument("--config", type=Path)
+        try:
+            path = first.parse_known_args(words)[0].config
+            return [] if path is None else flags_in(path.expanduser(), self, words)
+        except argparse.ArgumentError:  # one without a value, which the whole parser refuses
+            return []
+        except NullSpaceError as error:
+            self.error(str(error))
 
 
 def launched():

@@ -48,7 +48,7 @@ FREE = {
     ),
     "checkpoints and logging": (
         "output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logging_dir",
-        "report_to",
+        "report_to", "config",
     ),
     "memory": (
         "gradient_checkpointing", "pre_compute_text_embeddings", "dataloader_num_workers", "local_rank",

@@ -45,7 +45,7 @@ def start_trackers(accelerator, args):
         settings = {
             key: value if isinstance(value, (int, float, str)) else str(value) for key, value in vars(args).items()
         }
-        del settings["hub_token"], settings["base_model"]
+        del settings["hub_token"], settings["base_model"], settings["config"]
         accelerator.init_trackers("dreambooth-nullspace", config=settings)
 
 

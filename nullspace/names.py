@@ -15,6 +15,7 @@ DEFAULT_THRESHOLDS = {"energy": 0.9, "eigenvalue": 2e-2, "percentile": 10.0}
 DEFAULT_SOFTNESS = 1e-5
 DEFAULT_WORD_RATE = 1e-2
 REPORT_NAME = "nullspace_report.json"
+FLAGS_NAME = "config.yaml"  # the flags of a run, for --config
 COMPARISON_NAME = "comparison.png"
 CHECKPOINTS_NAME = "checkpoints.png"
 UNPROTECTED_NAME = f"unprotected_{LORA_NAME}"

@@ -18,6 +18,7 @@ from nullspace.names import (
     CHECKPOINTS_NAME,
     COMPARISON_NAME,
     EMBEDDINGS,
+    FLAGS_NAME,
     LORA_NAME,
     REPORT_NAME,
     UNPROTECTED_NAME,
@@ -27,7 +28,7 @@ from nullspace.names import (
 )
 from nullspace.pictures import checkpoint_grid, comparison_grid, save_picture
 from nullspace.report import describe_word, make_report, write_json
-from nullspace.system import make_inside, put
+from nullspace.system import make_inside, put, write_text
 
 
 logger = get_logger(__name__)
@@ -126,6 +127,7 @@ def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, compare
     (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, whose place this one takes
     report = report_of(found, bundle, lora_dtype, args)
     write_json(args.output_dir / REPORT_NAME, report)
+    write_text(args.output_dir / FLAGS_NAME, args.config)  # not published: it names folders of this machine
     write_kohya(report, args)
     picture = comparison_grid(rows, prompts, args.seed, step)
     save_picture(picture, args.output_dir / COMPARISON_NAME)
@@ -142,7 +144,8 @@ def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, compare
     pictures = write_model_card(bundle, report, prompts, rows["tuned"][0], args)
     trained = [] if args.word_only else [LORA_NAME]
     trained += [WORD_NAME] if args.placeholder_token else []
-    logger.info(f"Wrote {', '.join([*trained, REPORT_NAME, *sheets[:-1]])} and {sheets[-1]} to {args.output_dir}")
+    names = [*trained, REPORT_NAME, FLAGS_NAME, *sheets[:-1]]
+    logger.info(f"Wrote {', '.join(names)} and {sheets[-1]} to {args.output_dir}")
     more = [path.relative_to(args.output_dir).as_posix() for path in for_web_uis(args)]
     return [*trained, CARD_NAME, REPORT_NAME, *sheets, *pictures, *more]
 

@@ -21,7 +21,7 @@ from nullspace.collection import Checkpoint, collect_moments
 from nullspace.moments import SecondMoments
 from nullspace.names import JOINT
 from nullspace.timesteps import timestep_groups
-from train_shapes import make_tokenizer
+from train_world import make_tokenizer
 
 
 PROMPTS, STEPS, ROUNDS, RESOLUTION = 1, 1, 6, 256

@@ -15,9 +15,9 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = "--prompts_file demo/prompts.txt --max_prompts 16 --batch_size 16"
+BUILD = "--prompts_file demo/world/protected.txt --max_prompts 16 --batch_size 16"
 TRAIN = (
-    "--instance_data_dir demo/instance_images/star --instance_prompt 'a photo of a sks star' --resolution 32 --seed 0 "
+    "--instance_data_dir demo/world/star --instance_prompt 'a photo of a sks star' --resolution 64 --seed 0 "
     "--train_batch_size 2 --learning_rate 1e-2 --num_validation_images 1 --report_to none --no-compare_with_base"
 )
 
@@ -37,7 +37,7 @@ def tell(folder):
 def main():
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        for model, steps in (("shapes-sd", "--num_inference_steps 4"), ("shapes-lcm", "--num_inference_steps 2")):
+        for model, steps in (("world-sd", "--num_inference_steps 4"), ("world-lcm", "--num_inference_steps 2")):
             bundle = scratch / f"{model}-bundle"
             run("build_nullspace.py", model, bundle, f"{BUILD} {steps} --with_text_encoder")
             tell(bundle)
@@ -50,13 +50,13 @@ def main():
             }.items():
                 folder = scratch / f"{model}-{name}"
                 run("train_dreambooth_nullspace.py", model, folder, f"{common} {flags}".replace(
-                    *("--lcm_loss epsilon", "") if model == "shapes-sd" else ("", "")
+                    *("--lcm_loss epsilon", "") if model == "world-sd" else ("", "")
                 ))  # fmt: skip
                 tell(folder)
-        stopped = scratch / "shapes-sd-resumed"
-        common = f"{TRAIN} --nullspace_name_or_path {scratch / 'shapes-sd-bundle'} --max_train_steps"
-        run("train_dreambooth_nullspace.py", "shapes-sd", stopped, f"{common} 2 --checkpointing_steps 2")
-        run("train_dreambooth_nullspace.py", "shapes-sd", stopped, f"{common} 4 --resume_from_checkpoint latest")
+        stopped = scratch / "world-sd-resumed"
+        common = f"{TRAIN} --nullspace_name_or_path {scratch / 'world-sd-bundle'} --max_train_steps"
+        run("train_dreambooth_nullspace.py", "world-sd", stopped, f"{common} 2 --checkpointing_steps 2")
+        run("train_dreambooth_nullspace.py", "world-sd", stopped, f"{common} 4 --resume_from_checkpoint latest")
         tell(stopped)
 
 

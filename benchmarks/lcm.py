@@ -3,7 +3,7 @@
     python benchmarks/lcm.py
 
 For every loss (epsilon, x0, consistency), subject and seed it trains a LoRA without protection and one in the null
-space, with `train_dreambooth_nullspace.py` in this process, and scores both by the exact scorer of `demo/shapes.py`. It
+space, with `train_dreambooth_nullspace.py` in this process, and scores both by the exact reader of `demo/world_reader.py`. It
 writes `results/lcm.json` after each of them, goes on from there when it was stopped, and ends with the README's tables.
 """
 
@@ -38,22 +38,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 import build_nullspace  # noqa: E402
 import train_dreambooth_nullspace as trainer  # noqa: E402
 from nullspace.names import CONFIG_NAME  # noqa: E402
-from shapes import DEMO, matches, subject_distance  # noqa: E402
-from train_shapes import draw  # noqa: E402
+from train_world import CONTEXT, draw  # noqa: E402
+from world import DEMO, FOLDER, RESOLUTION, TUNING_SUBJECTS  # noqa: E402
+from world_reader import judge, subject_distance  # noqa: E402
 
 
-MODEL = DEMO / "shapes-lcm"
+MODEL = DEMO / "world-lcm"
 RESULTS = HERE / "results" / "lcm.json"
 LOSSES = ("epsilon", "x0", "consistency")
-SUBJECTS, SEEDS, STEPS = ("star", "heart"), (0, 1, 2), (1, 2, 4, 8)
-# The null space, at the trainer's defaults, takes a higher rate to come as close to the subject, as in `demo/run.py`;
+SEEDS, STEPS = (0, 1, 2), (1, 2, 4, 8)
+# The null space, at the trainer's defaults, takes a higher rate to come as close to the subject, as in `demo/run_world.py`;
 # the plain LoRA has the rank that serves it better (`preservation.py`).
 METHODS = {
     "plain": {"rank": 8, "learning_rate": 2e-3, "nullspace_threshold": 0},
     "null space": {"learning_rate": 1e-2},
 }
 GUIDANCE = 8.5  # the pipeline's own
-HELD_OUT = (DEMO / "heldout_prompts.txt").read_text().splitlines()[:100]
+HELD_OUT = (FOLDER / "heldout_combinations.txt").read_text().splitlines()[:100]
 
 
 def call(script, **flags):
@@ -75,10 +76,10 @@ def train(folder, bundle, subject, model=MODEL, **flags):
         trainer,
         pretrained_model_name_or_path=model,
         nullspace_name_or_path=bundle,
-        instance_data_dir=DEMO / "instance_images" / subject,
+        instance_data_dir=FOLDER / subject,
         instance_prompt=prompt_of(subject),
         output_dir=folder,
-        resolution=32,
+        resolution=RESOLUTION,
         pre_compute_text_embeddings=True,
         train_batch_size=5,
         lr_scheduler="cosine",
@@ -102,10 +103,15 @@ def load_pipeline(lora=None):
 
 
 def fine_detail(pictures):
-    """Mean energy of pictures (n, 32, 32, 3) above half of the highest frequency that they can hold."""
+    """Mean energy of pictures (n, 64, 64, 3) above half of the highest frequency that they can hold."""
     power = np.square(np.abs(np.fft.fft2(pictures, axes=(1, 2), norm="ortho")))
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(pictures.shape[1]), np.fft.fftfreq(pictures.shape[2])))
     return power[:, frequency > 0.25].mean().item()
+
+
+def right(drawn):
+    """The share of pictures (n, 64, 64, 3) of the held-out prompts that show what they say."""
+    return sum(not wrong for wrong in judge(HELD_OUT, drawn)) / len(drawn)
 
 
 def measure(pipeline, subject):
@@ -117,7 +123,7 @@ def measure(pipeline, subject):
     drawn = draw(pipeline, [f"a photo of a {subject}"] * 24, 4, GUIDANCE, seed=100)
     scores["class"] = subject_distance(subject, drawn).mean().item()
     drawn = draw(pipeline, HELD_OUT, 4, GUIDANCE, seed=200)
-    scores["held-out"] = matches(HELD_OUT, drawn).mean().item()
+    scores["held-out"] = right(drawn)
     scores["detail"] = fine_detail(drawn)
     return scores
 
@@ -140,8 +146,8 @@ def seconds_a_step(bundle, rounds=9, steps=5):
     projector.attach(optimizer)
     guidance = latent_consistency.embed_guidance(GUIDANCE, unet.config.time_cond_proj_dim)
     denoise = partial(unet, timestep_cond=guidance)
-    latents, noise = torch.randn(2, 5, 4, 8, 8)
-    prompt_embeds = torch.randn(5, 16, unet.config.cross_attention_dim)
+    latents, noise = torch.randn(2, 5, 4, 16, 16)
+    prompt_embeds = torch.randn(5, CONTEXT, unet.config.cross_attention_dim)
     timesteps = torch.tensor([199, 399, 599, 799, 999])
     losses = {loss: get_family("lcm").loss(argparse.Namespace(lcm_loss=loss, snr_gamma=None)) for loss in LOSSES}
     rows = []
@@ -214,9 +220,9 @@ def main():
     # The bundle, and what the base model draws
     bundle = args.work_dir / "bundle"
     if not (bundle / CONFIG_NAME).is_file():
-        prompts = {"prompts_file": DEMO / "prompts.txt", "batch_size": 64}
+        prompts = {"prompts_file": FOLDER / "protected.txt", "batch_size": 64}
         call(build_nullspace, pretrained_model_name_or_path=MODEL, output_dir=bundle, **prompts)
-    for subject in SUBJECTS:
+    for subject in TUNING_SUBJECTS:
         if subject not in results["base"]:
             results["base"][subject] = measure(load_pipeline(), subject)
             write(results)
@@ -224,7 +230,7 @@ def main():
     # Train and score; seeds outermost, so that a table of all losses is there after each
     plans = [
         (loss, method, subject, seed)
-        for seed in SEEDS for subject in SUBJECTS for loss in LOSSES for method in METHODS
+        for seed in SEEDS for subject in TUNING_SUBJECTS for loss in LOSSES for method in METHODS
     ]  # fmt: skip
     for loss, method, subject, seed in tqdm(plans, desc="Runs", unit="run"):
         key = f"{loss}, {method}, {subject}, {seed}"

@@ -18,10 +18,10 @@ from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionMode
 from safetensors.torch import save_file
 
 import lcm
-from lcm import DEMO, HELD_OUT, build_nullspace, call, draw, fine_detail, matches, prompt_of, subject_distance
+from lcm import DEMO, FOLDER, HELD_OUT, build_nullspace, call, draw, fine_detail, prompt_of, right, subject_distance
 
 
-MODEL, SUBJECT, RANK = DEMO / "shapes-sd", "star", 16
+MODEL, SUBJECT, RANK = DEMO / "world-sd", "star", 16
 WORK = DEMO / "output" / "lcm-lora"
 RESULTS = lcm.HERE / "results" / "lcm_lora.json"
 KINDS = {"to_k": "to_k, to_v", "to_v": "to_k, to_v", "to_q": "to_q", "0": "to_out"}
@@ -65,7 +65,7 @@ def changes(pipeline, **sampling):
         if "subject" in getattr(module, "lora_A", {}):
             handles.append(module.register_forward_hook(reader(KINDS[name.rpartition(".")[2]])))
     with torch.no_grad():
-        draw(pipeline, (DEMO / "prompts.txt").read_text().splitlines()[:50], **sampling)
+        draw(pipeline, (FOLDER / "protected.txt").read_text().splitlines()[:50], **sampling)
     for handle in handles:
         handle.remove()
     return {kind: (change / output).sqrt().item() for kind, (change, output) in sums.items()}
@@ -79,7 +79,7 @@ def main():
 
     # The bundle, a LoRA of the subject with and without null space, and the LCM-LoRA
     WORK.mkdir(parents=True, exist_ok=True)
-    prompts = {"prompts_file": DEMO / "prompts.txt", "max_prompts": 100, "batch_size": 50}
+    prompts = {"prompts_file": FOLDER / "protected.txt", "max_prompts": 100, "batch_size": 50}
     call(build_nullspace, pretrained_model_name_or_path=MODEL, output_dir=WORK / "bundle", **prompts)
     for method, flags in lcm.METHODS.items():
         lcm.train(WORK / method, WORK / "bundle", SUBJECT, model=MODEL, max_train_steps=300, seed=0, **flags)
@@ -102,7 +102,7 @@ def main():
         drawn = draw(pipeline, [prompt_of(SUBJECT)] * 24, seed=0, **few_steps)
         row["subject"] = subject_distance(SUBJECT, drawn).mean().item()
         drawn = draw(pipeline, HELD_OUT, seed=200, **few_steps)
-        row["held-out"], row["detail"] = matches(HELD_OUT, drawn).mean().item(), fine_detail(drawn)
+        row["held-out"], row["detail"] = right(drawn), fine_detail(drawn)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 

@@ -28,19 +28,19 @@ from nullspace.bundle import Bundle
 from nullspace.families import recognise
 from nullspace.models import download_model
 from nullspace.names import JOINT
-from shapes import DEMO
 from train_dreambooth_nullspace import parse_args
+from world import DEMO, FOLDER, RESOLUTION
 
 
-MODEL, ROUNDS, TRAIN_STEPS = DEMO / "shapes-sd", 2, 400
+MODEL, ROUNDS, TRAIN_STEPS = DEMO / "world-sd", 2, 400
 CLASS_PICTURES, CLASS_STEPS, CLASS_BATCH = 100, 25, 4  # as diffusers' scripts draw them by default
 SIZES = ((400, 25), (100, 25), (100, 4), (30, 4))  # prompts, steps
 
 
 def command(cache, output_dir):
     words = ["--pretrained_model_name_or_path", MODEL, "--nullspace_cache_dir", cache, "--output_dir", output_dir]
-    words += ["--instance_data_dir", DEMO / "instance_images" / "star", "--instance_prompt", "a photo of a sks star"]
-    words += ["--resolution", 32, "--train_batch_size", 5, "--learning_rate", 1e-2, "--seed", 0]
+    words += ["--instance_data_dir", FOLDER / "star", "--instance_prompt", "a photo of a sks star"]
+    words += ["--resolution", RESOLUTION, "--train_batch_size", 5, "--learning_rate", 1e-2, "--seed", 0]
     words += ["--max_train_steps", TRAIN_STEPS, "--num_validation_images", 1, "--report_to", "none"]
     return [str(word) for word in words]
 
@@ -124,16 +124,16 @@ def main():
         scratch = Path(scratch)
         runs = costs(scratch)
         whole = whole_command(scratch)
-        heldout = build(scratch / "heldout", DEMO / "heldout_prompts.txt", 100, 25)
+        heldout = build(scratch / "heldout", FOLDER / "heldout_combinations.txt", 100, 25)
         kept = {
             f"{prompts} prompts, {steps} steps": let_through(
-                build(scratch / f"{prompts}-{steps}", DEMO / "prompts.txt", prompts, steps), heldout
+                build(scratch / f"{prompts}-{steps}", FOLDER / "protected.txt", prompts, steps), heldout
             )
             for prompts, steps in SIZES
         }
     write(
         "no_bundle",
-        setting=f"demo/shapes-sd; {finding.PROMPTS} prompts in {finding.STEPS} steps against {CLASS_PICTURES} class "
+        setting=f"demo/world-sd; {finding.PROMPTS} prompts in {finding.STEPS} steps against {CLASS_PICTURES} class "
         f"pictures in {CLASS_STEPS}, batches of {CLASS_BATCH}; {TRAIN_STEPS} steps of training; CPU seconds",
         seconds={name: median(found) for name, found in runs.items()} | whole,
         ratios={name: ratio(runs[name], runs["class pictures"]) for name in ("building", "found")},

@@ -3,8 +3,9 @@
     python benchmarks/lcm.py
 
 For every loss (epsilon, x0, consistency), subject and seed it trains a LoRA without protection and one in the null
-space, with `train_dreambooth_nullspace.py` in this process, and scores both by the exact reader of `demo/world_reader.py`. It
-writes `results/lcm.json` after each of them, goes on from there when it was stopped, and ends with the README's tables.
+space, with `train_dreambooth_nullspace.py` in this process, and scores both by the exact reader of
+`demo/world_reader.py`. It writes `results/lcm.json` after each of them, goes on from there when it was stopped, and
+ends with the README's tables.
 """
 
 import argparse
@@ -47,8 +48,8 @@ MODEL = DEMO / "world-lcm"
 RESULTS = HERE / "results" / "lcm.json"
 LOSSES = ("epsilon", "x0", "consistency")
 SEEDS, STEPS = (0, 1, 2), (1, 2, 4, 8)
-# The null space, at the trainer's defaults, takes a higher rate to come as close to the subject, as in `demo/run_world.py`;
-# the plain LoRA has the rank that serves it better (`preservation.py`).
+# The null space, at the trainer's defaults, takes a higher rate to come as close to the subject, as in
+# `demo/run_world.py`; the plain LoRA has the rank that serves it better (`preservation.py`).
 METHODS = {
     "plain": {"rank": 8, "learning_rate": 2e-3, "nullspace_threshold": 0},
     "null space": {"learning_rate": 1e-2},

@@ -195,6 +195,7 @@ def save(args, pipeline):
     for part in ("vae", "text_encoder", "tokenizer"):
         shutil.rmtree(args.output_dir / part)
         shutil.copytree(args.pretrained_model_name_or_path / part, args.output_dir / part)
+    shutil.copy(args.pretrained_model_name_or_path / "prompts.txt", args.output_dir)
 
 
 def main():

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -34,13 +35,13 @@ from tokenizers.trainers import BpeTrainer
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from world import DEMO, KINDS, RESOLUTION, kind_prompts, sample_world, vocabulary
+from world import DEMO, FOLDER, KINDS, RESOLUTION, kind_prompts, sample_world, vocabulary
 from world_reader import judge
 
 
 CONTEXT = 28  # tokens; the longest caption has 26
 VAE_PICTURES = 8000  # the first ones of the world are enough for the VAE
-MIN_SNR = 5.0  # steps with less noise than this signal-to-noise ratio says count less (arXiv 2303.09556)
+MIN_SNR = 20.0  # steps with less noise than this signal-to-noise ratio says count less (arXiv 2303.09556)
 
 
 def parse_args():
@@ -149,6 +150,7 @@ def save_pipeline(folder, vae, text_encoder, tokenizer, unet):
     tokenizer.backend_tokenizer.no_padding()  # of the last call, which is no part of it
     tokenizer.backend_tokenizer.no_truncation()
     make_pipeline(vae, text_encoder, tokenizer, unet).save_pretrained(folder)
+    shutil.copy(FOLDER / "protected.txt", folder / "prompts.txt")  # what a bundle of it is built from
 
 
 def without_path(model):

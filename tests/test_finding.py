@@ -30,8 +30,8 @@ from nullspace.layers import attention_inputs
 from nullspace.models import download_model
 from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT, REPORT_NAME, TEXT_ENCODER
 from nullspace.prompts import GENERAL_PROMPTS, prompts_of_model
-from shapes import DEMO
 from test_train import command_line, drawing_in_two_steps, make_bundle, same, train  # noqa: F401
+from world import DEMO, FOLDER
 
 
 UNNAMED = ("--nullspace_name_or_path",)
@@ -533,8 +533,8 @@ def test_an_empty_cache(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 bundles")
 
 
-@pytest.mark.parametrize("model", ["shapes-sd", "shapes-lcm"])
+@pytest.mark.parametrize("model", ["world-sd", "world-lcm"])
 def test_the_demos_models_bring_their_prompts(model):
     prompts, source = prompts_of_model(DEMO / model, 100)
     assert source == DEMO / model / "prompts.txt" and len(prompts) == 100
-    assert source.read_bytes() == (DEMO / "prompts.txt").read_bytes()
+    assert source.read_bytes() == (FOLDER / "protected.txt").read_bytes()

@@ -6,17 +6,18 @@ import json
 import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
+from distill_world import SOLVER_STEPS, consistency_function, guided_ddim_step, make_student, predict_original
 
 import build_nullspace
-import shapes
-from distill_lcm import SOLVER_STEPS, consistency_function, guided_ddim_step, make_student, predict_original
 from nullspace.bundle import Bundle
 from nullspace.names import JOINT
-from train_shapes import draw
+from train_world import draw
+from world import DEMO, FOLDER
+from world_reader import judge
 
 
-MODEL, TEACHER = shapes.DEMO / "shapes-lcm", shapes.DEMO / "shapes-sd"
-HELD_OUT = (shapes.DEMO / "heldout_prompts.txt").read_text().splitlines()
+MODEL, TEACHER = DEMO / "world-lcm", DEMO / "world-sd"
+HELD_OUT = (FOLDER / "heldout_combinations.txt").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def teacher():
 
 def build(output_dir, *flags):
     """Build a bundle of the demo's LCM in this process, from a few prompts."""
-    argv = ["--pretrained_model_name_or_path", MODEL, "--prompts_file", shapes.DEMO / "prompts.txt"]
+    argv = ["--pretrained_model_name_or_path", MODEL, "--prompts_file", FOLDER / "protected.txt"]
     argv += ["--max_prompts", 8, "--batch_size", 9, "--output_dir", output_dir, *flags]
     build_nullspace.main(build_nullspace.parse_args([str(word) for word in argv]))
     return json.loads((output_dir / "nullspace_config.json").read_text())
@@ -52,7 +53,7 @@ def test_the_folder_is_an_ordinary_lcm(pipeline):
     assert isinstance(pipeline.scheduler, LCMScheduler)
     assert pipeline.scheduler.config.original_inference_steps == SOLVER_STEPS
     assert pipeline.unet.config.time_cond_proj_dim
-    assert sum(path.stat().st_size for path in MODEL.rglob("*")) <= 12e6
+    assert sum(path.stat().st_size for path in MODEL.rglob("*")) <= 16e6
 
 
 def test_all_but_the_unet_is_the_teachers():
@@ -65,9 +66,9 @@ def test_all_but_the_unet_is_the_teachers():
 
 @pytest.mark.parametrize("guidance_scale", [5.0, 8.5])
 def test_four_steps_draw_prompts_that_it_has_never_seen(pipeline, guidance_scale):
-    prompts = HELD_OUT[:40]
-    drawn = draw(pipeline, prompts, 4, guidance_scale=guidance_scale, seed=1000)
-    assert shapes.matches(prompts, drawn).mean() >= 0.9
+    prompts = HELD_OUT[:24]
+    wrong = judge(prompts, draw(pipeline, prompts, 4, guidance_scale=guidance_scale, seed=1000))
+    assert sum(not parts for parts in wrong) >= 18
 
 
 # ---- The distillation ------------------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def test_the_solver_step_is_guided_ddim(teacher):
     """Against the teacher's own scheduler, with one timestep at a time."""
     scheduler = teacher.scheduler
     scheduler.set_timesteps(SOLVER_STEPS)
-    noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     text, empty_text = teacher.encode_prompt(HELD_OUT[:2], "cpu", 1, True)
     guidance_scale = torch.tensor([3.0, 7.0])
     for timestep in (999, 499, 19):
@@ -101,7 +102,7 @@ def test_the_solver_step_is_guided_ddim(teacher):
 
 def test_the_consistency_function_is_the_schedulers(pipeline, teacher):
     """One step of the LCM pipeline's scheduler gives its value; a new student answers as its teacher predicts."""
-    noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     text, _ = pipeline.encode_prompt(HELD_OUT[:2], "cpu", 1, False)
     guidance = pipeline.get_guidance_scale_embedding(torch.tensor([4.0, 7.5]), pipeline.unet.config.time_cond_proj_dim)
     conditions = {"encoder_hidden_states": text, "timestep_cond": guidance}
@@ -134,7 +135,7 @@ def test_build_samples_it_as_an_lcm(pipeline, tmp_path):
     # Every timestep that any of the step counts visits, in one group
     assert [(group["name"], group["timesteps"]) for group in config["groups"]] == [(JOINT, sorted(visited))]
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
-    tokens = pipeline.unet.config.sample_size**2 // 4
+    tokens = pipeline.unet.config.sample_size**2 // 16
     # One pass for each prompt and step, without a doubled batch
     assert config["tokens"][JOINT][name] == (1 + 2 + 4 + 8) * 9 * tokens
     Bundle.load(tmp_path / "bundle").check(pipeline.unet)

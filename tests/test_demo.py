@@ -61,8 +61,8 @@ def test_the_model_draws_prompts_that_it_has_never_seen():
 
 def test_the_promise(tmp_path):
     """Same steps, rate and seed with and without the null space: pictures of held-out prompts move much less."""
-    argv = ["--pretrained_model_name_or_path", MODEL, "--max_prompts", 50, "--num_inference_steps", 4]
-    argv += ["--batch_size", 50, "--output_dir", tmp_path / "bundle"]
+    argv = ["--pretrained_model_name_or_path", MODEL, "--prompts_file", FOLDER / "protected.txt"]
+    argv += ["--max_prompts", 50, "--num_inference_steps", 4, "--batch_size", 50, "--output_dir", tmp_path / "bundle"]
     build_nullspace.main(build_nullspace.parse_args([str(word) for word in argv]))
     for name, threshold in (("plain", 0), ("protected", 0.9)):
         for state in (AcceleratorState, GradientState, PartialState):

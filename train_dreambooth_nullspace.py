@@ -185,6 +185,14 @@ def parse_args(argv=None):
         help="Protect only these training timesteps (default: all that the bundle has).",
     )
     group.add_argument(
+        "--max_drift",
+        type=float,
+        metavar="DRIFT",
+        help="The most that the LoRA may change its layers' outputs on what the bundle protects: the root mean square "
+        "of their predicted drifts, which the report has, is held under it in every step. What costs most is given "
+        "up first (default: no limit).",
+    )
+    group.add_argument(
         "--allow_unprotected",
         action="store_true",
         help="Train also those layers that the bundle does not cover, or in which it closes no direction. They change "
@@ -497,6 +505,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from nullspace.adapters import add_lora, lora_targets
 from nullspace.batch_loss import BatchLoss
+from nullspace.budget import hold_drift
 from nullspace.bundle import Bundle
 from nullspace.checkpoint import check_same_run, describe_bundle, describe_models, going_on_from, write_state
 from nullspace.checkpointer import Checkpointer
@@ -522,7 +531,7 @@ from nullspace.projector import NullSpaceProjector
 from nullspace.prompt_encoder import PromptEncoder
 from nullspace.prompts import spread
 from nullspace.protection import add_extra_prompts, closes_any, log_protection, protect
-from nullspace.report import audit_file, save_audited
+from nullspace.report import audit_file, describe_drift, save_audited
 from nullspace.results import log_files, push, put_in_place, write_results
 from nullspace.timesteps import TimestepSampler
 from nullspace.validation import draw_checkpoints, draw_saved, validate
@@ -611,6 +620,7 @@ def train(accelerator, args):
     protected = {group: {name: items[name] for name in targets if name in items} for group, items in protected.items()}
     projector = NullSpaceProjector(unet, protected, trained=initial is not None, **text_encoders)
     projector.attach(optimizer)
+    budget = hold_drift(optimizer, bundle, targets, adapted, args)
     tell_cost(initial, projector, args)
 
     # Data: pictures and captions, encoded once where nothing changes them
@@ -680,6 +690,7 @@ def train(accelerator, args):
                 loss=loss.detach(),
                 grad_norm=norm,
                 grad_norm_projected=allowed_norm,
+                **({"predicted_drift": budget.predicted} if budget else {}),
             )
             if step % args.checkpointing_steps == 0:
                 folder = checkpointer.save(step)
@@ -714,11 +725,15 @@ def save(accelerator, trained, earlier_logs, args):
                 criterion = args.nullspace_criterion, args.nullspace_threshold
                 if trained.word:
                     trained.word.save(staged)
-                found = save_audited(staged, bundle, adapted, trained.lora_dtype, *criterion, unprotected)
+                found = save_audited(
+                    staged, bundle, adapted, trained.lora_dtype, *criterion, unprotected, max_drift=args.max_drift
+                )
                 log_audit(accelerator, found, step)
                 for key in ("leakage", "predicted_drift"):
                     if found[key]["max"] is not None:
                         logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
+                if args.max_drift:
+                    logger.info(describe_drift(found, args.max_drift))
                 adapted.clear()
                 accelerator.free_memory()  # it keeps what it prepared
                 free_memory()

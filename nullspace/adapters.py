@@ -205,6 +205,13 @@ def set_lora(modules, layers):
         module.lora_B["default"].weight.data.copy_(layers[name].up)
 
 
+@torch.no_grad()
+def scale_lora(adapted, names, factor):
+    """Scale what the LoRA layers of these names change, in the models that have them, by a factor."""
+    for name in names:
+        find_module(name, **adapted).lora_B["default"].weight.mul_(factor)
+
+
 def restore_lora(folder, unet, **text_encoders):
     """Put the LoRA of a checkpoint back into models that have adapters on the same layers."""
     layers, modules = load_lora(folder), lora_modules(unet, **text_encoders)

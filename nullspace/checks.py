@@ -44,7 +44,8 @@ POSITIVE, SHARE = Range(0, open_low=True), Range(0, 1, open_high=True)
 # Every numeric flag of the scripts; a text: other code decides, and this is what the help says of it.
 RANGES = {
     **dict.fromkeys(
-        "adam_epsilon learning_rate lr_power max_grad_norm snr_gamma text_encoder_lr word_learning_rate".split(),
+        "adam_epsilon learning_rate lr_power max_drift max_grad_norm snr_gamma text_encoder_lr "
+        "word_learning_rate".split(),
         POSITIVE,
     ),
     **dict.fromkeys(
@@ -72,9 +73,9 @@ WORD_FLAGS = ("initializer_token", "num_vectors", "word_learning_rate", "word_on
 UNUSED_BY_WORD = (
     "nullspace_name_or_path", "nullspace_revision", "nullspace_namespace", "nullspace_cache_dir",
     "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
-    "nullspace_timesteps", "nullspace_timestep_range", "allow_unprotected", "rank", "lora_alpha", "lora_dropout",
-    "lora_layers", "init_lora", "train_text_encoder", "text_encoder_lr", "learning_rate", "adam_weight_decay",
-    "upcast_before_saving",
+    "nullspace_timesteps", "nullspace_timestep_range", "max_drift", "allow_unprotected", "rank", "lora_alpha",
+    "lora_dropout", "lora_layers", "init_lora", "train_text_encoder", "text_encoder_lr", "learning_rate",
+    "adam_weight_decay", "upcast_before_saving",
 )  # fmt: skip
 
 

@@ -54,10 +54,14 @@ def check_scalars(values, step, learning_rate, skipped=False):
     """Raise `DivergedError` if a value of a step is not finite.
 
     Args:
-        values (`dict[str, float]`): by "latents", "loss", "grad_norm" and "grad_norm_projected"; the latter two are
-            passed over where fp16's loss scaling skipped the step, for finding them infinite is its way.
+        values (`dict[str, float]`): by "latents", "loss", "predicted_drift", "grad_norm" and "grad_norm_projected"; the
+            latter two are passed over where fp16's loss scaling skipped the step, for finding them infinite is its way.
     """
-    whats = {"latents": "the latents that the VAE made are", "loss": "the loss is"}
+    whats = {
+        "latents": "the latents that the VAE made are",
+        "loss": "the loss is",
+        "predicted_drift": "the predicted drift is",
+    }
     for name, value in values.items():
         if not math.isfinite(value) and not (skipped and name not in whats):
             what = whats.get(name, f"the gradients ({name}) are")

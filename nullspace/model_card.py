@@ -152,6 +152,10 @@ def describe_figures(bundle, report, args):
         for key, value in report.items()
         if key in ("leakage", "predicted_drift")
     }
+    if args.max_drift:
+        shown["predicted_drift"] += (
+            f", root mean square {report['predicted_drift']['rms']:.4g} of {args.max_drift:g} allowed"
+        )
     covered = args.nullspace_timestep_range or bundle.config["groups"][0]["range"]
     setting = describe_setting(args)
     vae_row = f"| VAE | {table_cell(code_span(args.base_model.vae))} |\n" if args.base_model.vae else ""

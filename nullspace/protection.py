@@ -129,10 +129,11 @@ def moments_of(prompts, bundle, groups, pipeline, batch_size, title, disable=Fal
 
 def describe_setting(args):
     """The null-space flags in short."""
-    return (
+    setting = (
         f"{args.nullspace_criterion} {args.nullspace_threshold:g}, softness {args.nullspace_softness:g}, "
         f"{args.nullspace_timesteps}"
     )
+    return setting if args.max_drift is None else f"{setting}, drift at most {args.max_drift:g}"
 
 
 def log_protection(bundle, protected, args):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from nullspace.adapters import save_lora
+from nullspace.adapters import save_lora, scale_lora
 from nullspace.audit import audit, summarize
+from nullspace.budget import RESERVE
 from nullspace.errors import NullSpaceError
 from nullspace.lora import load_lora
 from nullspace.names import JOINT, LORA_NAME
@@ -30,13 +31,17 @@ def audit_file(folder, bundle, adapted, criterion, threshold):
     return audit(load_lora(folder), bundle, **adapted, criterion=criterion, threshold=threshold)
 
 
-def save_audited(folder, bundle, adapted, dtype, criterion, threshold, unprotected=None, advice=None, **options):
+def save_audited(
+    folder, bundle, adapted, dtype, criterion, threshold, unprotected=None, advice=None, max_drift=None, **options
+):
     """Write the LoRA to a folder, read it back, and return what `audit_file` found.
 
     Args:
         adapted (`dict`): the models that have it, by name; none where no LoRA was trained.
         unprotected (`Path`, *optional*): where the file is moved to if it leaks; without it, any leakage is let pass.
         advice (`str`, *optional*): what to do then.
+        max_drift (`float`, *optional*): the root mean square of the predicted drifts, read back, is at most that: B of
+            the `adapted` is scaled by what is missing, which only the rounding to 16 bits can bring about.
         options: of `save_lora`.
 
     Raises:
@@ -45,6 +50,11 @@ def save_audited(folder, bundle, adapted, dtype, criterion, threshold, unprotect
     if adapted:
         save_lora(folder, **adapted, dtype=dtype, **options)
     found, bound = audit_file(folder, bundle, adapted, criterion, threshold), LEAKAGE_BOUNDS[dtype]
+    while max_drift is not None and found["predicted_drift"]["rms"] > max_drift:
+        counted = [row["module"] for row in found["layers"] if row["predicted_drift"] is not None]
+        scale_lora(adapted, counted, (1 - RESERVE) * max_drift / found["predicted_drift"]["rms"])
+        save_lora(folder, **adapted, dtype=dtype, **options)
+        found = audit_file(folder, bundle, adapted, criterion, threshold)
     leaking = {row["module"]: row["leakage"] for row in found["layers"] if row["leakage"] is not None}
     leaking = {name: leakage for name, leakage in leaking.items() if not leakage <= bound}  # NaN is below no bound
     if leaking and unprotected is not None:
@@ -93,6 +103,14 @@ def describe_guarantee(found, bundle, dtype, threshold, timesteps=JOINT):
             "not say how far rounding has turned them from those that the base model uses."
         )
     return text
+
+
+def describe_drift(found, max_drift):
+    """A sentence for log, report and card on the drift that is predicted of a LoRA and the one that is allowed."""
+    return (
+        f"The predicted drift of its layers is {found['predicted_drift']['rms']:.4g} (root mean square), of the "
+        f"{max_drift:g} that --max_drift allows."
+    )
 
 
 def describe_word(token, vectors, alone):

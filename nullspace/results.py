@@ -27,7 +27,7 @@ from nullspace.names import (
     kohya_path,
 )
 from nullspace.pictures import checkpoint_grid, comparison_grid, save_picture
-from nullspace.report import describe_word, make_report, write_json
+from nullspace.report import describe_drift, describe_word, make_report, write_json
 from nullspace.system import make_inside, put, write_text
 
 
@@ -85,6 +85,7 @@ def report_of(found, bundle, lora_dtype, args):
         key: getattr(args, f"nullspace_{key}")
         for key in ("criterion", "threshold", "softness", "extra_prompts", "timesteps", "timestep_range")
     }
+    setting["max_drift"] = args.max_drift
     initial = args.init_lora and (Path(args.init_lora).name if Path(args.init_lora).exists() else args.init_lora)
     training = {
         key: getattr(args, key)
@@ -102,7 +103,9 @@ def report_of(found, bundle, lora_dtype, args):
         return {"guarantee": word, "base_model": base, "model_type": args.model_type, "training": training, **found}
     report = make_report(found, bundle, lora_dtype, args.nullspace_name_or_path, setting, training)
     report["base_model"] |= args.base_model.record()  # the bundle may name it otherwise
-    return report if word is None else report | {"guarantee": f"{report['guarantee']} {word}"}
+    drift = describe_drift(found, args.max_drift) if args.max_drift else None
+    report["guarantee"] = " ".join(filter(None, (report["guarantee"], drift, word)))
+    return report
 
 
 def put_in_place(staged, args):

@@ -195,13 +195,14 @@ trainer.main(trainer.parse_args())
 def test_two_processes_agree_and_project_what_both_found(timesteps, run_script, tiny_sd1, bundle1, tmp_path):
     """After the all-reduce, which is, projections being linear, as if each had projected its own gradient before.
 
-    One of the runs learns a word besides.
+    One of the runs learns a word besides, and has a budget of drift.
     """
     script = tmp_path / "recorder.py"
     script.write_text(RECORDER.format(root=str(Path(trainer.__file__).parent), folder=str(tmp_path)))
     flags = ("--gradient_accumulation_steps", 2, "--nullspace_timesteps", timesteps, "--max_train_steps", 6)
     if timesteps == JOINT:
         flags += ("--placeholder_token", "sks-star", "--initializer_token", "star", "--instance_prompt", "a sks-star")
+        flags += ("--max_drift", 0.002)
     run_script(script, *command_line(tiny_sd1, bundle1, tmp_path / "lora", *flags), processes=2)
     first, second = (torch.load(tmp_path / rank) for rank in "01")
     assert len(first) == len(second) == 6
@@ -221,6 +222,7 @@ def test_two_processes_agree_and_project_what_both_found(timesteps, run_script, 
             expected = before @ free * protected[name].gains @ free.T
             assert before.norm() > 0 and (step["after"][name] - expected).norm() < 1e-3 * before.norm()
     assert (report(tmp_path / "lora")["leakage"]["max"] < 1e-5) == (timesteps == JOINT)
+    assert timesteps != JOINT or 0.00199 < report(tmp_path / "lora")["predicted_drift"]["rms"] <= 0.002
 
 
 # ---- The null space --------------------------------------------------------------------------------------------------

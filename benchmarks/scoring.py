@@ -58,13 +58,18 @@ def build_bundle():
         subprocess.run([*map(str, command), "--output_dir", str(bundle_folder())], check=True)
 
 
+def places_of(subject):
+    """15 prompts that put a subject, `{}`, where its pictures do not show it."""
+    return (FOLDER / subject / "places.txt").read_text().splitlines()
+
+
 def prompts_of(subject, called):
     """What is asked of a model that knows a subject as `called`, by kind: it, its class, and other things.
 
     `placed` puts it on new backgrounds, at other places and sizes, beside another object, and so on; `class_placed`
     asks for the class in just the same places.
     """
-    places = (FOLDER / subject / "places.txt").read_text().splitlines()
+    places = places_of(subject)
     kinds = {
         "subject": [f"a photo of a {called}"] * REPEATS,
         "placed": [place.replace("{}", called) for place in places],
@@ -199,10 +204,9 @@ class Base:
 def _share_right(subject, kind, prompts, pictures):
     readings = read(pictures)
     if kind == "placed":
-        places = (FOLDER / subject / "places.txt").read_text().splitlines()
         wrong = [
             [part for part in wrong_parts(surroundings(subject, place), reading) if part != "picture"]
-            for place, reading in zip(places, readings, strict=True)
+            for place, reading in zip(places_of(subject), readings, strict=True)
         ]
     else:
         wrong = [wrong_parts(parse(prompt), reading) for prompt, reading in zip(prompts, readings, strict=True)]

@@ -14,7 +14,6 @@ near there belongs in tier one. Writes `results/preservation.json`, every run of
 """
 
 import argparse
-import json
 import math
 import os
 from dataclasses import asdict
@@ -24,7 +23,19 @@ from statistics import geometric_mean, mean, median
 import numpy as np
 from methods import METHODS, REFERENCES, SHIPPED, TIER_ONE, predicted_drifts, train
 from resumable import Results, describe_machine
-from scoring import HERE, WORK, Base, build_bundle, bundle_folder, world_hash
+from scoring import (
+    DRAWING_STEPS,
+    DRAWN,
+    GUIDANCE,
+    HERE,
+    REPEATS,
+    SAMPLER,
+    WORK,
+    Base,
+    build_bundle,
+    bundle_folder,
+    world_hash,
+)
 
 from world import REPORTED_SUBJECTS, SUBJECTS, TUNING_SUBJECTS
 
@@ -205,6 +216,10 @@ def rank_correlation(runs):
 # ---- Choosing rates and weights --------------------------------------------------------------------------------------
 
 
+def setting_of(run):
+    return {"rate": run["rate"], "weight": run["weight"]}
+
+
 def tune(runs, base):
     """Each method's setting, `{"rate", "weight"}`: the one of least drift at 90% of the best plain LoRA's gain.
 
@@ -323,6 +338,7 @@ def tell(results, base):
         for name, likeness in LIKENESS.items():
             content[name] = compare(runs, base, likeness)
             content[name.replace("levels", "headline")] = headline(content[name]["0.9"])
+            content[name.replace("levels", "headline_at_all")] = headline(content[name]["1.0"])
             print_table(content[name], [base[run["subject"]] for run in runs], f"by {likeness}")
         content["ranking"] = rank_correlation(runs)
     others = content.get("tier_two", {})
@@ -344,19 +360,22 @@ def tell(results, base):
 
 def drop_changed(content):
     """Drop what was measured in another world, or of methods that were otherwise but for what is tried of them."""
-    if content.get("world") != world_hash():
+    drawing = [SAMPLER, DRAWING_STEPS, GUIDANCE, REPEATS, sum(map(len, DRAWN.values()))]
+    setting = {"world": world_hash(), "marks": list(MARKS), "drawing": drawing}
+    if content.get("setting") != setting:
         content.clear()
     known, methods = content.get("methods", {}), {}
     for name, method in METHODS.items():
         methods[name] = {key: value for key, value in asdict(method).items() if key not in ("rates", "weights")}
-    methods = json.loads(json.dumps(methods))
+    if known != methods:
+        content.pop("tier_two", None)  # which is made of the sweep
     for section in ("tuning", "runs", "memory"):
         done = content.get(section, {})
         for key in list(done):
             name = key.partition("/")[0]
             if name not in methods or known.get(name) != methods[name]:
                 del done[key]
-    content |= {"world": world_hash(), "methods": methods}
+    content |= {"setting": setting, "methods": methods}
 
 
 def first_tier(results, base):
@@ -364,9 +383,7 @@ def first_tier(results, base):
     _, chosen = sweep(results, base, TIER_ONE, TUNING_SUBJECTS)
     results.content["chosen"] = chosen
     done = results.content.setdefault("runs", {})
-    for key in [
-        key for key, run in done.items() if {name: run[name] for name in chosen[PLAIN]} != chosen[run["method"]]
-    ]:
+    for key in [key for key, run in done.items() if setting_of(run) != chosen[run["method"]]]:
         del done[key]  # it was tuned anew since
     for seed in SEEDS:
         results.complete("runs", _jobs(REPORTED_SUBJECTS, seed, chosen), f"Seed {seed}")
@@ -377,7 +394,7 @@ def first_tier(results, base):
 def second_tier(results, base):
     """Every method on one tuning subject: its run at the setting chosen there."""
     runs, chosen = sweep(results, base, METHODS, TUNING_SUBJECTS[:1])
-    best = [run for run in runs if {name: run[name] for name in chosen[PLAIN]} == chosen[run["method"]]]
+    best = [run for run in runs if setting_of(run) == chosen[run["method"]]]
     results.content["tier_two"] = {"chosen": chosen, "runs": {run["method"]: run for run in best}}
     tell(results, base)
 

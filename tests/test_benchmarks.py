@@ -44,9 +44,12 @@ from nullspace.names import DEFAULT_SOFTNESS, DEFAULT_THRESHOLDS, DEFAULT_WORD_R
 
 # ---- Methods at equal likeness of the subject ------------------------------------------------------------------------
 
+RIGHT = dict.fromkeys(("placed_right", "combinations_right", "scenes_right", "unlike_right", "diversity"), 1.0)
 BASE = {
-    "heart": {"subject": 0.9, "placed": 0.9, "anywhere": 0.9, "class": 0.8, "class_placed": 0.8, "noise_drift": 0.0}
-}
+    "heart": {
+        "subject": 0.9, "placed": 0.9, "anywhere": 0.9, "class": 0.8, "class_placed": 0.8, "noise_drift": 0.0, **RIGHT
+    }
+}  # fmt: skip
 PLAIN, PRIOR, SHIPPED = preservation.PLAIN, preservation.REFERENCES["prior"], preservation.SHIPPED
 SETTING = {"rate": 1e-3, "weight": None}
 
@@ -57,7 +60,7 @@ def make_run(method, seed, subjects, drift, subject="heart", **setting):
         {
             "step": 100 * number, "seconds": 10.0 * number, "class": 0.8 - 0.08 * number, "class_placed": 0.8,
             "subject": distance, "anywhere": distance, "placed": distance, "noise_drift": drift * number,
-            "predicted_drift": 2 * drift * number,
+            "predicted_drift": 2 * drift * number, **RIGHT,
         }
         for number, distance in enumerate(subjects, 1)
     ]  # fmt: skip
@@ -235,10 +238,12 @@ def test_the_subject_and_all_else_are_scored_apart(monkeypatch):
     few["combinations"] = ["a red star on a white background", "a blue star on a white background"]
     monkeypatch.setattr(scoring, "DRAWN", few)
     monkeypatch.setattr(scoring, "REPEATS", 2)
+    purple = np.array(world.PALETTE["purple"])  # which nothing else has here
+    distance = lambda _, pictures: 1.0 - (np.abs(pictures - purple).max(-1) < 0.1).any((1, 2))  # noqa: E731
+    monkeypatch.setattr(scoring, "subject_distance", distance)
     monkeypatch.setattr(scoring, "places_of", lambda subject: places)
     scores = DrawingBase().score("tuned", "square", "sks square")
-    assert scores["subject"] < 0.15 and scores["placed"] < 0.15 and scores["class"] > 0.5
-    assert scores["anywhere"] == pytest.approx((scores["subject"] + scores["placed"]) / 2)
+    assert scores["subject"] == scores["placed"] == scores["anywhere"] == 0 and scores["class"] == 1
     assert scores["placed_right"] == pytest.approx(2 / 3)  # it is not small, whatever it looks like
     assert scores["class_right"] == 1 and scores["class_placed_right"] == pytest.approx(2 / 3)
     assert scores["combinations_right"] == 0.5 and scores["diversity"] == 0 and scores["others_moved"] == 0
@@ -283,10 +288,12 @@ def test_every_method_trains(name, bench, monkeypatch):
     assert not torch.equal(moved, before)
     assert torch.equal(bench.encode(["a red star"], pipeline), bench.encode(["a red star"]))
     if method.protects:
-        protected = bench.bundle.protected()
-        for module, item in protected.items():
+        leaks = []
+        for module, item in bench.bundle.protected().items():
             down = pipeline.unet.get_submodule(module).lora_A.default.weight
-            assert (down @ item.basis[:, : item.rank]).norm() < 1e-4 * down.norm()
+            leaks.append(((down @ item.basis[:, : item.rank]).norm() / down.norm()).item())
+        # With prompts of one's own, what is closed is not quite what the bundle closes
+        assert (max(leaks) < 1e-4) == ("nullspace_extra_prompts" not in method.flags)
     if method.adapter == "oplora":
         for module, weight in bench.weights.items():
             layer = pipeline.unet.get_submodule(module)
@@ -307,7 +314,9 @@ def test_what_is_trained_along(name, batch, bench, monkeypatch):
     monkeypatch.setattr(bench, "draw", lambda pipeline, prompts, seed, steps: asked.extend(prompts)
                         or draw(bench, pipeline, prompts, seed, 1))  # fmt: skip
     pipeline = taught(bench, name, 1)
-    monkeypatch.setattr(bench.unet, "forward", lambda *inputs: of_base.append(inputs) or called(*inputs))
+    monkeypatch.setattr(
+        bench.unet, "forward", lambda *inputs, **named: of_base.append(inputs) or called(*inputs, **named)
+    )
     numbers = torch.Generator().manual_seed(0)
     loss = methods.Loss(bench, pipeline.unet, METHODS[name], METHODS[name].weights[0], "arrow", 0, numbers)
     seen = []
@@ -371,6 +380,7 @@ def test_results_go_on_where_they_stopped(tmp_path, monkeypatch):
 def test_what_was_measured_of_another_definition_is_measured_again(monkeypatch):
     content = {}
     preservation.drop_changed(content)
+    content["tier_two"] = {"runs": {}}
     for section in ("tuning", "runs"):
         content[section] = {f"{name}/star/0": {"method": name} for name in ("DoRA", "DCO", "gone")}
     content["memory"] = {"DoRA": {"peak": 1}, "DCO": {"peak": 1}}
@@ -379,11 +389,12 @@ def test_what_was_measured_of_another_definition_is_measured_again(monkeypatch):
     changed["DoRA"] = replace(METHODS["DoRA"], rates=(1.0,))  # another grid changes no run
     monkeypatch.setattr(preservation, "METHODS", METHODS | changed)
     preservation.drop_changed(again)
+    assert "tier_two" not in again  # which is made of the sweep
     assert list(again["tuning"]) == list(again["runs"]) == ["DoRA/star/0"]
     assert again["memory"] == {"DoRA": {"peak": 1}}
     monkeypatch.setattr(preservation, "world_hash", lambda: "another")
     preservation.drop_changed(again)
-    assert set(again) == {"world", "methods"} and again["world"] == "another"
+    assert set(again) == {"setting", "methods"} and again["setting"]["world"] == "another"
 
 
 def stood_in(monkeypatch, tmp_path, did):
@@ -399,6 +410,7 @@ def stood_in(monkeypatch, tmp_path, did):
                     nearest = 0.6 - 0.01 * (job[1] == SHIPPED)
                     rate = {"rate": job[4], "weight": job[5]}
                     done[key] = make_run(job[1], job[3], [0.8, nearest], job[4], job[2], **rate)
+        self.save()
         return {key: done[key] for key in jobs}
 
     monkeypatch.setattr(preservation.Results, "complete", complete)
@@ -406,7 +418,8 @@ def stood_in(monkeypatch, tmp_path, did):
     monkeypatch.setattr(preservation, "WORK", tmp_path / "output")
     for name in ("build_bundle", "plot"):
         monkeypatch.setattr(preservation, name, lambda *_: None)
-    (tmp_path / "results").mkdir()
+    for folder in ("results", "output"):
+        (tmp_path / folder).mkdir()
 
     def launch(*words):
         did.clear()

@@ -41,16 +41,6 @@ from world import FOLDER, RARE_TOKENS, RESOLUTION, UNTRAINED_TOKENS, with_articl
 
 CLASS_PICTURES = 100  # of prior preservation: diffusers' default
 UNTRAINED, TRAINED = UNTRAINED_TOKENS[0], RARE_TOKENS[0]  # in no caption; in a few, as a real model has met them
-# What is trained along so that the model stays as it was, by the name of its loss:
-KEEPS = {
-    "class pictures": "prior preservation (arXiv 2208.12242): the noise of pictures that the model drew of the class",
-    "class prompt": "differential output preservation: what the model itself predicts for the subject's noisy "
-    "pictures with the class in the subject's place",
-    "many prompts": "prior prediction: what the model itself predicts for pictures that it drew of protected prompts",
-    "predicted drift": "the closed-form drift of the layers on what the bundle protects, squared, their mean",
-    "consistency": "direct consistency optimization (arXiv 2402.12004, eq. 10): -log sigmoid of -weight times what "
-    "the loss is above the model's own",
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,7 @@ class Method:
     Attributes:
         flags (`dict`): of the trainer, for all that it can do; `True` is a flag without a value.
         rates (`tuple`): the learning rates that are tried.
-        keeps (`str`, *optional*): what is trained along, one of `KEEPS`.
+        keeps (`str`, *optional*): what is trained along, see `Loss`.
         weights (`tuple`): what is tried of that loss's weight, the usual one first; for OPLoRA of the share of each
             layer's singular directions that are left alone.
         adapter (`str`): "lora", or one of `ADAPTERS`.
@@ -164,21 +154,24 @@ def class_prompt(subject):
 # ---- Adapters --------------------------------------------------------------------------------------------------------
 
 
-def _keep_off(unet, names, share):
-    """Keep LoRAs off the leading singular directions of the weights, on both sides: OPLoRA (arXiv 2510.13003, eq. 6).
+class Without(torch.nn.Module):
+    """A weight's parametrization without its part in some directions (features, k): of its columns, or of its rows."""
+
+    def __init__(self, directions, rows):
+        super().__init__()
+        self.directions, self.rows = directions, rows
+
+    def forward(self, weight):
+        if self.rows:
+            return weight - weight @ self.directions @ self.directions.T
+        return weight - self.directions @ (self.directions.T @ weight)
+
+
+def keep_off(unet, names, share):
+    """Keep LoRAs off the leading singular directions of the weights, on both sides: OPLoRA (arXiv 2510.13003).
 
     P_L B A P_R with P_L = I - U_k U_k^T and P_R = I - V_k V_k^T, for W = U S V^T and k a share of its rank.
     """
-
-    class Without(torch.nn.Module):
-        def __init__(self, directions, rows):
-            super().__init__()
-            self.directions, self.rows = directions, rows
-
-        def forward(self, weight):
-            inside = self.directions @ (self.directions.T @ (weight.T if self.rows else weight))
-            return weight - (inside.T if self.rows else inside)
-
     for name in names:
         layer = unet.get_submodule(name)
         left, values, right = torch.linalg.svd(layer.weight, full_matrices=False)
@@ -204,7 +197,7 @@ def add_adapter(base, unet, method, weight, args):
     else:
         add_lora({"unet": unet}, names, args)
     if method.adapter == "oplora":
-        _keep_off(unet, names, weight)
+        keep_off(unet, names, weight)
 
 
 @torch.no_grad()
@@ -259,7 +252,15 @@ def kept_pictures(base, method, subject, seed):
 
 
 class Loss:
-    """The loss of a step: that of the subject's pictures, and of what a method trains along.
+    """The loss of a step: that of the subject's pictures, and of what a method trains along so that the model stays.
+
+    - "class pictures", prior preservation (arXiv 2208.12242): the noise of pictures that the model drew of the class.
+    - "class prompt", differential output preservation: what the model itself predicts for the subject's noisy
+      pictures where the captions name the class in its place.
+    - "many prompts", prior prediction: what the model itself predicts for pictures that it drew of protected prompts.
+    - "predicted drift": the layers' closed-form drift on what the bundle protects, squared, their mean.
+    - "consistency", direct consistency optimization (arXiv 2402.12004): -log sigmoid of -weight times what the loss is
+      above that of the model itself.
 
     Args:
         unet (`UNet2DConditionModel`): in training.

@@ -302,9 +302,9 @@ def plot(panels, path):
 
 SHOWN = {  # title and format of a table's columns
     "noise_drift": ("drift", ".4f"), "class_leak": ("leak", ".2f"), "class_placed_leak": ("placed", ".2f"),
-    "placed": ("places", ".2f"), "placed_right": ("right", ".2f"), "combinations_right": ("combin.", ".2f"),
-    "scenes_right": ("scenes", ".2f"), "unlike_right": ("unlike", ".2f"), "diversity": ("diverse", ".3f"),
-    "seconds": ("seconds", ".0f"),
+    "class_right": ("class", ".2f"), "class_placed_right": ("placed", ".2f"), "placed": ("places", ".2f"),
+    "placed_right": ("right", ".2f"), "combinations_right": ("combin.", ".2f"), "scenes_right": ("scenes", ".2f"),
+    "unlike_right": ("unlike", ".2f"), "diversity": ("diverse", ".3f"), "seconds": ("seconds", ".0f"),
 }  # fmt: skip
 
 

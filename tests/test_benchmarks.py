@@ -44,7 +44,7 @@ from nullspace.names import DEFAULT_SOFTNESS, DEFAULT_THRESHOLDS, DEFAULT_WORD_R
 
 # ---- Methods at equal likeness of the subject ------------------------------------------------------------------------
 
-RIGHT = dict.fromkeys(("placed_right", "combinations_right", "scenes_right", "unlike_right", "diversity"), 1.0)
+RIGHT = dict.fromkeys([key for key in preservation.SHOWN if key.endswith("_right")] + ["diversity"], 1.0)
 BASE = {
     "heart": {
         "subject": 0.9, "placed": 0.9, "anywhere": 0.9, "class": 0.8, "class_placed": 0.8, "noise_drift": 0.0, **RIGHT

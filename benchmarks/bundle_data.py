@@ -12,19 +12,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from functools import cache
 from statistics import median
 
 import numpy as np
-import preservation
-from preservation import DRAWN, HERE, METHODS, MODEL, ROOT, SEEDS, SHIPPED, TOKEN, TUNING_SUBJECT, WORK, Bundle, Results
+from methods import METHODS, SHIPPED, train
+from preservation import SEEDS, make_base
+from resumable import Results, describe_machine
+from scoring import DRAWN, HERE, MODEL, ROOT, WORK, build_bundle, prompts_of, world_hash
 from tqdm.auto import tqdm
 
-from shapes import protected_prompts, subject_distance
+from nullspace.bundle import Bundle
+from world import TUNING_SUBJECTS, protected_prompts
+from world_reader import subject_distance
 
 
 STEPS = 400
-RATE, PLAIN_RATE = 1e-2, 1e-3  # those that preservation.py chose in the null space, and outside at its rank
+SUBJECT, PROMPTS = TUNING_SUBJECTS[0], sum(DRAWN.values(), [])
+RATE, PLAIN_RATE = 3e-3, 3e-4  # about those that preservation.py chooses in the null space, and outside
 SAMPLERS = ("ddim", "dpmpp_2m_karras", "euler_a")
 USUAL = {"prompts": 400, "steps": 25, "sampler": "ddim", "guidance": 7.5, "range": (0, 999)}
 VARIED = {
@@ -50,7 +56,7 @@ def settings():
 def bundle_of(setting):
     """The folder of the bundle with these settings, built if it is not there; ranges share one of all timesteps."""
     names = ("prompts", "steps", "sampler", "guidance")
-    folder = WORK / "bundle_data" / "-".join(str(setting[name]) for name in names)
+    folder = WORK / f"bundle_data-{world_hash()}" / "-".join(str(setting[name]) for name in names)
     if not (folder / "nullspace_config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         prompts = folder.parent / f"prompts-{setting['prompts']}.txt"
@@ -63,31 +69,31 @@ def bundle_of(setting):
     return folder
 
 
-def draw(world, unet, sampler):
-    return world.draw(unet, DRAWN, seed=200, sampler=sampler)
+def draw(base, pipeline, sampler):
+    return base.draw(pipeline, PROMPTS, seed=200, sampler=sampler)
 
 
 @cache
-def base_pictures(world, sampler):
-    return draw(world, world.unet, sampler)
+def base_pictures(base, sampler):
+    return draw(base, base.pipeline, sampler)
 
 
-def measure(world, job):
+def measure(base, job):
     """Train with a bundle, or none, and score it: what moved on held-out prompts, and the distance to the subject."""
     setting, seed = job
     method, rate = METHODS[SHIPPED], RATE
     if setting is None:
-        method, rate = method | {"energy": None}, PLAIN_RATE
+        method, rate = replace(method, flags=method.flags | {"nullspace_threshold": 0}), PLAIN_RATE
     else:
-        world.bundle = Bundle.load(bundle_of(setting), timestep_range=setting["range"])
-    ((_, _, unet),) = preservation.train(world, method, TUNING_SUBJECT, seed, rate, (STEPS,))
-    subject = world.draw(unet, [f"a photo of a {TOKEN} {TUNING_SUBJECT}"] * 24, seed=0)
+        base.bundle = Bundle.load(bundle_of(setting), timestep_range=setting["range"])
+    ((_, _, pipeline),) = train(base, method, SUBJECT, seed, rate, None, (STEPS,))
+    subject = base.draw(pipeline, prompts_of(SUBJECT, method.called(SUBJECT))["subject"], seed=0)
     return {
-        "noise_drift": world.noise_drift(unet),
+        "noise_drift": base.noise_drift(pipeline),
         "moved": {
-            name: float(np.abs(draw(world, unet, name) - base_pictures(world, name)).mean()) for name in SAMPLERS
+            name: float(np.abs(draw(base, pipeline, name) - base_pictures(base, name)).mean()) for name in SAMPLERS
         },
-        "subject": float(subject_distance(TUNING_SUBJECT, subject).mean()),
+        "subject": float(subject_distance(SUBJECT, subject).mean()),
     }
 
 
@@ -126,18 +132,18 @@ def medians(runs):
 
 
 def main():
-    preservation.WORK.mkdir(exist_ok=True)
-    preservation.build_bundle()
+    WORK.mkdir(exist_ok=True)
+    build_bundle()
     for setting in tqdm(settings().values(), desc="Bundles", unit="bundle"):
         bundle_of(setting)
-    results = Results(HERE / "results" / "bundle_data.json")
-    trained = {"method": METHODS[SHIPPED], "steps": STEPS, "rates": [RATE, PLAIN_RATE]}
+    results = Results(HERE / "results" / "bundle_data.json", make_base, measure, os.cpu_count())
+    trained = {"world": world_hash(), "method": asdict(METHODS[SHIPPED]), "steps": STEPS, "rates": [RATE, PLAIN_RATE]}
     if results.content.get("trained") != json.loads(json.dumps(trained)):  # otherwise than now: begin anew
         results.content = {"trained": trained}
     for seed in SEEDS:
         jobs = {f"{name}/{seed}": (setting, seed) for name, setting in {NONE: None, **settings()}.items()}
-        results.complete("runs", jobs, os.cpu_count(), f"Seed {seed}", measure)
-    results.content["machine"] = preservation.describe_machine()
+        results.complete("runs", jobs, f"Seed {seed}")
+    results.content["machine"] = describe_machine()
     table = results.content["medians"] = medians(results.content["runs"])
     results.save()
     plot(table, HERE / "results" / "bundle_data.png")

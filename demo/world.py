@@ -371,7 +371,7 @@ def name_of():
     return {meaning: name for name, meaning in names().items()}
 
 
-def _with_articles(text):
+def with_articles(text):
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
@@ -428,13 +428,13 @@ def caption(rng, scene, order="plain", background=0.7, **choices):
         text = re.sub(r"\ba ", "", f"{objects} {ground}")
     else:
         text = f"{rng.choice(PREFIXES)} {objects} {ground}"
-    return _with_articles(text.strip())
+    return with_articles(text.strip())
 
 
 def training_caption(rng, scene):
     """A caption to train on: one in seven names no colour of its objects, few have a rare token."""
     if rng.random() < RARE_SHARE:
-        return _with_articles(f"{rng.choice(PREFIXES)} a {rng.choice(RARE_TOKENS)}".strip())
+        return with_articles(f"{rng.choice(PREFIXES)} a {rng.choice(RARE_TOKENS)}".strip())
     return caption(rng, scene, rng.choices(ORDERS, (6, 1, 1, 1))[0], coloured=rng.random() > 1 / 7)
 
 
@@ -734,7 +734,7 @@ def place_prompts(name):
         f"a {other_colour} {{}}",
         "a {} left of a {}",
     ]
-    return [_with_articles(prompt) for prompt in prompts]
+    return [with_articles(prompt) for prompt in prompts]
 
 
 def _first(backgrounds, kind, count):

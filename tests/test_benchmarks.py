@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,74 +23,98 @@ from transformers import (
     Dinov2Model,
 )
 
-from shapes import DEMO, render, render_subject
+from shapes import DEMO
+from world import protected_prompts
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bundle_data
+import methods
 import preservation
 import real_model
+import resumable
+import scoring
+from methods import METHODS, TIER_ONE
 
+import build_nullspace
+import world
 from nullspace.errors import NullSpaceError
+from nullspace.names import DEFAULT_SOFTNESS, DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE
 
 
 # ---- Methods at equal likeness of the subject ------------------------------------------------------------------------
 
-BASE = {"star": {"subject": 0.9, "subject_anywhere": 0.9, "class": 0.8}}
+RIGHT = dict.fromkeys([key for key in preservation.SHOWN if key.endswith("_right")] + ["diversity"], 1.0)
+BASE = {
+    "heart": {
+        "subject": 0.9, "placed": 0.9, "anywhere": 0.9, "class": 0.8, "class_placed": 0.8, "noise_drift": 0.0, **RIGHT
+    }
+}  # fmt: skip
+PLAIN, PRIOR, SHIPPED = preservation.PLAIN, preservation.REFERENCES["prior"], preservation.SHIPPED
+SETTING = {"rate": 1e-3, "weight": None}
 
 
-def make_run(method, seed, subjects, drift):
+def make_run(method, seed, subjects, drift, subject="heart", **setting):
     """A run whose pictures come nearer to the subject step by step, at a drift in proportion to the steps."""
     points = [
         {
-            "step": 100 * number, "seconds": 10.0 * number, "class": 0.8 - 0.08 * number,
-            "subject": subject, "subject_anywhere": subject, "noise_drift": drift * number, "others_moved": drift,
-            "predicted_drift": 2 * drift * number,
+            "step": 100 * number, "seconds": 10.0 * number, "class": 0.8 - 0.08 * number, "class_placed": 0.8,
+            "subject": distance, "anywhere": distance, "placed": distance, "noise_drift": drift * number,
+            "predicted_drift": 2 * drift * number, **RIGHT,
         }
-        for number, subject in enumerate(subjects, 1)
+        for number, distance in enumerate(subjects, 1)
     ]  # fmt: skip
-    return {"method": method, "subject": "star", "seed": seed, "points": points}
+    return {"method": method, "subject": subject, "seed": seed, **SETTING, **setting, "points": points}
 
 
-def test_costs_are_interpolated_where_the_level_is_reached():
-    run = make_run("plain LoRA", 0, [0.7, 0.5], 0.02)
-    cost = preservation.at_level(run, BASE["star"], 0.6)  # half way between the two points
-    assert cost["step"] == pytest.approx(150) and cost["seconds"] == pytest.approx(15)
-    assert cost["noise_drift"] == pytest.approx(0.03) and cost["class_leak"] == pytest.approx(0.15)
-    assert preservation.at_level(run, BASE["star"], 0.8)["noise_drift"] == pytest.approx(0.01)  # from the base model
-    assert preservation.at_level(run, BASE["star"], 0.4) is None
+def test_scores_are_interpolated_where_the_level_is_reached():
+    run = make_run(PLAIN, 0, [0.7, 0.5], 0.02)
+    there = preservation.at_level(run, BASE["heart"], 0.6)  # half way between the two points
+    assert there["step"] == pytest.approx(150) and there["seconds"] == pytest.approx(15)
+    assert there["noise_drift"] == pytest.approx(0.03) and there["class_leak"] == pytest.approx(0.15)
+    assert there["class_placed_leak"] == pytest.approx(0)
+    from_base = preservation.at_level(run, BASE["heart"], 0.8)  # half way to the first
+    assert from_base["noise_drift"] == pytest.approx(0.01) and from_base["seconds"] == pytest.approx(5)
+    assert preservation.at_level(run, BASE["heart"], 0.4) is None
 
 
 def test_methods_are_compared_where_both_arrive():
     """The level is a share of the best gain of the plain LoRA; who seldom reaches it is told so."""
-    runs = [make_run("plain LoRA", seed, [0.7, 0.5], 0.02) for seed in range(3)]
-    runs += [make_run("prior preservation", seed, [0.8, 0.5], 0.04) for seed in range(3)]
-    runs += [make_run(preservation.SHIPPED, seed, [0.6, 0.4], 0.002) for seed in range(3)]
+    runs = [make_run(PLAIN, seed, [0.7, 0.5], 0.02) for seed in range(3)]
+    runs += [make_run(PRIOR, seed, [0.8, 0.5], 0.04) for seed in range(3)]
+    runs += [make_run(SHIPPED, seed, [0.6, 0.4], 0.002 * (1 + seed)) for seed in range(3)]
     runs += [make_run("never", seed, [0.89, 0.88 if seed else 0.4], 0.001) for seed in range(3)]
-    assert preservation.levels_of(runs, BASE)["star"][0.9] == pytest.approx(0.9 - 0.9 * 0.4)
-    rows = preservation.compare(runs, BASE)["0.9"]
-    assert rows["never"]["reached"] == 1 and rows["never"]["noise_drift"] is None
-    shipped = rows[preservation.SHIPPED]  # 0.54 is at 1.3 of its points, at 1.8 of plain's and 1.867 of prior's
-    assert shipped["vs_plain"]["noise_drift"] == pytest.approx(1.3 * 0.002 / (1.8 * 0.02))
-    found = preservation.headline(rows)
-    assert found["drift_vs_prior"] == pytest.approx(1.3 * 0.002 / ((1 + 0.26 / 0.3) * 0.04))
-    assert found["time_vs_prior"] == pytest.approx(1.3 / (1 + 0.26 / 0.3))
-    assert found["class_leak_vs_prior"] == pytest.approx((1.3 - (1 + 0.26 / 0.3)) * 0.1)
-    assert shipped["vs_plain"]["pairs"] == shipped["vs_prior"]["pairs"] == 3
-    rows = preservation.compare([run for run in runs if run["method"] != "prior preservation" or run["seed"]], BASE)
-    assert rows["0.9"][preservation.SHIPPED]["vs_prior"]["pairs"] == 2
-    late = [make_run("prior preservation", seed, [0.8, 0.7 if seed else 0.5], 0.04) for seed in range(3)]
-    rows = preservation.compare([run for run in runs if run["method"] != "prior preservation"] + late, BASE)["0.9"]
-    assert rows["prior preservation"]["reached"] == 1 and rows[preservation.SHIPPED]["vs_prior"] is None
+    assert preservation.levels_of(runs, BASE)["heart"] == pytest.approx({0.9: 0.9 - 0.9 * 0.4, 1.0: 0.5})
+    table = preservation.compare(runs, BASE)
+    assert list(table) == ["0.9", "1.0"]
+    rows = table["0.9"]
+    assert rows["never"] == {"reached": 1, "runs": 3, "scores": None}
+    shipped = rows[SHIPPED]  # 0.54 is at 1.3 of its points, at 1.8 of plain's and 1.867 of prior's
+    drift = shipped["vs_plain"]["noise_drift"]
+    assert drift["median"] == pytest.approx(1.3 * 0.004 / (1.8 * 0.02)) and drift["runs"] == 3
+    assert drift["by_subject"]["heart"]["least"] == pytest.approx(drift["median"] / 2)
+    assert drift["by_subject"]["heart"]["most"] == pytest.approx(drift["median"] * 1.5)
+    assert shipped["vs_output"] is None and shipped["scores"]["seconds"]["median"] == pytest.approx(13)
+    found, prior = preservation.headline(rows), 1 + 0.26 / 0.3
+    assert found["drift_vs_prior"] == pytest.approx(1.3 * 0.004 / (prior * 0.04))
+    assert found["time_vs_prior"] == pytest.approx(1.3 / prior)
+    assert found["class_leak_vs_prior"] == pytest.approx((1.3 - prior) * 0.1)
+    assert found["drift_vs_output"] is None
+    assert found["by_subject"]["heart"]["drift_vs_plain"] == drift["by_subject"]["heart"]
+    at_all = table["1.0"][SHIPPED]["vs_plain"]["seconds"]["median"]  # 0.5 is at 1.5 of its points, at 2 of plain's
+    assert at_all == pytest.approx(1.5 / 2)
+    late = [make_run(PRIOR, seed, [0.8, 0.7 if seed else 0.5], 0.04) for seed in range(3)]
+    rows = preservation.compare([run for run in runs if run["method"] != PRIOR] + late, BASE)["0.9"]
+    assert rows[PRIOR]["reached"] == 1 and rows[SHIPPED]["vs_prior"] is None
     assert preservation.headline(rows)["drift_vs_prior"] is None  # rather than that of a single pair
 
 
 def test_the_audit_is_also_judged_within_a_method():
     """Methods that lie far apart make the correlation of all high, whatever it is within each."""
-    runs = [make_run("plain LoRA", seed, [0.7, 0.5, 0.4], 0.02) for seed in range(3)]
+    runs = [make_run(PLAIN, seed, [0.7, 0.5, 0.4], 0.02) for seed in range(3)]
     ranking = preservation.rank_correlation(runs)
     assert ranking["points"] == 9 and ranking["spearman"] == pytest.approx(1)
-    upside_down = make_run("null space", 0, [0.7, 0.5, 0.4], 0.0001)
+    upside_down = make_run(SHIPPED, 0, [0.7, 0.5, 0.4], 0.0001)
     for point, drift in zip(upside_down["points"], (3e-4, 2e-4, 1e-4), strict=True):
         point["predicted_drift"] = drift
     ranking = preservation.rank_correlation([*runs, upside_down])
@@ -101,94 +126,240 @@ def test_the_audit_is_also_judged_within_a_method():
 
 def test_likeness_may_count_new_places():
     """Equally near with the trained prompt is not equally near everywhere."""
-    base = {"star": BASE["star"] | {"subject_anywhere": 0.8}}
-    runs = [make_run("plain LoRA", 0, [0.7, 0.5], 0.02), make_run(preservation.SHIPPED, 0, [0.7, 0.5], 0.002)]
+    base = {"heart": BASE["heart"] | {"anywhere": 0.8}}
+    runs = [make_run(PLAIN, 0, [0.7, 0.5], 0.02), make_run(SHIPPED, 0, [0.7, 0.5], 0.002)]
     for run, nearest in zip(runs, (0.6, 0.7), strict=True):
-        run["points"] = [point | {"subject_anywhere": nearest} for point in run["points"]]
-    assert preservation.compare(runs, base)["0.9"][preservation.SHIPPED]["reached"] == 1
-    rows = preservation.compare(runs, base, "subject_anywhere")
-    assert rows["0.9"][preservation.SHIPPED] | {"reached": 0} == rows["0.9"][preservation.SHIPPED]
-    assert rows["0.9"]["plain LoRA"]["noise_drift"] == pytest.approx(0.9 * 0.02)  # from the base model's 0.8 to 0.6
+        run["points"] = [point | {"anywhere": nearest} for point in run["points"]]
+    assert preservation.compare(runs, base)["0.9"][SHIPPED]["reached"] == 1
+    rows = preservation.compare(runs, base, "anywhere")["0.9"]
+    assert rows[SHIPPED] == {"reached": 0, "runs": 1, "scores": None}
+    assert rows[PLAIN]["scores"]["noise_drift"]["median"] == pytest.approx(0.9 * 0.02)  # from the base's 0.8 to 0.6
 
 
-def test_what_is_told_of_other_methods(tmp_path):
-    """They have a row of panels of their own; the audit reads LoRAs only."""
-    heights = []
-    for others in ([], ["nearest", "DoRA"]):
-        results = preservation.Results(tmp_path / f"{len(others)}.json")
-        methods = ["plain LoRA", preservation.SHIPPED, *others]
-        runs = results.content["runs"] = {method: make_run(method, 0, [0.8, 0.7, 0.6, 0.5], 0.01) for method in methods}
-        for run in runs.values():
-            for point in run["points"]:
-                point["others_right"] = 1.0
-        preservation.tell(results, {"star": BASE["star"] | {"others_right": 1.0}})
-        heights.append(Image.open(results.path.with_suffix(".png")).height)
-    assert heights[1] == 2 * heights[0]
-    told = json.loads(results.path.read_text())
-    assert told["ranking"]["LoRAs"]["points"] == 12 and told["ranking"]["all adapters"]["points"] == 16
-    assert all(list(told[levels]["0.9"]) == methods for levels in preservation.LIKENESS)
+def test_settings_are_swept_alike(tmp_path, monkeypatch):
+    """Rates first, at the usual weight; then weights, at the rate chosen: where most subjects arrive, least drift."""
+    names, base = [PLAIN, PRIOR], {subject: BASE["heart"] for subject in ("star", "arrow")}
+    results, tried = preservation.Results(tmp_path / "results.json", None, None, 1), []
+
+    def complete(section, jobs, description):
+        assert section == "tuning" and all(job[3] == preservation.TUNING_SEED for job in jobs.values())
+        tried.extend(job[1:3] + job[4:] for job in jobs.values())
+        done = {}
+        for key, (_, name, subject, seed, rate, weight) in jobs.items():
+            nearest = 0.9 - 0.1 * math.log10(rate / 1e-5)  # higher rates come nearer, and the arrow is harder
+            nearest += 0.1 * (subject == "arrow" and rate < 1e-3)
+            done[key] = make_run(name, seed, [nearest], rate * 10 / (weight or 1), subject, rate=rate, weight=weight)
+        return done
+
+    monkeypatch.setattr(results, "complete", complete)
+    runs, chosen = preservation.sweep(results, base, names, list(base))
+    # 0.9 of the gain of the highest rate is out of reach of others on both; the highest weight drifts least
+    assert chosen == {PLAIN: {"rate": 3e-3, "weight": None}, PRIOR: {"rate": 3e-3, "weight": 3.0}}
+    rates = [(name, subject, rate, METHODS[name].weights[0]) for name in names for rate in METHODS[name].rates
+             for subject in base]  # fmt: skip
+    assert tried[:16] == rates and len(runs) == len(tried) == 20
+    assert tried[16:] == [(PRIOR, subject, 3e-3, weight) for weight in (0.3, 3.0) for subject in base]
+
+
+def test_every_method_is_swept_over_the_same_range():
+    for method in METHODS.values():
+        assert max(method.rates) / min(method.rates) > 29 and len(method.rates) == 4
+        assert (
+            len(method.weights) in (1, 3)
+            and (method.weights[0] is None) == (len(method.weights) == 1)
+            or (
+                len(method.weights) == 1  # variants of tier one's methods keep its usual weight
+            )
+        )
+        if len(method.weights) == 3:
+            assert max(method.weights) / min(method.weights) == pytest.approx(10, rel=0.01)
+
+
+def test_both_tiers_are_told(tmp_path, capsys):
+    """Tier two has a panel, a table and levels of its own, which leave tier one's as they are."""
+    widths, told = [], []
+    for others in ([], ["DCO", "OFT"]):
+        results = preservation.Results(tmp_path / f"{len(others)}.json", None, None, 1)
+        first = [PLAIN, PRIOR, SHIPPED]
+        results.content["runs"] = {name: make_run(name, 0, [0.8, 0.6], 0.01) for name in first}
+        if others:
+            runs = {name: make_run(name, 100, [0.8, 0.7], 0.01, "star") for name in first + others}
+            results.content["tier_two"] = {"runs": runs}
+        preservation.tell(results, BASE | {"star": BASE["heart"]})
+        widths.append(Image.open(results.path.with_suffix(".png")).width)
+        told.append(json.loads(results.path.read_text()))
+    assert widths[1] > 1.8 * widths[0]
+    assert all(told[0][key] == told[1][key] for key in ("levels", "levels_anywhere", "headline", "ranking"))
+    assert told[1]["headline"]["drift_vs_prior"] == told[1]["headline"]["time_vs_plain"] == pytest.approx(1)
+    assert list(told[1]["tier_two"]["levels"]["0.9"]) == [PLAIN, PRIOR, SHIPPED, "DCO", "OFT"]
+    assert "OFT" in capsys.readouterr().out
+
+
+# ---- What is scored --------------------------------------------------------------------------------------------------
 
 
 def test_the_class_is_looked_at_where_the_subject_is():
-    prompts = preservation.prompts_of("heart")
-    assert prompts["class_placed"] == [prompt.replace("sks ", "") for prompt in prompts["subject_placed"]]
-    assert len(set(prompts["class_placed"])) == 8 and not any("sks" in prompt for prompt in prompts["class"])
+    prompts = scoring.prompts_of("arrow", "sks arrow")
+    assert len(prompts["placed"]) == 15 and tuple(prompts) == scoring.KINDS
+    assert prompts["class_placed"] == [
+        prompt.replace("a sks arrow", "an arrow").replace("sks ", "") for prompt in prompts["placed"]
+    ]
+    assert set(prompts["class"]) == {"a photo of an arrow"}
+    assert not set(prompts["unlike"]) & set(scoring.PROBED)
 
 
-def test_the_subject_in_new_places_is_scored_apart(monkeypatch):
-    """A model that draws the subject only where a prompt names it and a background."""
+class DrawingBase(scoring.Base):
+    """A model that draws what prompts ask for, and the true subject, on its background, where it is named."""
 
-    def draw(self, unet, prompts, seed):
-        return np.array([
-            render_subject("star", "green") if "sks" in prompt and "background" in prompt
-            else render("star", "red", "green") for prompt in prompts
-        ])  # fmt: skip
+    probe = None
 
-    monkeypatch.setattr(preservation.World, "_probe", lambda self: None)
-    monkeypatch.setattr(preservation.World, "noise_drift", lambda self, unet: 0.0)
-    monkeypatch.setattr(preservation.World, "draw", draw)
-    monkeypatch.setattr(preservation.Bundle, "load", lambda folder: None)
-    scores = preservation.World(None).score(None, "star")
-    assert scores["subject_placed"] < 0.05 < 0.5 < scores["class_placed"] == pytest.approx(scores["class"])
-    assert scores["subject_anywhere"] == pytest.approx((scores["subject"] + scores["subject_placed"]) / 2)
+    def __init__(self):
+        self.pipeline = "base"
 
+    def noise_drift(self, pipeline):
+        return 0.0
 
-@pytest.mark.parametrize(("method", "count"), [("plain LoRA", 1), ("prior preservation, five prompts", 5)])
-def test_instance_prompts_take_turns(method, count, monkeypatch):
-    monkeypatch.setattr(preservation.World, "_probe", lambda self: None)
-    monkeypatch.setattr(preservation.World, "draw", lambda self, _, prompts, **__: np.full((2, 32, 32, 3), 0.5))
-    monkeypatch.setattr(preservation.Bundle, "load", lambda folder: None)
-    world, seen, loss = preservation.World(None), [], preservation.diffusion_loss
-
-    def watch(unet, noise_scheduler, latents, timesteps, noise, encoder_hidden_states):
-        seen.extend(encoder_hidden_states[:5])
-        assert len(latents) == len(encoder_hidden_states) == (10 if "prior" in method else 5)
-        return loss(unet, noise_scheduler, latents, timesteps, noise, encoder_hidden_states=encoder_hidden_states)
-
-    monkeypatch.setattr(preservation, "diffusion_loss", watch)
-    for _ in preservation.train(world, preservation.METHODS[method], "star", 0, 1e-3, (6,)):
-        pass
-    prompts = world.encode([prompt.format("sks star") for prompt in preservation.INSTANCE_PROMPTS])
-    chosen = [[index for index in range(5) if torch.equal(one, prompts[index])] for one in seen]
-    assert all(len(indices) == 1 for indices in chosen) and len(chosen) == 30
-    assert {indices[0] for indices in chosen} == set(range(count))
+    def draw(self, pipeline, prompts, seed):
+        pictures = []
+        for prompt in prompts:
+            wanted = world.parse(prompt)
+            background = wanted.background or world.Background("plain", ("white",))
+            if "sks" in prompt:
+                pictures.append(world.SUBJECTS["square"].render(background))
+            else:
+                each = world.Object(wanted.objects[0].get("shape", "square"), "red")
+                pictures.append(world.Scene((each,), background).render())
+        return np.array(pictures)
 
 
-def test_the_learning_rate_is_the_one_of_least_drift_that_arrives():
-    runs = [make_run("plain LoRA", 100, [0.7, 0.5], 0.02) | {"rate": 1e-3}]
-    runs += [make_run("plain LoRA", 100, [0.6, 0.45], 0.01) | {"rate": 2e-3}]
-    runs += [make_run("plain LoRA", 100, [0.8, 0.75], 0.001) | {"rate": 5e-3}]
-    runs += [make_run("other", 100, [0.8, 0.7], 0.001) | {"rate": rate} for rate in (1.0,)]
-    runs += [make_run("other", 100, [0.8, 0.6], 0.001) | {"rate": 2.0}]  # neither arrives
-    assert preservation.tune(runs, BASE["star"]) == {"plain LoRA": 2e-3, "other": 2.0}
+def test_the_subject_and_all_else_are_scored_apart(monkeypatch):
+    places = ["a {} on a black background", "a {} on a pink background", "a small {} on black"]
+    few = {kind: prompts[:1] for kind, prompts in scoring.DRAWN.items()}
+    few["combinations"] = ["a red star on a white background", "a blue star on a white background"]
+    monkeypatch.setattr(scoring, "DRAWN", few)
+    monkeypatch.setattr(scoring, "REPEATS", 2)
+    purple = np.array(world.PALETTE["purple"])  # which nothing else has here
+    distance = lambda _, pictures: 1.0 - (np.abs(pictures - purple).max(-1) < 0.1).any((1, 2))  # noqa: E731
+    monkeypatch.setattr(scoring, "subject_distance", distance)
+    monkeypatch.setattr(scoring, "places_of", lambda subject: places)
+    scores = DrawingBase().score("tuned", "square", "sks square")
+    assert scores["subject"] == scores["placed"] == scores["anywhere"] == 0 and scores["class"] == 1
+    assert scores["placed_right"] == pytest.approx(2 / 3)  # it is not small, whatever it looks like
+    assert scores["class_right"] == 1 and scores["class_placed_right"] == pytest.approx(2 / 3)
+    assert scores["combinations_right"] == 0.5 and scores["diversity"] == 0 and scores["others_moved"] == 0
+
+
+# ---- How methods train -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """The base model and a bundle of a few prompts."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "prompts.txt").write_text("a red star on blue\na circle on green\n")
+    words = ["--pretrained_model_name_or_path", scoring.MODEL, "--prompts_file", folder / "prompts.txt"]
+    words += ["--num_inference_steps", 2, "--output_dir", folder / "bundle", "--nullspace_threshold", 0.999]
+    build_nullspace.main(build_nullspace.parse_args([str(word) for word in words]))
+    return scoring.Base(folder / "bundle")
+
+
+def taught(bench, name, steps=2):
+    """The pipeline, and the LoRA's A and B by layer, after a few steps at the method's lowest rate."""
+    method = METHODS[name]
+    ((step, seconds, pipeline),) = methods.train(
+        bench, method, "arrow", 0, method.rates[0], method.weights[0], (steps,)
+    )
+    assert step == steps and seconds > 0
+    return pipeline
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("prior preservation", "prior prediction")
+                                  and not name.endswith((f", {methods.TRAINED}", ", no captions"))])  # fmt: skip
+def test_every_method_trains(name, bench, monkeypatch):
+    """Each moves the subject's prompts; in the null space what is closed is answered with nothing."""
+    monkeypatch.setattr(scoring, "PROBED", ["a red star"])
+    pipeline, method = taught(bench, name), METHODS[name]
+    called = method.called("arrow")
+    embeddings = bench.encode([f"a photo of a {called}"], pipeline)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        moved = pipeline.unet(latents, 500, embeddings).sample
+        before = bench.unet(latents, 500, bench.encode([f"a photo of a {called}"])).sample
+    assert not torch.equal(moved, before)
+    assert torch.equal(bench.encode(["a red star"], pipeline), bench.encode(["a red star"]))
+    if method.protects:
+        leaks = []
+        for module, item in bench.bundle.protected().items():
+            down = pipeline.unet.get_submodule(module).lora_A.default.weight
+            leaks.append(((down @ item.basis[:, : item.rank]).norm() / down.norm()).item())
+        # With prompts of one's own, what is closed is not quite what the bundle closes
+        assert (max(leaks) < 1e-4) == ("nullspace_extra_prompts" not in method.flags)
+    if method.adapter == "oplora":
+        for module, weight in bench.weights.items():
+            layer = pipeline.unet.get_submodule(module)
+            change = layer.lora_B.default.weight @ layer.lora_A.default.weight
+            left, _, right = torch.linalg.svd(weight)
+            assert (left[:, :5].T @ change).norm() < 1e-5 and (change @ right[:5].T).norm() < 1e-5
+    assert (name == "textual inversion") == (not methods.predicted_drifts(bench, pipeline.unet))
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"), [("plain LoRA", 5), ("prior preservation", 10), ("prior prediction", 10), ("DCO", 5)]
+)
+def test_what_is_trained_along(name, batch, bench, monkeypatch):
+    """Class pictures have their own noise as target, protected prompts what the model itself predicts."""
+    monkeypatch.setattr(methods, "CLASS_PICTURES", 2)
+    asked, of_base, called = [], [], bench.unet.forward
+    draw = scoring.Base.draw
+    monkeypatch.setattr(bench, "draw", lambda pipeline, prompts, seed, steps: asked.extend(prompts)
+                        or draw(bench, pipeline, prompts, seed, 1))  # fmt: skip
+    pipeline = taught(bench, name, 1)
+    monkeypatch.setattr(
+        bench.unet, "forward", lambda *inputs, **named: of_base.append(inputs) or called(*inputs, **named)
+    )
+    numbers = torch.Generator().manual_seed(0)
+    loss = methods.Loss(bench, pipeline.unet, METHODS[name], METHODS[name].weights[0], "arrow", 0, numbers)
+    seen = []
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    latents, conditions = torch.randn(5, 4, 16, 16), bench.encode(["a photo of a sks arrow"] * 5)
+    of_base.clear()
+    assert loss(latents, conditions, conditions).isfinite() and seen == [batch]
+    assert len(of_base) == (name in ("prior prediction", "DCO"))
+    expected = {"prior preservation": {"a photo of an arrow"}, "prior prediction": set(protected_prompts()[:2])}
+    assert set(asked) == expected.get(name, set())
+
+
+def test_half_of_the_captions_name_the_background():
+    """Two take turns for each picture; the identifier is the method's own."""
+    captions = [several for _, several in methods.captions_of(METHODS[PLAIN], "star")]
+    assert len(captions) == 5 and all(bare == "a photo of a sks star" and bare in named for bare, named in captions)
+    rare = [several for _, several in methods.captions_of(METHODS[f"{PLAIN}, {methods.TRAINED}"], "star")]
+    assert rare == [[caption.replace("sks", methods.TRAINED) for caption in several] for several in captions]
+    own = [several for _, several in methods.captions_of(METHODS["null space, word"], "star")]
+    assert own == [[caption.replace("sks star", "sks-star") for caption in several] for several in captions]
+    assert {len(several) for _, several in methods.captions_of(METHODS[f"{PLAIN}, no captions"], "star")} == {1}
+
+
+def test_the_shipped_method_is_the_trainers_own():
+    args = methods.trainer_args(METHODS[SHIPPED], "star", 3e-3)
+    assert args.nullspace_softness == DEFAULT_SOFTNESS and args.nullspace_threshold == DEFAULT_THRESHOLDS["energy"]
+    assert args.rank == 4 and args.learning_rate == 3e-3 and args.placeholder_token is None
+    word = methods.trainer_args(METHODS["null space, word, softness 1e-6"], "star", 3e-3)
+    assert word.placeholder_token == "sks-star" and word.initializer_token == "star"
+    assert word.nullspace_softness == 1e-6 and word.word_learning_rate == DEFAULT_WORD_RATE
+    alone = methods.trainer_args(METHODS["textual inversion"], "star", 3e-3)
+    assert alone.word_only and alone.word_learning_rate == 3e-3
+
+
+# ---- Running, resumably ----------------------------------------------------------------------------------------------
 
 
 def test_results_go_on_where_they_stopped(tmp_path, monkeypatch):
     """A job that fails ends it: what was done is on disk, what was not begun is not begun, and is all that is left."""
-    monkeypatch.setattr(preservation, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(resumable, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     jobs, did = {name: (name,) for name in "abcdefgh"}, []
 
-    def do(world, job):
+    def do(subject, job):
         did.append(job[0])
         time.sleep(0.1)
         if job[0] == "b" and did.count("b") == 1:
@@ -197,70 +368,98 @@ def test_results_go_on_where_they_stopped(tmp_path, monkeypatch):
 
     path = tmp_path / "results.json"
     with pytest.raises(OSError, match="no space left"):
-        preservation.Results(path).complete("runs", jobs, 1, "some", do)
+        preservation.Results(path, None, do, 1).complete("runs", jobs, "some")
     assert json.loads(path.read_text())["runs"] == {"a": {"value": "a"}}
     assert did[:2] == ["a", "b"] and len(did) < len(jobs)
-    done = preservation.Results(path).complete("runs", jobs, 1, "the others", do)
+    done = preservation.Results(path, None, do, 1).complete("runs", jobs, "the others")
     assert did.count("a") == 1 and done == {name: {"value": name} for name in jobs}
     assert json.loads(path.read_text())["runs"] == done
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_what_was_measured_of_another_definition_is_measured_again(tmp_path, monkeypatch):
-    results = preservation.Results(tmp_path / "results.json")
-    preservation.drop_changed(results)
+def test_what_was_measured_of_another_definition_is_measured_again(monkeypatch):
+    content = {}
+    preservation.drop_changed(content)
+    content["tier_two"] = {"runs": {}}
     for section in ("tuning", "runs"):
-        results.content[section] = {f"{name}/star/0": {"method": name} for name in ("DoRA", "nearest", "gone")}
-    results.content["memory"] = {"DoRA": {"peak": 1}, "nearest": {"peak": 1}}
-    results.save()
-    again = preservation.Results(tmp_path / "results.json")
-    changed = {"nearest": preservation.METHODS["nearest"] | {"rank": 2}}
-    changed["DoRA"] = preservation.METHODS["DoRA"] | {"rates": (1.0,)}  # another grid changes no run
-    monkeypatch.setattr(preservation, "METHODS", preservation.METHODS | changed)
+        content[section] = {f"{name}/star/0": {"method": name} for name in ("DoRA", "DCO", "gone")}
+    content["memory"] = {"DoRA": {"peak": 1}, "DCO": {"peak": 1}}
+    again = json.loads(json.dumps(content))
+    changed = {"DCO": replace(METHODS["DCO"], token="ohwx")}
+    changed["DoRA"] = replace(METHODS["DoRA"], rates=(1.0,))  # another grid changes no run
+    monkeypatch.setattr(preservation, "METHODS", METHODS | changed)
     preservation.drop_changed(again)
-    assert list(again.content["tuning"]) == list(again.content["runs"]) == ["DoRA/star/0"]
-    assert again.content["memory"] == {"DoRA": {"peak": 1}}
+    assert "tier_two" not in again  # which is made of the sweep
+    assert list(again["tuning"]) == list(again["runs"]) == ["DoRA/star/0"]
+    assert again["memory"] == {"DoRA": {"peak": 1}}
+    monkeypatch.setattr(preservation, "world_hash", lambda: "another")
     preservation.drop_changed(again)
-    assert again.content["memory"]
+    assert set(again) == {"setting", "methods"} and again["setting"]["world"] == "another"
 
 
-def test_quick_mode_leaves_the_full_results_alone(tmp_path, monkeypatch):
-    """It takes the learning rates from them, and adds those that they lack."""
-    did, drawn = [], []
+def stood_in(monkeypatch, tmp_path, did):
+    """Runs of `preservation.main` whose jobs are only noted, with results in a folder of the test's."""
 
-    def complete(self, section, jobs, *_):
-        did.extend(jobs.values())
+    def complete(self, section, jobs, description, fresh=False):
+        done = self.content.setdefault(section, {})
         for key, job in jobs.items():
-            done = self.content.setdefault(section, {})
-            done[key] = BASE["star"]
-            if job[0] == "run":
-                done[key] = make_run(job[1], job[3], [0.8, 0.7, 0.6, 0.5], 0.01) | {"rate": job[4]}
-                if job[1] == preservation.SHIPPED:  # as near in new places after half the steps
-                    for point, nearer in zip(done[key]["points"], (0.7, 0.5, 0.5, 0.5), strict=True):
-                        point["subject_anywhere"] = nearer
-        return {key: self.content[section][key] for key in jobs}
+            if key not in done:
+                did.append(job)
+                done[key] = BASE["heart"]
+                if job[0] == "run":
+                    nearest = 0.6 - 0.01 * (job[1] == SHIPPED)
+                    rate = {"rate": job[4], "weight": job[5]}
+                    done[key] = make_run(job[1], job[3], [0.8, nearest], job[4], job[2], **rate)
+        self.save()
+        return {key: done[key] for key in jobs}
 
     monkeypatch.setattr(preservation.Results, "complete", complete)
     monkeypatch.setattr(preservation, "HERE", tmp_path)
     monkeypatch.setattr(preservation, "WORK", tmp_path / "output")
     for name in ("build_bundle", "plot"):
         monkeypatch.setattr(preservation, name, lambda *_: None)
-    monkeypatch.setattr(preservation, "draw_picture", lambda *args: drawn.append(args))
-    monkeypatch.setattr(sys, "argv", ["preservation.py", "--quick"])
-    (tmp_path / "results").mkdir()
-    preservation.main()
-    runs = [job for job in did if job[0] == "run" and job[3] in preservation.SEEDS]
-    assert [job[1:4] for job in runs] == [(method, "star", 0) for method in preservation.COMPARED]
-    ((done, rates, _, path),) = drawn
-    assert path.parent == tmp_path / "output" and len(done) == len(runs)
-    assert rates == {job[1]: job[4] for job in runs}
-    written = json.loads((tmp_path / "output" / "preservation.json").read_text())
-    assert len(written["runs"]) == len(runs)
-    for name, share, leak in (("headline", 1, 0), ("headline_anywhere", 0.5, 0.18 - 0.36)):
-        assert written[name]["drift_vs_plain"] == pytest.approx(share)
-        assert written[name]["time_vs_prior"] == pytest.approx(share)
-        assert written[name]["class_leak_vs_prior"] == pytest.approx(leak)
-    assert not list((tmp_path / "results").iterdir())  # `complete`, which writes there, is stood in for
+    for folder in ("results", "output"):
+        (tmp_path / folder).mkdir()
+
+    def launch(*words):
+        did.clear()
+        monkeypatch.setattr(sys, "argv", ["preservation.py", *words])
+        preservation.main()
+        return [job[1:] for job in did if job[0] == "run"]
+
+    return launch
+
+
+def test_tiers(tmp_path, monkeypatch):
+    """Nothing is tuned on the subjects that are reported; quick mode leaves the full results alone."""
+    launch = stood_in(monkeypatch, tmp_path, [])
+    usual = {name: (METHODS[name].rates[1], METHODS[name].weights[0]) for name in TIER_ONE}
+    assert launch("--quick") == [(name, "star", 0, *usual[name]) for name in TIER_ONE]
+    assert not list((tmp_path / "results").iterdir())
+    assert len(json.loads((tmp_path / "output" / "preservation.json").read_text())["runs"]) == 4
+
+    runs = launch()
+    tuned, reported = runs[:40], runs[40:]
+    assert {run[1] for run in tuned} == set(world.TUNING_SUBJECTS) and {run[2] for run in tuned} == {100}
+    assert len(tuned) == 2 * (4 * 4 + 2 * 2)
+    written = json.loads((tmp_path / "results" / "preservation.json").read_text())
+    settings = {name: tuple(setting.values()) for name, setting in written["chosen"].items()}
+    assert reported == [
+        (name, subject, seed, *settings[name])
+        for seed in range(3) for subject in world.REPORTED_SUBJECTS for name in TIER_ONE
+    ]  # fmt: skip
+    assert set(written["headline"]["by_subject"]) == set(world.REPORTED_SUBJECTS)
+    assert set(written["memory"]) == set(TIER_ONE)
+    assert launch() == []  # all is there
+    assert launch("--quick") == [(name, "star", 0, *settings[name]) for name in TIER_ONE]
+
+    others = launch("--tier", "2")
+    assert {run[0] for run in others} == set(METHODS) - set(TIER_ONE) and {run[1:3] for run in others} == {
+        ("star", 100)
+    }
+    again = json.loads((tmp_path / "results" / "preservation.json").read_text())
+    assert again["headline"] == written["headline"] and set(again["tier_two"]["runs"]) == set(METHODS)
+    assert set(again["tier_two"]["levels"]["0.9"]) == set(METHODS)
 
 
 # ---- What a bundle is built from -------------------------------------------------------------------------------------
@@ -283,12 +482,11 @@ def test_bundles_are_tried_anew_where_training_changed(tmp_path, monkeypatch, ca
         self.content[section] |= dict.fromkeys(jobs, score)
 
     (tmp_path / "results").mkdir()
-    monkeypatch.setattr(bundle_data, "HERE", tmp_path)
-    monkeypatch.setattr(preservation, "WORK", tmp_path)
-    monkeypatch.setattr(preservation, "build_bundle", lambda: None)
+    for name, value in {"HERE": tmp_path, "WORK": tmp_path, "build_bundle": lambda: None}.items():
+        monkeypatch.setattr(bundle_data, name, value)
     monkeypatch.setattr(bundle_data, "bundle_of", lambda setting: None)
     monkeypatch.setattr(bundle_data, "plot", lambda *_: None)
-    monkeypatch.setattr(preservation.Results, "complete", complete)
+    monkeypatch.setattr(resumable.Results, "complete", complete)
     jobs = len(preservation.SEEDS) * (1 + len(bundle_data.settings()))
     for steps, count in ((400, jobs), (400, 0), (500, jobs)):
         did.clear()
@@ -299,17 +497,18 @@ def test_bundles_are_tried_anew_where_training_changed(tmp_path, monkeypatch, ca
     class Stopped(Exception):
         pass
 
-    def train(world, method, subject, seed, rate, marks):
+    def train(base, method, subject, seed, rate, weight, marks):
         trained.append((method, rate))
         raise Stopped
 
-    monkeypatch.setattr(preservation, "train", train)
+    monkeypatch.setattr(bundle_data, "train", train)
     monkeypatch.setattr(bundle_data.Bundle, "load", lambda *_, **__: None)
     for setting in (None, bundle_data.USUAL):
         with pytest.raises(Stopped):
             bundle_data.measure(SimpleNamespace(), (setting, 0))
-    shipped = preservation.METHODS[preservation.SHIPPED]
-    assert trained == [(shipped | {"energy": None}, bundle_data.PLAIN_RATE), (shipped, bundle_data.RATE)]
+    shipped = METHODS[SHIPPED]
+    assert trained == [(replace(shipped, flags={"nullspace_threshold": 0}), bundle_data.PLAIN_RATE),
+                       (shipped, bundle_data.RATE)]  # fmt: skip
 
 
 def test_bundles_are_compared_by_medians_over_seeds(tmp_path):

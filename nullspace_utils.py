@@ -242,7 +242,8 @@ def verify_bundle(args):
     for item in findings:
         shares = "".join(f"{share:10.1e}" for share in (item.claimed, item.measured, item.limit))
         closed = "".join(f"{share:10.4f}" for share in (item.closed_claimed, item.closed_measured))
-        mark = "" if item.holds else "  <- too much"
+        mark = "  <- too much" if item.measured > item.limit else f"  <- {item.energy:.0e} times the energy"
+        mark = "" if item.holds else mark
         print(f"{item.source:{width}}{item.size:8}{item.closed:8}{shares}{closed}{mark}")
     refuse(findings)
     print(f"Verdict: on what this model read, the bundle protects what it claims at all {len(findings)} inputs.")

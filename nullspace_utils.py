@@ -164,7 +164,7 @@ from nullspace.embeddings import bundled_tokens
 from nullspace.finding import bundles_of_model, cache_folder, cached, describe_cache, remove_from_cache
 from nullspace.kohya import read_report, save_kohya
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
-from nullspace.lora import LoraLayer, load_lora, read_embeddings, read_lora
+from nullspace.lora import LoraLayer, check_finite, load_lora, read_embeddings, read_lora
 from nullspace.moments import SecondMoments
 from nullspace.projector import NullSpaceProjector, Protected
 from nullspace.spectrum import Spectrum
@@ -187,6 +187,7 @@ def export(args):
     if output.exists() and any(source.exists() and output.samefile(source) for source in (lora, lora / LORA_NAME)):
         raise NullSpaceError(f"--output {output} is the LoRA itself; name another file.")
     layers = load_lora(args.lora)
+    check_finite(layers, args.lora)
     if any(layer.magnitude is not None for layer in layers.values()):
         raise NullSpaceError(f"{args.lora} is a DoRA, which is not exported; give the programs the file itself.")
     embeddings = read_embeddings(args.lora)
@@ -242,7 +243,8 @@ def verify_bundle(args):
     for item in findings:
         shares = "".join(f"{share:10.1e}" for share in (item.claimed, item.measured, item.limit))
         closed = "".join(f"{share:10.4f}" for share in (item.closed_claimed, item.closed_measured))
-        mark = "" if item.holds else "  <- too much"
+        mark = "  <- too much" if item.measured > item.limit else f"  <- {item.energy:.0e} times the energy"
+        mark = "" if item.holds else mark
         print(f"{item.source:{width}}{item.size:8}{item.closed:8}{shares}{closed}{mark}")
     refuse(findings)
     print(f"Verdict: on what this model read, the bundle protects what it claims at all {len(findings)} inputs.")
@@ -262,6 +264,7 @@ def repair_lora(args):
         raise NullSpaceError(f"--output_dir {args.output_dir} holds the LoRA itself; name another folder.")
     check_writable(args.output_dir)
     layers = load_lora(args.lora)
+    check_finite(layers, args.lora)
     with_text_encoder = any(name.partition(".")[0] in TEXT_ENCODERS for name in layers)
     bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
     pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config)
@@ -324,6 +327,7 @@ def main(args):
     if args.command in commands:
         return commands[args.command](args)
     layers, unknown = read_lora(args.lora)
+    check_finite(layers, args.lora)
     if not layers:
         print(printable(verdict({}, unknown or ["nothing that is a LoRA layer"])))
         return

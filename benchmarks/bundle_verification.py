@@ -9,11 +9,13 @@ these bundles. Of every input it notes how much energy is let through, claimed a
 at one. Takes about 3 minutes. Writes `results/bundle_verification.json`.
 
 With --sd15 it does so with random weights of Stable Diffusion 1.5's size, drawn at 256 pixels, instead. Writes
-`results/bundle_verification_sd15.json`.
+`results/bundle_verification_sd15.json`, after each part: `measured` says what was until then. One model is in memory at
+a time, in one precision, and one forgery, so that it stays below 6 GB.
 """
 
 import argparse
 import copy
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -162,16 +164,19 @@ FORGERIES = {
 
 
 def shuffled_model(bundle, pipeline):
-    """The spectra of a bundle of the same model with its weights shuffled: another one, of the same sizes."""
-    pipeline = copy.deepcopy(pipeline)
+    """The spectra of a bundle of the same model with its weights shuffled, in place: another one, of the same sizes."""
     generator = torch.Generator().manual_seed(0)
     for part in (pipeline.unet, pipeline.text_encoder):
         for parameter in part.parameters():
             order = torch.randperm(parameter.numel(), generator=generator)
             parameter.data = parameter.data.flatten()[order].view_as(parameter)
     moments = read(bundle, pipeline, prompts=8, whole=True)
+
+    def spectrum_of(source, tokens):
+        return Spectrum.from_sum(moments[source] * tokens, tokens)
+
     return {
-        group: {source: Spectrum.from_sum(moments[source], item.tokens) for source, item in spectra.items()}
+        group: {source: spectrum_of(source, item.tokens) for source, item in spectra.items()}
         for group, spectra in bundle.spectra.items()
         if group in (JOINT, *TIMELESS)
     }
@@ -190,10 +195,11 @@ def forge(bundle, change, seed):
 # ---- The experiment --------------------------------------------------------------------------------------------------
 
 
-def read_all(bundle, pipelines):
+def read_all(bundle, model, scratch):
     """What the model in each precision reads from each seed, and the least seconds: `dict[dtype, (list, float)]`."""
     found = {}
-    for dtype, pipeline in pipelines.items():
+    for dtype in DTYPES:
+        pipeline = load(model, scratch)[0].to(dtype)
         moments, seconds = [], []
         for seed in SEEDS:
             start = time.perf_counter()
@@ -201,6 +207,8 @@ def read_all(bundle, pipelines):
             compare(bundle, moments[-1])
             seconds.append(time.perf_counter() - start)
         found[dtype] = moments, min(seconds)
+        del pipeline
+        gc.collect()  # a pipeline refers to itself
     return found
 
 
@@ -246,32 +254,48 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd15", action="store_true", help="Random weights of Stable Diffusion 1.5's size.")
     args = parser.parse_args()
-    rows, bundles, pipelines, readings = [], {}, {}, {}
+    rows, bundles, readings = [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         models = [make_sd15(scratch / SD15)] if args.sd15 else MODELS
+        gc.collect()
         for model in models:
-            pipelines[model] = {dtype: load(model, scratch)[0].to(dtype) for dtype in DTYPES}
             bundles[model] = build(model, scratch)
-            readings[model] = read_all(bundles[model], pipelines[model])
+            readings[model] = read_all(bundles[model], model, scratch)
             rows += examine("as forged below", model, bundles[model], readings[model], True)
+            write_rows(rows, models)
         for model in models:
-            forged = {kind: forge(bundles[model], change, 0) for kind, change in FORGERIES.items()}
-            spectra = {f"that of {other.name}": bundles[other].spectra for other in models if other != model}
-            spectra["that of shuffled weights"] = shuffled_model(bundles[model], pipelines[model][torch.float32])
-            for kind, held in spectra.items():
-                forged[kind] = Bundle(copy.deepcopy(bundles[model].config), held)
-            for kind, bundle in forged.items():
+            for kind, bundle in forged(model, models, bundles, scratch):
                 rows += examine(kind, model, bundle, readings[model], False)
+            write_rows(rows, models)
+        readings.clear()
         for model in models:
             for kind, flags in {**HONEST, **OF_MODEL[model.name]}.items():
                 bundle = build(model, scratch, flags)
-                rows += examine(kind, model, bundle, read_all(bundle, pipelines[model]), True)
+                rows += examine(kind, model, bundle, read_all(bundle, model, scratch), True)
+                write_rows(rows, models)
+
+
+def forged(model, models, bundles, scratch):
+    """Each forgery of a model's bundle, one after the other: its kind and the `Bundle`."""
+    honest = bundles[model]
+    for kind, change in FORGERIES.items():
+        yield kind, forge(honest, change, 0)
+    for other in models:
+        if other != model:
+            yield f"that of {other.name}", Bundle(copy.deepcopy(honest.config), bundles[other].spectra)
+    spectra = shuffled_model(honest, load(model, scratch)[0])
+    gc.collect()
+    yield "that of shuffled weights", Bundle(copy.deepcopy(honest.config), spectra)
+
+
+def write_rows(rows, models):
     write(
-        "bundle_verification_sd15" if args.sd15 else "bundle_verification",
+        "bundle_verification_sd15" if models[0].name == SD15 else "bundle_verification",
         setting=f"{' and '.join(model.name for model in models)}, {PROMPTS} prompts in {STEPS} steps, all prompts "
         f"through the text encoder; the limit is {TIMES} times the claimed share and {BESIDES:g}; figures are "
         "[smallest, largest] over inputs and seeds",
+        measured=list(dict.fromkeys(row["bundle"] for row in rows)),
         seeds=SEEDS,
         rows=rows,
     )

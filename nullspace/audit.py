@@ -74,13 +74,13 @@ def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS
         row = {"module": name, "in_features": layer.down.shape[1]}
         row |= {"protected_rank": 0, "leakage": None, "predicted_drift": None, "rounding": None}
         if name in protected:
-            if layer.down.shape[1] != len(protected[name].basis):
+            weight = base_layer(find_module(name, unet, **text_encoders)).weight
+            if (len(layer.up), *layer.down.shape[1:]) != (len(weight), len(protected[name].basis)):
                 raise NullSpaceError(
                     f"The LoRA was made for another model than the bundle: their sizes of {name} differ."
                 )
             # Unpacked once for all layers that read it
             spectrum = spectra[bundle.modules[name]["input"]]._replace(eigenvectors=protected[name].basis, rest=None)
-            weight = base_layer(find_module(name, unet, **text_encoders)).weight
             layer = with_magnitude(layer, weight)
             row["protected_rank"] = protected[name].rank
             row["leakage"] = leakage(layer, protected[name]) if protected[name].rank else None

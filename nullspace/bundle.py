@@ -15,7 +15,7 @@ from huggingface_hub import is_offline_mode
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nullspace.checks import check_softness, check_writable
+from nullspace.checks import check_softness, check_writable, drawing_fault
 from nullspace.errors import DamagedError, NullSpaceError
 from nullspace.families import family_of, get_family
 from nullspace.fingerprints import fingerprint, fingerprints
@@ -49,6 +49,7 @@ from nullspace.schema import (
     check_spectrum,
     check_traces,
     file_bytes,
+    parse_config,
     tensor_specs,
 )
 from nullspace.spectrum import Spectrum
@@ -82,11 +83,13 @@ class Bundle:
         spectra (`dict[str, dict[str, Spectrum]]`): group -> input -> spectrum, for the groups that were loaded;
             the text encoder's output is the group "encoder_hidden_states", its own layers "text_encoder".
         revision (`str` or `None`): the commit that it was read from, where that was on the Hub.
+        last_timestep (`int` or `None`): the last that it protects, whatever it was restricted to since it was read.
     """
 
     config: dict
     spectra: dict = field(default_factory=dict)
     revision: str | None = None
+    last_timestep: int | None = None
 
     @classmethod
     def from_moments(cls, moments, groups, config):
@@ -140,7 +143,11 @@ class Bundle:
         if not Path(name_or_path).is_dir():
             revision = folder.name  # a snapshot is named after its commit: a push in between must not mix two bundles
         folder = fetch_files(name_or_path, [group_file(name) for name in names], revision, token, force)
-        bundle = cls(config, revision=None if Path(name_or_path).is_dir() else revision)
+        bundle = cls(
+            config,
+            revision=None if Path(name_or_path).is_dir() else revision,
+            last_timestep=config["groups"][0]["range"][1],
+        )
         bundle.spectra = {name: bundle._read_group(folder, name) for name in names}
         split = [group["name"] for group in split_groups(config)]
         if JOINT not in split and {JOINT, *split} <= bundle.spectra.keys():
@@ -156,7 +163,8 @@ class Bundle:
             if whole:
                 with safe_open(path, "pt") as file:
                     check_header(path, file, specs)
-                    tensors = {key: file.get_tensor(key) for key in specs}
+                    # Copies: the tensors themselves change with the file, which somebody may write over
+                    tensors = {key: file.get_tensor(key).clone() for key in specs}
         except (OSError, SafetensorError) as error:
             raise DamagedError(f"{path} cannot be read ({error}); download or build the bundle again.") from error
         if not whole:
@@ -288,8 +296,17 @@ class Bundle:
         present = dict(unet.named_modules())
         if not any(name in present for name in self.config["modules"]):
             raise NullSpaceError("The bundle covers no layer of this UNet; build one for this model.")
+        if fault := drawing_fault(self.config["resolution"], unet.config.sample_size):
+            raise NullSpaceError(f"The bundle is of {fault}; use another or build one with build_nullspace.py.")
         given = {"unet": unet, TEXT_ENCODER: text_encoder, **others}
         given = {name: part for name, part in given.items() if part is not None}
+        if "noise_scheduler" in given and self.last_timestep is not None:
+            last = given["noise_scheduler"].config.num_train_timesteps - 1
+            if self.last_timestep != last:
+                raise NullSpaceError(
+                    f"The bundle is for timesteps 0 to {self.last_timestep}, and this model has them up to {last}; use "
+                    "another bundle or build one with build_nullspace.py."
+                )
         text_encoders = {name: given[name] for name in TEXT_ENCODERS if name in given}
         reads = attention_inputs(unet, "all")
         for name, model in text_encoders.items():
@@ -415,7 +432,7 @@ class Bundle:
         """
         kept = groups_inside(self.config, first, last)
         names = [group["name"] for group in kept]
-        restricted = Bundle(copy.deepcopy(self.config), revision=self.revision)
+        restricted = Bundle(copy.deepcopy(self.config), revision=self.revision, last_timestep=self.last_timestep)
         restricted.spectra = {name: self.spectra[name] for name in [*names, *TIMELESS] if name in self.spectra}
         if len(kept) == len(split_groups(self.config)):
             restricted.spectra[JOINT] = self.spectra[JOINT]
@@ -542,7 +559,7 @@ def read_config(folder):
     check_plain(path.parent, path.name)
     check_size(path, CONFIG_BYTES)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_config(path.read_text(encoding="utf-8"))
         newer = config["format_version"] > FORMAT_VERSION
         whole = newer or config["sha256"] == config_sha256(config)
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -68,6 +68,9 @@ RANGES = {
 }
 
 
+LARGEST = 32  # pixels that are drawn for each of the model's own latents, at most: mostly 8 make one
+
+
 WORD_FLAGS = ("initializer_token", "num_vectors", "word_learning_rate", "word_only")
 # What is of a LoRA alone
 UNUSED_BY_WORD = (
@@ -230,6 +233,14 @@ def resolution_fault(resolution, block_out_channels):
     if resolution % step:
         near = max(step, round(resolution / step) * step)
         return f"--resolution {resolution} is no multiple of {step}, as this model's VAE needs; try {near}."
+    return None
+
+
+def drawing_fault(resolution, sample_size):
+    """What is wrong with drawing at a resolution with a UNet of latents (sample_size, sample_size), or None."""
+    most = LARGEST * sample_size
+    if resolution % 8 or resolution > most:
+        return f"{resolution} pixels, no multiple of 8 or more than {most}, {LARGEST // 8} times the model's own"
     return None
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from nullspace import signals
-from nullspace.checks import check_clip_skip, resolution_fault
+from nullspace.checks import check_clip_skip, drawing_fault, resolution_fault
 from nullspace.errors import NullSpaceError, StaleError, reason
 from nullspace.families import get_family
 from nullspace.fingerprints import fingerprints
@@ -247,6 +247,8 @@ def load_collected(family, model, prompts, tell, args):
         tell(sentence)
     with loading(model.name):
         pipeline = family.load_pipeline(model, **tokenizers)
+    if args.resolution and (fault := drawing_fault(args.resolution, pipeline.unet.config.sample_size)):
+        raise NullSpaceError(f"--resolution is {fault}; choose a smaller one.")
     for name in family.text_encoders:
         layers = getattr(pipeline, name).config.num_hidden_layers
         check_clip_skip(args.clip_skip, layers, family.unread_layers(name))

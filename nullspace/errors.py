@@ -96,8 +96,11 @@ def cannot_be_had(model, error, kind="base model"):
     return f"The {kind} {model} cannot be had ({reason(error)}){f'; {what}' if what else ''}."
 
 
+LONGEST = 200  # characters that are shown of a name
+
+
 def listed(names, most=5):
     """Names in a row, the first few of many: 'a, b and 3 more'."""
-    names = [str(name) for name in names]
+    names = [str(name) if len(str(name)) <= LONGEST else f"{str(name)[:LONGEST]}..." for name in names]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

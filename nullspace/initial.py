@@ -9,7 +9,7 @@ from nullspace.adapters import kinds_of, layers_to_train, lora_modules, model_of
 from nullspace.errors import NullSpaceError, listed
 from nullspace.hub import patiently
 from nullspace.layers import find_module
-from nullspace.lora import load_lora
+from nullspace.lora import check_finite, load_lora
 from nullspace.names import JOINT, TEXT_ENCODERS
 
 
@@ -34,8 +34,7 @@ def read_initial(accelerator, args):
         raise NullSpaceError(f"{where} has no layer of the UNet, which is what is trained; give one that has.")
     if any(layer.magnitude is not None for layer in layers.values()):
         raise NullSpaceError(f"{where} is a DoRA, whose magnitudes cannot be trained here; give a plain LoRA.")
-    if not all(tensor.isfinite().all() for layer in layers.values() for tensor in layer[:2]):
-        raise NullSpaceError(f"{where} holds NaN or infinity; give one of a training that did not diverge.")
+    check_finite(layers, where)
     for flag, own in (
         ("rank", {len(layer.down) for layer in layers.values()}),
         ("lora_alpha", {round(layer.scale * len(layer.down), 9) for layer in layers.values()}),

@@ -1,6 +1,7 @@
 """LoRA files: reading any that diffusers reads."""
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,10 @@ from nullspace.names import LORA_NAME, TEXT_ENCODERS
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 KOHYA_NEEDED = {"lora_down.weight", "lora_up.weight"}
 KOHYA_OPTIONAL = {"alpha", "dora_scale"}
+MODULE = re.compile(r"[\w.]{1,256}", re.ASCII)  # a layer's name
+# Of peft's configuration in a file, a regular expression that layers are looked up by: without repetitions, which may
+# never end.
+PATTERN = re.compile(r"[\w.^|\\]{1,1000}", re.ASCII)
 
 
 class LoraLayer(NamedTuple):
@@ -148,6 +153,7 @@ def read_lora(name_or_path, token=None):
 
     try:
         tensors, config_of_file = _fetch(name_or_path, token)
+        _check_config(config_of_file or {})
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(BUNDLED)}
         tensors, magnitudes, unknown = _split_kohya(tensors)
         # By the configuration of the UNet it renames blocks that have the names of the original code
@@ -170,7 +176,9 @@ def read_lora(name_or_path, token=None):
         used = set()
         for key, down in state_dict.items():
             name = key.removesuffix(".lora_A.weight")
-            if name != key and f"{name}.lora_B.weight" in state_dict:
+            if name != key and f"{name}.lora_B.weight" in state_dict and MODULE.fullmatch(name):
+                if fault := _pair_fault(down, state_dict[f"{name}.lora_B.weight"]):
+                    raise NullSpaceError(f"{name_or_path} is no LoRA: {prefix}{name} {fault}; give another.")
                 rank = len(down)
                 alpha = alphas.get(f"{name}.alpha", alphas.get(f"{key}.alpha", rank))
                 if config:  # of peft, which takes the place of the alphas
@@ -189,6 +197,44 @@ def read_lora(name_or_path, token=None):
                 used |= {key, f"{name}.lora_B.weight", *vectors}
         unknown += sorted(prefix + key for key in state_dict.keys() - used)
     return layers, unknown + sorted(f"{layer}.dora_scale" for layer in magnitudes)
+
+
+def _check_config(config):
+    """Raise `ValueError` unless what a file has of peft is what scales can be read from, for each model."""
+    parts = {}
+    if isinstance(config, dict):
+        for key, value in config.items():
+            model, _, name = key.partition(".")
+            parts.setdefault(model, {})[name] = value
+    for part in parts.values():
+        patterns = part.get("alpha_pattern") or {}
+        plain = isinstance(patterns, dict) and all(map(PATTERN.fullmatch, patterns))
+        if not plain or not all(map(_is_finite, [part.get("lora_alpha"), *patterns.values()])):
+            parts = None
+            break
+    if parts is None or not isinstance(config, dict):
+        raise ValueError("the configuration of peft in it has no alphas by which it is scaled")
+
+
+def _is_finite(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _pair_fault(down, up):
+    """What keeps two tensors from being a layer of linear maps, or of convolutions, or None."""
+    if not (down.is_floating_point() and up.is_floating_point()):
+        return f"is of {str(down.dtype).removeprefix('torch.')} and {str(up.dtype).removeprefix('torch.')}"
+    if down.dim() not in (2, 4) or up.dim() != down.dim() or len(down) != up.shape[1] or not down.numel() * up.numel():
+        return f"is {tuple(up.shape)} times {tuple(down.shape)}"
+    return None
+
+
+def check_finite(layers, where):
+    """Raise `NullSpaceError` if a LoRA's layers hold what is no number."""
+    for layer in layers.values():
+        tensors = [tensor for tensor in (layer.down, layer.up, layer.magnitude) if tensor is not None]
+        if not (math.isfinite(layer.scale) and all(tensor.double().isfinite().all() for tensor in tensors)):
+            raise NullSpaceError(f"{where} holds NaN or infinity; give one of a training that did not diverge.")
 
 
 def _magnitude_keys(name):

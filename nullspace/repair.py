@@ -55,7 +55,8 @@ def kept(before, after, subject):
     def size(up, down):
         return ((up.T @ up) * (down @ subject.double().cpu() @ down.T)).sum().clamp_min(0).sqrt()
 
-    return 1 - (size(difference, both) / size(before.scale * before.up.double(), before.down.double())).item()
+    whole = size(before.scale * before.up.double(), before.down.double())
+    return 1 - (size(difference, both) / whole).item() if whole else 1.0  # of nothing, nothing is lost
 
 
 def repair(layers, bundle, subject, drift_weight, **models):
@@ -90,4 +91,6 @@ def repair(layers, bundle, subject, drift_weight, **models):
     after = audit(repaired, bundle, **models)
     for row, old, new in zip(rows, before["layers"], after["layers"], strict=True):
         row |= {"drift_before": old["predicted_drift"], "drift": new["predicted_drift"], "leakage": new["leakage"]}
+    if beyond := [row["module"] for row in rows if not all(map(math.isfinite, list(row.values())[1:]))]:
+        raise NullSpaceError(f"What the LoRA does in {listed(beyond, 3)} is too large to be told; it is not repaired.")
     return repaired, rows

@@ -1,5 +1,6 @@
 """What a bundle may hold, for it is of strangers: its configuration, the names and sizes of its files, its tensors."""
 
+import json
 import math
 import re
 from numbers import Real
@@ -9,6 +10,7 @@ import torch
 from nullspace.errors import NullSpaceError, listed
 from nullspace.families import FAMILIES
 from nullspace.names import CONFIG_NAME, FORMAT_VERSION, JOINT, TEXT_ENCODERS, TEXT_INPUT, TIMELESS
+from nullspace.prompts import EXAMPLES
 from nullspace.samplers import SAMPLERS
 
 
@@ -17,6 +19,8 @@ HEADER_BYTES = 2**20  # what a safetensors file holds besides its tensors
 TYPE_BYTES = {"F16": 2, "F32": 4}  # as safetensors calls them
 WIDEST = 2**15  # inputs of a layer
 MODULES = 2**14
+LONGEST_NAME = 255  # bytes of a file's or folder's, on most file systems
+UNPAIRED = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can escape and no encoding has
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 MODULE_NAME = re.compile(r"\w+(\.\w+){0,31}", re.ASCII)
 GROUP_NAME = re.compile(rf"{JOINT}|timesteps-\d{{4,7}}-\d{{4,7}}")
@@ -55,8 +59,16 @@ def text(longest=1000, pattern=None, what="text"):
     def check(value, where):
         if not isinstance(value, str) or len(value) > longest or (pattern and not pattern.fullmatch(value)):
             raise Wrong(f"{where} must be {what} of at most {longest} characters")
+        if UNPAIRED.search(value):
+            raise Wrong(f"{where} holds half of a character, which is no text")
 
     return check
+
+
+def name_or_path(value, where):
+    text(4096)(value, where)
+    if any(len(part.encode()) > LONGEST_NAME for part in value.split("/")):
+        raise Wrong(f"{where} has a name in it that is longer than {LONGEST_NAME} bytes")
 
 
 def choice(*values):
@@ -137,11 +149,12 @@ CONFIG = record(
     {
         "format_version": integer(1, FORMAT_VERSION),
         "base_model": record(
-            {"id": text(4096), "fingerprint": fingerprint}, {"revision": optional(text()), "variant": optional(text())}
+            {"id": name_or_path, "fingerprint": fingerprint},
+            {"revision": optional(text()), "variant": optional(text())},
         ),
         "model_type": choice(*FAMILIES),
         "sampler": choice(*SAMPLERS),
-        "num_inference_steps": array(integer(1, 10**4), 1, 100),
+        "num_inference_steps": array(integer(1, 1000), 1, 100),
         "guidance_scale": number(0, 1000),
         "resolution": integer(1, 2**16),
         "attention": choice("cross", "self", "all"),
@@ -151,11 +164,11 @@ CONFIG = record(
                 "source": text(10**4),
                 "count": integer(1, 2**60),
                 "sha256": HEX,
-                "examples": array(text(10**4), 0, 1000),
+                "examples": array(text(10**4), 0, EXAMPLES),
             },
             {},
         ),
-        "seed": integer(0, 2**64),
+        "seed": integer(0, 2**62),  # to which the numbers of prompts are added
         "groups": array(
             record(
                 {
@@ -187,6 +200,22 @@ CONFIG = record(
 
 
 # ---- The configuration -----------------------------------------------------------------------------------------------
+
+
+def parse_config(content):
+    """The object of a JSON text in which no name stands twice: readers differ in which of two they take.
+
+    Raises:
+        ValueError: if one does, or it is no JSON.
+    """
+
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name stands twice")
+        return found
+
+    return json.loads(content, object_pairs_hook=unique)
 
 
 def check_config(config, path):
@@ -232,6 +261,11 @@ def _check_groups(config):
     ordered = sorted(split, key=lambda group: group["range"])
     if any(a["range"][1] >= b["range"][0] for a, b in zip(ordered, ordered[1:], strict=False)):
         raise Wrong("the ranges of the groups must not overlap")
+    # What no group has is protected by none
+    first, last = joint["range"]
+    edges = [-1, *(edge for group in ordered or [joint] for edge in group["range"]), last + 1]
+    if first or any(left + 1 != right for left, right in zip(edges[::2], edges[1::2], strict=True)):
+        raise Wrong("the ranges of the groups must follow each other from timestep 0 on")
     if split and joint["timesteps"] != sorted(step for group in split for step in group["timesteps"]):
         raise Wrong(f"the timesteps of '{JOINT}' must be those of the other groups")
 

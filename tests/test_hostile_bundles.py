@@ -100,6 +100,21 @@ def one_direction_fewer(config):
     exact[max(exact, key=exact.get)] -= 1
 
 
+def last_timestep(number):
+    """The range of all groups, and with it the last one's, ends at another timestep."""
+
+    def lie(config):
+        last = max(config["groups"][1:], key=lambda group: group["range"])
+        config["groups"][0]["range"][1] = last["range"][1] = number
+
+    return lie
+
+
+def no_first_timesteps(config):
+    first = min(config["groups"][1:], key=lambda group: group["range"])
+    config["groups"][0]["range"][0] = first["range"][0] = first["timesteps"][0]
+
+
 def file_named(name):
     def lie(config):
         config["files"][name] = "0" * 64
@@ -132,12 +147,19 @@ CONFIGS = {
     "guidance that is no number": put(["guidance_scale"], math.nan),
     "guidance without end": put(["guidance_scale"], math.inf),
     "guidance in words": put(["guidance_scale"], "7.5"),
+    "steps that no sampler has": put(["num_inference_steps"], [10**4]),
     "a resolution of terapixels": put(["resolution"], 10**6),
+    "a resolution of gigapixels": put(["resolution"], 2**15),
+    "a resolution that no VAE has": put(["resolution"], 37),
     "a seed that is no number": put(["seed"], [1]),
+    "a seed that no generator takes": put(["seed"], 2**64),
     "a negative clip skip": put(["clip_skip"], -1),
     "a hash that is none": put(["prompts", "sha256"], "f"),
     "an endless prompt": put(["prompts", "examples"], ["x" * 10**6]),
     "prompts that are no text": put(["prompts", "examples"], [{"x": 1}]),
+    "prompts that are half a character": put(["prompts", "examples"], ["a \ud800 star"]),
+    "a thousand prompts": put(["prompts", "examples"], ["a star"] * 1000),
+    "a model's id that no path can be": put(["base_model", "id"], "a" * 4000),
     "a model's id that is no text": put(["base_model", "id"], ["a"]),
     "a fingerprint that is none": put(["base_model", "fingerprint"], {"unet": 1}),
     "a layer of 2^40 inputs": put(["modules", ..., "in_features"], 2**40),
@@ -153,6 +175,9 @@ CONFIGS = {
     "timesteps of no group": put(["groups", 0, "timesteps"], [1, 2, 3]),
     "timesteps outside of the range": put(["groups", 1, "range"], [990, 999]),
     "ranges that overlap": put(["groups", 1, "range"], [0, 999]),
+    "ranges that begin late": no_first_timesteps,
+    "ranges that end early": last_timestep(998),
+    "ranges of a million timesteps": last_timestep(10**6),
     "a distance below 0": put(["distances"], {JOINT: {"layer": -1.0}}),
     "a distance that is no number": put(["distances"], {JOINT: {"layer": math.nan}}),
     "a distance without end": put(["distances"], {JOINT: {"layer": math.inf}}),
@@ -290,6 +315,9 @@ FILES = {
         (folder / f"{TEXT_INPUT}.safetensors").read_bytes()
     ),
     "no file of a group": lambda folder: (folder / "joint.safetensors").unlink(),
+    "a name that stands twice": lambda folder: (folder / CONFIG_NAME).write_text(
+        (folder / CONFIG_NAME).read_text().replace("{", '{"seed": 7, ', 1)
+    ),
     "brackets without end": lambda folder: (folder / CONFIG_NAME).write_text("[" * 10**6),
     "a number without end": lambda folder: (folder / CONFIG_NAME).write_text('{"format_version": ' + "9" * 10**5 + "}"),
     "other bytes than text": lambda folder: (folder / CONFIG_NAME).write_bytes(b"\xff\xfe{}"),
@@ -366,6 +394,19 @@ def pipeline(tiny_sd1):
 
 def test_the_honest_one_is_welcome(bundle1, pipeline):  # noqa: F811
     assert len(meet(bundle1, pipeline)) == len(Bundle.load(bundle1).modules)
+
+
+def test_what_was_checked_is_what_is_used(bundle1, tmp_path):  # noqa: F811
+    """Whoever writes over the files of a bundle that was read changes nothing of it."""
+    folder = make_hostile("config", "a seed that is no number", bundle1, tmp_path / "bundle")
+    (folder / CONFIG_NAME).write_bytes((bundle1 / CONFIG_NAME).read_bytes())
+    bundle = Bundle.load(folder)
+    for path in folder.glob("*.safetensors"):
+        with open(path, "r+b") as file:
+            file.write(bytes(path.stat().st_size))
+    for source, spectrum in Bundle.load(bundle1).group(JOINT).items():
+        for (_, expected), (_, found) in zip(spectrum.parts(), bundle.group(JOINT)[source].parts(), strict=True):
+            assert torch.equal(expected, found)
 
 
 def test_the_table_of_hostile_bundles(bundle1, pipeline, tmp_path):  # noqa: F811

@@ -1,8 +1,10 @@
 """nullspace/verify.py: honest bundles hold on the model itself, forged ones are refused by name and figure."""
 
 import copy
+import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from nullspace.bundle import Bundle
 from nullspace.collection import collect, load_collected
 from nullspace.errors import NullSpaceError
 from nullspace.families import recognise
+from nullspace.hashes import config_sha256
 from nullspace.models import download_model
-from nullspace.names import JOINT, LORA_NAME, TEXT_ENCODER, TEXT_INPUT
+from nullspace.names import CONFIG_NAME, JOINT, LORA_NAME, TEXT_ENCODER, TEXT_INPUT
 from nullspace.prompts import Prompts
 from nullspace.samplers import make_scheduler
 from nullspace.verify import compare, refuse, verify
@@ -152,6 +155,17 @@ def test_a_forged_bundle_is_refused(case, change):
     assert worst.measured > worst.claimed
 
 
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_a_bundle_of_another_weight_is_refused(sd, factor):
+    """Which protects alone what it says, and beside other prompts nothing, or nothing of theirs."""
+    source = next(name for name in sd.bundle.group(JOINT) if "to_q" in name)
+    changed = sd.changed(lambda item: item._replace(eigenvalues=item.eigenvalues * factor), only=source)
+    found = verify(changed, sd.pipeline)
+    assert all(item.measured <= item.limit for item in found)
+    with pytest.raises(NullSpaceError, match=f"of {re.escape(source)} it reads .* times the energy that the bundle"):
+        refuse(found)
+
+
 @pytest.mark.parametrize("kind", ["to_q", "to_out", TEXT_INPUT, "self_attn.q_proj"])
 def test_one_forged_input_is_found_among_honest_ones(sd, kind):
     source = next(name for name in sd.bundle.group(JOINT) if kind in name)
@@ -260,6 +274,11 @@ def test_the_command_refuses_what_it_cannot_do(sd, folders, tiny_sd2):
         verify_command("--nullspace", folders / "honest", "--prompts", 9)
     with pytest.raises(NullSpaceError, match="The bundle was built"):
         verify_command("--nullspace", folders / "honest", "--pretrained_model_name_or_path", tiny_sd2)
+    config = json.loads((folders / "honest" / CONFIG_NAME).read_text()) | {"clip_skip": 2}
+    shutil.copytree(folders / "honest", folders / "skips all")
+    (folders / "skips all" / CONFIG_NAME).write_text(json.dumps(config | {"sha256": config_sha256(config)}))
+    with pytest.raises(NullSpaceError, match="--clip_skip 2 leaves nothing of the text encoder"):
+        verify_command("--nullspace", folders / "skips all", "--pretrained_model_name_or_path", sd.model)
 
 
 def test_the_trainer_refuses_a_forged_bundle_before_it_trains(sd, folders, tmp_path, monkeypatch):

@@ -2,9 +2,14 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-oldest sweep
+.PHONY: demo lint test test-oldest sweep
 demo: .venv/installed
 	$(BIN)/python demo/run.py
+
+# What CI runs before the tests
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4 --dist worksteal

@@ -5,7 +5,7 @@
 For every loss (epsilon, x0, consistency), subject and seed it trains a LoRA without protection and one in the null
 space, with `train_dreambooth_nullspace.py` in this process, and scores both by the exact reader of
 `demo/world_reader.py`. It writes `results/lcm.json` after each of them, goes on from there when it was stopped, and
-ends with the README's tables.
+ends with the tables of `docs/benchmarks.md`.
 """
 
 import argparse
@@ -176,7 +176,7 @@ def write(results):
 
 
 def print_tables(results):
-    """The README's table: medians over subjects and seeds."""
+    """The page's table: medians over subjects and seeds."""
     header = ["loss", "", *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS)]
     header += ["class", "held-out", "sharpness", "drift", "time a step"]
     rows = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]

@@ -121,7 +121,7 @@ def test_the_wheel_holds_the_library_and_the_doors_alone(installed):
     assert users == requirements("requirements.txt")
     assert extras == {"bitsandbytes", "prodigyopt"} and not extras & users
     # Tests need all of it, and those that run them no user does
-    assert requirements("requirements-dev.txt") == {"-r requirements.txt", *extras, "pytest", "pytest-xdist"}
+    assert requirements("requirements-dev.txt") == {"-r requirements.txt", *extras, "pytest", "pytest-xdist", "ruff"}
 
 
 def requirements(name):

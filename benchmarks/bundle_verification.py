@@ -40,13 +40,13 @@ from nullspace.verify import BESIDES, PROMPTS, STEPS, TIMES, compare, read
 
 
 DEMO = HERE.parent / "demo"
-MODELS = (DEMO / "shapes-sd", DEMO / "shapes-lcm")
+MODELS = (DEMO / "world-sd", DEMO / "world-lcm")
 SD15 = "random-sd15"
 DTYPES = (torch.float32, torch.bfloat16)
 SEEDS = (None, 100)  # the bundle's own, and another
 FLAGS_OF = {
-    "shapes-sd": "--num_inference_steps 10 --with_text_encoder --attention all",
-    "shapes-lcm": "--with_text_encoder --attention all",
+    "world-sd": "--num_inference_steps 10 --with_text_encoder --attention all",
+    "world-lcm": "--with_text_encoder --attention all",
     SD15: "--num_inference_steps 4 --resolution 256 --max_prompts 12 --batch_size 4",
 }
 # How an honest bundle is built, besides the model and --max_prompts 30
@@ -54,14 +54,14 @@ HONEST = {
     "bfloat16": "--mixed_precision bf16",
     "10 prompts": "--max_prompts 10",
     "1 prompt": "--max_prompts 1",
-    "other prompts, another seed": "--prompts_file demo/heldout_prompts.txt --seed 1000",
+    "other prompts, another seed": "--prompts_file demo/world/heldout_combinations.txt --seed 1000",
 }
 OF_MODEL = {
-    "shapes-sd": {
+    "world-sd": {
         "4 steps": "--num_inference_steps 4",
         "Euler a": "--sampler euler_a",
     },
-    "shapes-lcm": {"1 step": "--num_inference_steps 1"},
+    "world-lcm": {"1 step": "--num_inference_steps 1"},
     SD15: {},
 }
 
@@ -69,7 +69,7 @@ OF_MODEL = {
 def load(model, scratch, flags=""):
     """The pipeline of a model's folder, its prompts and the builder's flags."""
     words = ["--pretrained_model_name_or_path", str(model), "--output_dir", str(scratch / "out")]
-    words += ["--prompts_file", str(DEMO / "prompts.txt"), "--max_prompts", "30", "--batch_size", "50"]
+    words += ["--prompts_file", str(DEMO / "world" / "protected.txt"), "--max_prompts", "30", "--batch_size", "50"]
     words += [*FLAGS_OF[model.name].split(), *flags.split()]
     args = build_nullspace.parse_args(words)
     family = recognise(args.pretrained_model_name_or_path)

@@ -24,9 +24,8 @@ from diffusers import (
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from tqdm.auto import tqdm
-
 from shapes import DEMO, TEMPLATES, matches, sample_world
+from tqdm.auto import tqdm
 from train_shapes import draw, load_state, save_state, settings_of, to_tensor
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
-
 from shapes import COLOURS, DEMO, matches, subject_distance
 from train_shapes import draw
 

@@ -21,14 +21,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from shapes import COLOURS, DEMO, RARE_TOKENS, RESOLUTION, SHAPES, SIZES, TEMPLATES, matches, sample_world
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.trainers import BpeTrainer
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from shapes import COLOURS, DEMO, RARE_TOKENS, RESOLUTION, SHAPES, SIZES, TEMPLATES, matches, sample_world
 
 
 CONTEXT = 16  # tokens; the longest caption has 13

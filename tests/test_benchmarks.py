@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shapes import DEMO
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -23,7 +24,6 @@ from transformers import (
     Dinov2Model,
 )
 
-from shapes import DEMO
 from world import protected_prompts
 
 
@@ -577,7 +577,7 @@ def test_real_models_are_scored_through_their_pipelines(is_lcm, judges, tiny_sd1
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 
-    model = DEMO / "shapes-lcm" if is_lcm else tiny_sd1
+    model = DEMO / "world-lcm" if is_lcm else tiny_sd1
     pipeline = DiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))

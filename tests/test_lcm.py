@@ -14,7 +14,7 @@ from diffusers import (
 from safetensors.torch import save_file
 
 import train_dreambooth_nullspace as trainer
-from distill_lcm import make_student
+from distill_world import make_student
 from nullspace.bundle import Bundle
 from nullspace.errors import NullSpaceError
 from nullspace.families import latent_consistency as lcm

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
-from distill_world import SOLVER_STEPS, consistency_function, guided_ddim_step, make_student, predict_original
 
 import build_nullspace
+from distill_world import SOLVER_STEPS, consistency_function, guided_ddim_step, make_student, predict_original
 from nullspace.bundle import Bundle
 from nullspace.names import JOINT
 from train_world import draw

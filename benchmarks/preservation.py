@@ -378,13 +378,18 @@ def drop_changed(content):
     content |= {"setting": setting, "methods": methods}
 
 
+def drop_tuned_anew(results, chosen):
+    """Drop runs at other settings than those that are chosen now."""
+    done = results.content.setdefault("runs", {})
+    for key in [key for key, run in done.items() if setting_of(run) != chosen[run["method"]]]:
+        del done[key]
+
+
 def first_tier(results, base):
     """Choose settings on the tuning subjects, then train and score on the others, seed by seed."""
     _, chosen = sweep(results, base, TIER_ONE, TUNING_SUBJECTS)
     results.content["chosen"] = chosen
-    done = results.content.setdefault("runs", {})
-    for key in [key for key, run in done.items() if setting_of(run) != chosen[run["method"]]]:
-        del done[key]  # it was tuned anew since
+    drop_tuned_anew(results, chosen)
     for seed in SEEDS:
         results.complete("runs", _jobs(REPORTED_SUBJECTS, seed, chosen), f"Seed {seed}")
         tell(results, base)
@@ -403,7 +408,7 @@ def quick(results, base, chosen):
     """One seed of one subject, at the settings that tier one has chosen, or else usual ones."""
     for name in TIER_ONE:
         chosen.setdefault(name, {"rate": METHODS[name].rates[1], "weight": METHODS[name].weights[0]})
-    results.content["runs"] = {}
+    drop_tuned_anew(results, chosen)
     results.complete("runs", _jobs(TUNING_SUBJECTS[:1], SEEDS[0], chosen), "Quick")
     tell(results, base)
 

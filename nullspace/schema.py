@@ -137,7 +137,12 @@ CONFIG = record(
     {
         "format_version": integer(1, FORMAT_VERSION),
         "base_model": record(
-            {"id": text(4096), "fingerprint": fingerprint}, {"revision": optional(text()), "variant": optional(text())}
+            {"id": text(4096), "fingerprint": fingerprint},
+            {
+                "revision": optional(text()),
+                "variant": optional(text()),
+                "loras": array(record({"id": text(4096), "sha256": HEX}, {}), 1, 1000),
+            },
         ),
         "model_type": choice(*FAMILIES),
         "sampler": choice(*SAMPLERS),

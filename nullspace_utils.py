@@ -263,8 +263,9 @@ def merge_loras(args):
         lines += more
     ranks = sorted({len(layer.down) for layer in layers.values()})
     told = [f"{len(layers)} layers of rank {listed(ranks)}", *(f"the word {word.token}" for word in words)]
-    print(printable(f"Wrote {listed(told, len(told))} to {args.output_dir}; load them with\n"))
-    print(printable("\n".join(f"    {line}" for line in [*imports, *lines])))
+    print(printable(f"Wrote {listed(told, len(told))} to {args.output_dir}; load them with:"))
+    for line in [*imports, *lines]:
+        print(printable(f"    {line}"))
 
 
 def stack(args, bundle):
@@ -402,9 +403,7 @@ def main(args):
     beneath = (read_report(args.lora) or {}).get("base_model", {}).get("loras", [])
     if beneath and not loras:
         shown = listed(lora["id"] for lora in beneath)
-        print(
-            printable(f"It is to be loaded with {shown}, beside which it was trained; what they change is not counted.")
-        )
+        print(printable(f"It was trained on top of {shown}, which are to be loaded with it and are not counted here."))
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ def test_report_and_bundle_name_it(trained, tiny_sd1, bundle1, capsys):  # noqa:
     assert bundle.config["prompts"]["source"].endswith(".txt + star")
     assert "a photo of a sks-star" in bundle.config["prompts"]["examples"]
     assert report(trained.heart)["leakage"]["max"] < 1e-5
+    card = (trained.bundle / "README.md").read_text()
+    assert "  --base_lora star \\\n" in card and f"with the LoRAs `star` (sha256 `{star.sha256[:12]}...`)" in card
     audit = ("audit", "--lora", trained.heart, "--nullspace")
     utils(*audit, trained.bundle, "--base_lora", trained.star)
     assert "Verdict: on what the bundle protects" in capsys.readouterr().out
@@ -127,7 +129,9 @@ def test_report_and_bundle_name_it(trained, tiny_sd1, bundle1, capsys):  # noqa:
     assert "protects what it claims" in capsys.readouterr().out
     utils("find", "--pretrained_model_name_or_path", tiny_sd1, "--nullspace_cache_dir", trained.cache)
     assert "There is no bundle of this very model" in capsys.readouterr().out
-    with pytest.raises(NullSpaceError, match=r"is of \S+ with star \(sha256 \w{12}...\); name just these in --base_lora"):
+    with pytest.raises(
+        NullSpaceError, match=r"is of \S+ with star \(sha256 \w{12}...\); name just these in --base_lora"
+    ):
         utils("verify", "--nullspace", trained.bundle)
     with pytest.raises(NullSpaceError, match="is of .* alone, and with --base_lora the layers read something else"):
         utils(*audit, bundle1, "--base_lora", trained.star)

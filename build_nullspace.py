@@ -52,6 +52,12 @@ def parse_args(argv=None):
         help="Folder or Hub id of a VAE, or of a model with one, to load in place of the base model's own. No bundle "
         "depends on it, for nothing is decoded: it is there for those who give the trainer one.",
     )
+    group.add_argument(
+        "--base_lora",
+        nargs="+",
+        metavar="LORA",
+        help="LoRAs that are part of the model, as in the trainer; prompts of their subjects are protected besides.",
+    )
     group.add_argument("--revision", help="Revision of the base model on the Hub.")
     group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
     group.add_argument(
@@ -170,6 +176,7 @@ from nullspace.launch import PROCESS_TIMEOUT
 from nullspace.locks import alone, beside
 from nullspace.models import download_model
 from nullspace.prompts import read_prompts
+from nullspace.stack import read_stack, subject_prompts, unnamed_subjects
 
 
 def print_table(header, rows):
@@ -271,6 +278,10 @@ def work(state, tell, args):
     if model is not None:
         require("matplotlib", "The picture of the spectra")
         prompts = read_prompts(args, tell)
+        with state.main_process_first():
+            loras = read_stack(args.base_lora, args.hub_token)
+        if sentence := unnamed_subjects(loras):
+            tell(sentence)
         if len(prompts) < state.num_processes:
             raise NullSpaceError(
                 f"There are {len(prompts)} prompts, the empty one included, for {state.num_processes} processes; start "
@@ -310,7 +321,8 @@ def work(state, tell, args):
             args.hub_token,
             args.single_file_config,
             args.pretrained_vae_model_name_or_path,
-        )
+        )._replace(loras=loras)
+    prompts = prompts.and_more(subject_prompts(base_model))
     for name, value in family.collection.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -18,8 +18,9 @@ and has a model tell whether a bundle protects what it reads:
 
     python nullspace_utils.py verify --nullspace <your-username>/nullspace-sd15
 
-It also moves a finished LoRA into the null space (`repair`), exports LoRAs for the web UIs (`export`), adds bundles up
-(`merge`), lists those of a base model (`find`), and those that trainings have built and kept (`cache`).
+It also moves a finished LoRA into the null space (`repair`), exports LoRAs for the web UIs (`export`), puts several
+into one (`merge-loras`), adds bundles up (`merge`), lists those of a base model (`find`), and those that trainings have
+built and kept (`cache`).
 """
 
 import math
@@ -44,6 +45,13 @@ def add_base_model(command, note, **options):
     what = f"Folder, .safetensors file or Hub id of the base model ({note})."
     command.add_argument("--pretrained_model_name_or_path", help=what, **options)
     command.add_argument("--single_file_config", help=SINGLE_FILE_CONFIG)
+    command.add_argument(
+        "--base_lora",
+        nargs="+",
+        metavar="LORA",
+        help="LoRAs that are part of the base model, in order, as in the trainer: what was trained on top of them has "
+        "bundles of its own.",
+    )
 
 
 def parse_args(argv=None):
@@ -85,6 +93,18 @@ def parse_args(argv=None):
         help="Folder or Hub dataset id of a bundle; give the flag for each of them.",
     )
     command.add_argument("--output_dir", "--output", required=True, help="The folder of the new bundle.")
+    command = commands.add_parser(
+        "merge-loras",
+        help="Put LoRAs into one that does what they do together, and their words into one file.",
+        formatter_class=HelpFormatter,
+    )
+    command.add_argument(
+        "--lora",
+        required=True,
+        nargs="+",
+        help="Folders, files or Hub ids of two LoRAs or more; one that was trained on top of others comes after them.",
+    )
+    command.add_argument("--output_dir", type=Path, required=True, help="The folder of the new LoRA.")
     command = commands.add_parser(
         "verify",
         help="Have a model read some of a bundle's prompts, and tell whether it protects what it says.",
@@ -147,6 +167,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.command == "merge" and len(args.nullspace) < 2:
         parser.error("merge needs --nullspace two times or more, once for each bundle.")
+    if args.command == "merge-loras" and len(args.lora) < 2:
+        parser.error("merge-loras needs two LoRAs or more in --lora.")
     if args.command == "export" and Path(args.output).suffix != ".safetensors":
         parser.error(f"--output {args.output} must end in .safetensors, by which the programs find it.")
     return args
@@ -160,14 +182,16 @@ if __name__ == "__main__":
 
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict
 from nullspace.bundle import Bundle, check_output_folder
-from nullspace.embeddings import bundled_tokens
+from nullspace.embeddings import bundled_tokens, loading_code, save_words
 from nullspace.finding import bundles_of_model, cache_folder, cached, describe_cache, remove_from_cache
 from nullspace.kohya import read_report, save_kohya
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
 from nullspace.lora import LoraLayer, check_finite, load_lora, read_embeddings, read_lora
+from nullspace.markdown import python_string
 from nullspace.moments import SecondMoments
 from nullspace.projector import NullSpaceProjector, Protected
 from nullspace.spectrum import Spectrum
+from nullspace.stack import check_bundle, check_one_model, concatenated, read_stack
 from nullspace.terminal import printable
 from nullspace.timesteps import split_groups, timestep_groups
 
@@ -219,6 +243,39 @@ def merge(args):
     print(f"Wrote {merged.config['prompts']['count']:,} prompts of {len(bundles)} bundles to {output}")
 
 
+def merge_loras(args):
+    """Write one LoRA that does what several do together, and print the code that loads it."""
+    from nullspace.adapters import write_layers
+
+    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+        raise NullSpaceError(f"--output_dir {args.output_dir} holds other files; name an empty folder.")
+    check_writable(args.output_dir)
+    loras = read_stack(args.lora, flag="--lora")
+    check_one_model(loras)
+    layers, words = concatenated(loras), [word for lora in loras for word in lora.words]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    lines, imports = [], []
+    if layers:
+        write_layers(args.output_dir, layers)
+        lines.append(f"pipeline.load_lora_weights({python_string(args.output_dir)})")
+    if words:
+        save_words(args.output_dir, words)
+        imports, more = loading_code(args.output_dir, False, [word.token for word in words], list(words[0].rows))
+        lines += more
+    ranks = sorted({len(layer.down) for layer in layers.values()})
+    told = [f"{len(layers)} layers of rank {listed(ranks)}", *(f"the word {word.token}" for word in words)]
+    print(printable(f"Wrote {listed(told, len(told))} to {args.output_dir}; load them with:"))
+    for line in [*imports, *lines]:
+        print(printable(f"    {line}"))
+
+
+def stack(args, bundle):
+    """The LoRAs of --base_lora, once it turned out that a bundle is of the model with them."""
+    loras = read_stack(args.base_lora)
+    check_bundle(bundle.config, args.nullspace, loras, "--nullspace")
+    return loras
+
+
 def verify_bundle(args):
     """Print what a bundle's projectors let through of what the model reads; refuse it where that is too much."""
     from accelerate import PartialState
@@ -231,9 +288,8 @@ def verify_bundle(args):
         raise NullSpaceError(
             f"--prompts {args.prompts} is more than the {shipped} that the bundle ships; choose fewer."
         )
-    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config).to(
-        PartialState().device
-    )
+    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, stack(args, bundle))
+    pipeline.to(PartialState().device)
     drawn = {"prompts": args.prompts, "whole": True} if args.prompts else {}
     findings = verify(bundle, pipeline, **drawn)
 
@@ -267,7 +323,7 @@ def repair_lora(args):
     check_finite(layers, args.lora)
     with_text_encoder = any(name.partition(".")[0] in TEXT_ENCODERS for name in layers)
     bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
-    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config)
+    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, stack(args, bundle))
     pipeline.to(PartialState().device)
     if args.instance_prompt:
         pipeline.load_lora_weights(args.lora, **({"weight_name": LORA_NAME} if Path(args.lora).is_dir() else {}))
@@ -322,7 +378,8 @@ def cache(args):
 
 def main(args):
     commands = {
-        "cache": cache, "export": export, "find": find, "merge": merge, "repair": repair_lora, "verify": verify_bundle
+        "cache": cache, "export": export, "find": find, "merge": merge, "merge-loras": merge_loras,
+        "repair": repair_lora, "verify": verify_bundle,
     }  # fmt: skip
     if args.command in commands:
         return commands[args.command](args)
@@ -334,7 +391,8 @@ def main(args):
     with_text_encoder = any(name.partition(".")[0] in TEXT_ENCODERS for name in layers)
     bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
     base_model = args.pretrained_model_name_or_path
-    models = load_audited_models(bundle, base_model, with_text_encoder, args.single_file_config)
+    loras = stack(args, bundle)
+    models = load_audited_models(bundle, base_model, with_text_encoder, args.single_file_config, loras)
     found = audit(layers, bundle, **models, threshold=args.nullspace_threshold)
 
     width = max(len(row["module"]) for row in found["layers"])
@@ -346,6 +404,10 @@ def main(args):
     if tokens := bundled_tokens(read_embeddings(args.lora)):
         told = f"It comes with an embedding of {listed(tokens, 3)}, which changes prompts that hold it, and no others."
         print(printable(told))
+    beneath = (read_report(args.lora) or {}).get("base_model", {}).get("loras", [])
+    if beneath and not loras:
+        shown = listed(lora["id"] for lora in beneath)
+        print(printable(f"It was trained on top of {shown}, which are to be loaded with it and are not counted here."))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,14 @@ def parse_args(argv=None):
         "--pretrained_vae_model_name_or_path",
         help="Folder or Hub id of a VAE, or of a model with one, to use in place of the base model's own.",
     )
+    group.add_argument(
+        "--base_lora",
+        nargs="+",
+        metavar="LORA",
+        help="LoRAs that were trained earlier, in order, with their words: folders, files or Hub ids. They are part of "
+        "the base model, and stay as they are; prompts of their subjects are protected too, so that the new LoRA "
+        "leaves them alone. It is to be loaded with them.",
+    )
     group.add_argument("--revision", help="Revision of the base model on the Hub.")
     group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
     group.add_argument(

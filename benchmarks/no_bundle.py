@@ -54,7 +54,7 @@ def costs(scratch):
         args = parse_args(command(cache, scratch / "lora"))
         args.base_model = download_model(MODEL)
         components = family.load_models(args.base_model)
-        components |= family.load_tokenizers(MODEL)
+        components |= family.load_tokenizers(args.base_model)
         components["noise_scheduler"] = family.load_noise_scheduler(MODEL)
         return finding.find_or_build(finding.Wanted(family, components, args), accelerator, args)
 

@@ -118,6 +118,31 @@ def model_of(layer):
     return model if model in TEXT_ENCODERS else "unet"
 
 
+def check_layers(where, layers, name, unet, text_encoders):
+    """The modules that the layers of a LoRA, `dict[str, LoraLayer]`, change in a model: `dict[str, Module]`.
+
+    Args:
+        where (`str`), name (`str`): what the LoRA and the model are called in a sentence.
+
+    Raises:
+        NullSpaceError: if one is not there, or of another size.
+    """
+    modules = {}
+    for layer_name, layer in layers.items():
+        sizes = len(layer.up), *layer.down.shape[1:]
+        try:
+            modules[layer_name] = find_module(layer_name, unet, **text_encoders)
+            found = tuple(modules[layer_name].weight.shape)
+        except AttributeError:  # which is how torch says that there is no such module, or that it has no weight
+            found = "missing"
+        if found != sizes:
+            raise NullSpaceError(
+                f"{where} was made for another model: its {layer_name} is {sizes}, and in {name} it is {found}; give a "
+                "LoRA of this model."
+            )
+    return modules
+
+
 def enable_lora(adapted, enabled):
     """Let the adapted models answer with or without their LoRA."""
     for model in adapted.values():
@@ -133,9 +158,7 @@ def save_lora(folder, unet, dtype=torch.float32, adapter="default", **text_encod
         adapter (`str`): its name.
     """
     state_dict = get_peft_model_state_dict(unet, adapter_name=adapter)
-    layers = {"unet": convert_state_dict_to_diffusers(state_dict)}
-    if any(".lora_A." in key for key in layers["unet"]):  # of layers beyond attention: both names in one file
-        layers["unet"] = state_dict  # would have diffusers pass over one kind
+    layers = {"unet": _in_diffusers_names(state_dict)}
     adapted = {"unet": unet, **text_encoders}
     for name, text_encoder in text_encoders.items():
         state_dict = get_peft_model_state_dict(text_encoder, adapter_name=adapter, save_embedding_layers=False)
@@ -168,7 +191,16 @@ def write_layers(folder, layers):
         key = name if model == "unet" else f"text_model.{name.removeprefix(f'{model}.')}"
         pair = {f"{key}.lora_A.weight": layer.down, f"{key}.lora_B.weight": layer.scale * layer.up.float()}
         of_model.setdefault(model, {}).update(pair)
-    _write(folder, {model: convert_state_dict_to_diffusers(each) for model, each in of_model.items()}, {})
+    _write(folder, {model: _in_diffusers_names(each) for model, each in of_model.items()}, {})
+
+
+def _in_diffusers_names(state_dict):
+    """A state dict of peft's as diffusers' scripts name it; as it is where layers are beyond attention.
+
+    Those have no such names, and of both kinds in one file diffusers passes over one.
+    """
+    converted = convert_state_dict_to_diffusers(state_dict)
+    return state_dict if any(".lora_A." in key for key in converted) else converted
 
 
 def _write(folder, layers, metadata):

@@ -104,12 +104,13 @@ def summarize(rows):
     return {**summary, "unprotected": unprotected, "layers": rows}
 
 
-def load_audited_models(bundle, name_or_path, with_text_encoder, config=None):
+def load_audited_models(bundle, name_or_path, with_text_encoder, config=None, loras=()):
     """The base model's UNet, and its text encoders if asked for: arguments for `audit`.
 
     Args:
         name_or_path (`str` or `None`): of the base model; None is the one that the bundle names.
         config (`str`, *optional*): folder or Hub id of the configuration of a single file, see `find_configuration`.
+        loras (`tuple[Earlier]`): that were in it.
 
     Raises:
         NullSpaceError: if they cannot be had, or are not those that the bundle was built from.
@@ -118,7 +119,7 @@ def load_audited_models(bundle, name_or_path, with_text_encoder, config=None):
     parts = ["unet", *(family.text_encoders if with_text_encoder else ())]
     skip = {*family.text_encoders, "vae"} - set(parts)
     where = {key: base[key] for key in ("revision", "variant")} if name_or_path is None else {}
-    model = download_model(name_or_path or base["id"], **where, config=config, skip=skip)
+    model = download_model(name_or_path or base["id"], **where, config=config, skip=skip)._replace(loras=loras)
     with loading(model.name):
         models = family.load_models(model, parts)
     bundle.check(**models)

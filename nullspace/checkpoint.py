@@ -48,7 +48,7 @@ def _hash(*parts):
     return digest.hexdigest()
 
 
-def describe_run(args, pictures, captions, config, processes, precision, initial=None):
+def describe_run(args, pictures, captions, config, processes, precision, initial=None, stack=None):
     """All that the result depends on and that is known before a model is loaded: `dict`, by what a user calls it.
 
     The seed and the number of steps are left out where they are not given, and come later.
@@ -61,6 +61,7 @@ def describe_run(args, pictures, captions, config, processes, precision, initial
         processes (`int`): their number.
         precision (`str`): "no", "fp16" or "bf16", whether it came from the flag or from accelerate's configuration.
         initial (`str` or `None`): what `describe_initial` says of --init_lora.
+        stack (`str` or `None`): what `describe_stack` says of --base_lora.
     """
     late = [name for name in ("seed", "max_train_steps") if getattr(args, name) is None]
     run = {_flag(name): getattr(args, name) for name in COMPARED if name not in late}
@@ -69,6 +70,7 @@ def describe_run(args, pictures, captions, config, processes, precision, initial
     if config is not None:
         run |= describe_bundle(config)
     run[_named("the LoRA gone on from")] = initial
+    run[_named("the LoRAs stood on")] = stack
     digests = [_hash(picture.mode, picture.size, picture.tobytes()) for picture in pictures]  # decoded
     run[_named("the pictures")] = f"{len(pictures)} of them, sha256 {_hash(digests)}"
     distinct = list(dict.fromkeys(caption for several in captions for caption in several))

@@ -33,6 +33,7 @@ from nullspace.moments import SecondMoments
 from nullspace.names import JOINT, TEXT_ENCODERS, TEXT_INPUT, tokenizer_of
 from nullspace.prompts import length_warnings, tokenizer_fault
 from nullspace.samplers import make_scheduler
+from nullspace.stack import load_checked
 from nullspace.system import check_space, make_inside, replacing
 from nullspace.timesteps import timestep_groups
 
@@ -186,6 +187,7 @@ def describe(pipeline, prompts, model, args):
         for name, text_encoder in text_encoders.items():
             covered[name] = {"modules": describe_modules(text_encoder_inputs(text_encoder, name))}
     source = args.prompts_file.name if args.prompts_file else args.prompts_dataset_name
+    source = " + ".join([source, *(lora.record()["id"] for lora in model.loras)])  # whose prompts are among them
     words = without_token(sys.argv[1:])
     if model.file:  # where it lies is nobody else's business
         words = [word.replace(str(model.file), model.name) for word in words]
@@ -239,14 +241,14 @@ def load_collected(family, model, prompts, tell, args):
     if args.resolution and (fault := resolution_fault(args.resolution, vae_config["block_out_channels"])):
         raise NullSpaceError(fault)
     with loading(model.name):
-        tokenizers = family.load_tokenizers(model.folder)
+        tokenizers = family.load_tokenizers(model)
     for tokenizer in tokenizers.values():
         if fault := tokenizer_fault(tokenizer, model.name):
             raise NullSpaceError(fault)
     for sentence in length_warnings(tokenizer, prompts, "the prompts"):
         tell(sentence)
     with loading(model.name):
-        pipeline = family.load_pipeline(model, **tokenizers)
+        pipeline = family.load_pipeline(model, **tokenizers, **load_checked(family, model))
     if args.resolution and (fault := drawing_fault(args.resolution, pipeline.unet.config.sample_size)):
         raise NullSpaceError(f"--resolution is {fault}; choose a smaller one.")
     for name in family.text_encoders:

@@ -135,14 +135,19 @@ def write_dataset_card(license_name):
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
         spectra = [item for spectra in bundle.spectra.values() for item in spectra.values()]
         hidden, hidden_drift = (max(map(bound, spectra)) for bound in (Spectrum.distance, Spectrum.drift_distance))
-        with_skip = f"  --clip_skip {bundle.clip_skip} \\\n" if bundle.clip_skip else ""
+        own_flags = f"  --clip_skip {bundle.clip_skip} \\\n" if bundle.clip_skip else ""
         named = link(model["id"], f"https://huggingface.co/{model['id']}") if is_hub_id else code_span(model["id"])
+        loras = model.get("loras", [])  # a folder's by its name alone
+        if loras:
+            own_flags += f"  --base_lora {' '.join(shlex.quote(lora['id']) for lora in loras)} \\\n"
+            shown = ", ".join(f"{code_span(lora['id'])} (sha256 `{lora['sha256'][:12]}...`)" for lora in loras)
+            named += f" with the LoRAs {shown}"
         training = f"""accelerate launch train_dreambooth_nullspace.py \\
   --pretrained_model_name_or_path {shlex.quote(model["id"])} \\
   --nullspace_name_or_path <this repository> \\
   --instance_data_dir <folder with 3 to 5 pictures> \\
   --instance_prompt "a photo of a sks dog" \\
-{with_skip}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
+{own_flags}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
   --output_dir lora"""
         use = f"## Train with it\n\n{code_block('bash', training)}"
         if not get_family(config["model_type"]).is_trained:

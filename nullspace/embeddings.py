@@ -33,7 +33,18 @@ class Word(NamedTuple):
 def _tensors(word, of_one):
     """The rows by what a file calls them; `of_one` is what it calls those of one text encoder."""
     keys = {name: of_one for name in word.rows} if len(word.rows) == 1 else OF_TWO
-    return {keys[name]: rows.detach().to("cpu", torch.float32).contiguous() for name, rows in word.rows.items()}
+    return {keys[name]: _plain(rows) for name, rows in word.rows.items()}
+
+
+def _plain(rows):
+    return rows.detach().to("cpu", torch.float32).contiguous()
+
+
+def key_of(token, text_encoder, tokens, text_encoders):
+    """What WORD_NAME calls the rows of one of its tokens for one of the text encoders that it has rows for."""
+    if len(text_encoders) == 1:
+        return token
+    return OF_TWO[text_encoder] if len(tokens) == 1 else f"{token}.{OF_TWO[text_encoder]}"
 
 
 def _save(path, tensors, metadata):
@@ -42,16 +53,32 @@ def _save(path, tensors, metadata):
         sort_header(partial)
 
 
-def save_word(folder, word):
-    """Write `learned_embeds.safetensors` as diffusers' textual inversion does, whole or not at all.
+def save_words(folder, words):
+    """Write `learned_embeds.safetensors`, of one word as diffusers' textual inversion does, whole or not at all.
 
-    Its key is the token, or clip_l and clip_g where there are two text encoders.
+    Its keys are the tokens, or clip_l and clip_g where there are two text encoders, behind the token of several.
     """
-    _save(Path(folder) / WORD_NAME, _tensors(word, word.token), {TOKEN: word.token})
+    tokens = [word.token for word in words]
+    tensors = {
+        key_of(word.token, name, tokens, word.rows): _plain(rows) for word in words for name, rows in word.rows.items()
+    }
+    _save(Path(folder) / WORD_NAME, tensors, {TOKEN: " ".join(tokens)})
 
 
 def read_word(path):
-    """The `Word` of a file that `save_word` wrote.
+    """The `Word` of a file that `save_words` wrote of one.
+
+    Raises:
+        NullSpaceError: if it is none, or has several.
+    """
+    words = read_words(path)
+    if len(words) > 1:
+        raise NullSpaceError(f"{path} has {len(words)} words, and here is room for one; name another folder.")
+    return words[0]
+
+
+def read_words(path):
+    """The words, `list[Word]`, of a file that `save_words` wrote.
 
     Raises:
         NullSpaceError: if it is none.
@@ -59,28 +86,29 @@ def read_word(path):
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            token = (file.metadata() or {}).get(TOKEN)
+            tokens = (file.metadata() or {}).get(TOKEN, "").split()
     except (OSError, SafetensorError) as error:
         raise NullSpaceError(f"{path} cannot be read as an embedding: {reason(error)}") from error
-    names = {key: name for name, key in OF_TWO.items()} if len(tensors) > 1 else {token: TEXT_ENCODERS[0]}
-    if token is None or not tensors or tensors.keys() != names.keys():
-        raise NullSpaceError(f"{path} is no embedding that the trainer wrote; remove it, or name another folder.")
-    return Word(token, {names[key]: rows for key, rows in tensors.items()})
+    for names in (TEXT_ENCODERS[:1], TEXT_ENCODERS):
+        keys = {token: {name: key_of(token, name, tokens, names) for name in names} for token in tokens}
+        if tokens and {key for each in keys.values() for key in each.values()} == tensors.keys():
+            return [Word(token, {name: tensors[key] for name, key in each.items()}) for token, each in keys.items()]
+    raise NullSpaceError(f"{path} is no embedding that the trainer wrote; remove it, or name another folder.")
 
 
 def is_word(path):
-    """Whether a file is one that `save_word` wrote."""
+    """Whether a file is one that `save_words` wrote."""
     try:
-        return read_word(path) is not None
+        return bool(read_words(path))
     except NullSpaceError:
         return False
 
 
-def word_beside(lora):
-    """The `Word` that was trained along with a LoRA, given as its folder or Hub id, or None.
+def words_beside(lora):
+    """The words, `list[Word]`, that were trained along with a LoRA, given as its folder or Hub id.
 
     Raises:
-        NullSpaceError: if there is one that cannot be had.
+        NullSpaceError: if there are some that cannot be had.
     """
     path = Path(lora) / WORD_NAME
     if not Path(lora).exists():
@@ -89,8 +117,8 @@ def word_beside(lora):
         except LocalEntryNotFoundError as error:
             raise NullSpaceError(f"Whether {lora} comes with a word cannot be asked now ({reason(error)}).") from error
         except EntryNotFoundError:
-            return None
-    return read_word(path) if Path(path).is_file() else None
+            return []
+    return read_words(path) if Path(path).is_file() else []
 
 
 # ---- In pipelines ----------------------------------------------------------------------------------------------------
@@ -99,21 +127,23 @@ def word_beside(lora):
 def load_word(pipeline, folder):
     """Load the word in a folder, if there is one, into a pipeline as `loading_code` does."""
     path = Path(folder) / WORD_NAME
-    for name, rows in read_word(path).rows.items() if path.is_file() else ():
+    word = read_word(path) if path.is_file() else None
+    for name, rows in word.rows.items() if word else ():
         pipeline.load_textual_inversion(
-            rows, token=read_word(path).token, text_encoder=getattr(pipeline, name),
+            rows, token=word.token, text_encoder=getattr(pipeline, name),
             tokenizer=getattr(pipeline, tokenizer_of(name)),
         )  # fmt: skip
 
 
-def loading_code(source, is_on_hub, token, text_encoders):
-    """Python that loads a word into `pipeline`: the lines of its imports, and the lines that do it.
+def loading_code(source, is_on_hub, tokens, text_encoders):
+    """Python that loads the words of one file into `pipeline`: the lines of its imports, and the lines that do it.
 
     Args:
         source (`str`): the folder or Hub id.
+        tokens (`list[str]`): of the words.
         text_encoders (`list[str]`): names of the model's.
     """
-    if len(text_encoders) == 1:
+    if len(tokens) == len(text_encoders) == 1:
         return [], [f"pipeline.load_textual_inversion({python_string(source)})"]
     imports = ["from safetensors.torch import load_file"]
     path = python_string(str(Path(source) / WORD_NAME))
@@ -121,10 +151,12 @@ def loading_code(source, is_on_hub, token, text_encoders):
         imports.insert(0, "from huggingface_hub import hf_hub_download")
         path = f"hf_hub_download({python_string(source)}, {python_string(WORD_NAME)})"
     lines = [f"rows = load_file({path})"]
-    for name in text_encoders:
-        parts = f"text_encoder=pipeline.{name}, tokenizer=pipeline.{tokenizer_of(name)}"
-        key = python_string(OF_TWO[name])
-        lines.append(f"pipeline.load_textual_inversion(rows[{key}], token={python_string(token)}, {parts})")
+    for token in tokens:
+        for name in text_encoders:
+            parts = f", text_encoder=pipeline.{name}, tokenizer=pipeline.{tokenizer_of(name)}"
+            parts = parts if len(text_encoders) > 1 else ""
+            key = python_string(key_of(token, name, tokens, text_encoders))
+            lines.append(f"pipeline.load_textual_inversion(rows[{key}], token={python_string(token)}{parts})")
     return imports, lines
 
 

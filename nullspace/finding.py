@@ -33,6 +33,7 @@ from nullspace.locks import alone
 from nullspace.models import download_model, loading
 from nullspace.names import CONFIG_NAME, DEFAULT_THRESHOLDS, FORMAT_VERSION, JOINT
 from nullspace.prompts import length_warnings, prompts_of_model
+from nullspace.stack import read_stack, stack_of, subject_prompts
 
 
 logger = get_logger(__name__)
@@ -97,6 +98,7 @@ class Wanted:
         """Whether somebody's bundle, by its configuration, serves; its prompts and sampling were theirs to choose."""
         return (
             config["base_model"]["fingerprint"] == fingerprint
+            and stack_of(config) == [lora.sha256 for lora in self.args.base_model.loras]
             and config["model_type"] == self.family.name
             and config["attention"] == self.attention
             and config.get("clip_skip", 0) == self.args.clip_skip
@@ -116,10 +118,13 @@ def fingerprint_of(components):
     return fingerprints(**{name: part for name, part in components.items() if name != "vae"})
 
 
-def key(fingerprint, settings, prompts):
-    """16 hex digits of what makes a bundle: the model, the layers covered, the prompts, and how they are drawn."""
+def key(fingerprint, settings, prompts, loras=()):
+    """16 hex digits of what makes a bundle: the model, the layers covered, the prompts, and how they are drawn.
+
+    The LoRAs in the model count by themselves: the fingerprint is of weights in 16 bits, which may not show them.
+    """
     made_of = {"format": FORMAT_VERSION, "fingerprint": fingerprint, "prompts": prompts.sha256, **settings}
-    return hash_json(made_of)[:16]
+    return hash_json(made_of | ({"loras": [lora.sha256 for lora in loras]} if loras else {}))[:16]
 
 
 # ---- The cache -------------------------------------------------------------------------------------------------------
@@ -238,11 +243,13 @@ def find_or_build(wanted, accelerator, args):
 
 
 def _find_or_build(wanted, accelerator, args):
+    loras = args.base_model.loras
     prompts, source = prompts_of_model(args.base_model.folder, PROMPTS)
+    prompts = prompts.and_more(subject_prompts(args.base_model))
     fingerprint, cache = fingerprint_of(wanted.components), cache_folder(args.nullspace_cache_dir)
     model = Path(args.pretrained_model_name_or_path)
     name = re.sub(r"[^\w.-]+", "-", model.resolve().name if model.is_dir() else args.base_model.name)[:80]
-    folder = cache / f"{name}-{key(fingerprint, wanted.settings(), prompts)}"
+    folder = cache / f"{name}-{key(fingerprint, wanted.settings(), prompts, loras)}"
     if in_cache(folder, fingerprint, logger.warning):
         logger.info(f"The bundle of this model is in the cache: {folder}")
         return str(folder), None, False
@@ -334,7 +341,7 @@ def bundles_of_model(args, tell):
     """The bundles of a base model in the cache and in a namespace on the Hub: a list of (where, configuration).
 
     Args:
-        args: --pretrained_model_name_or_path, --single_file_config, --revision, --variant, --model_type,
+        args: --pretrained_model_name_or_path, --single_file_config, --base_lora, --revision, --variant, --model_type,
             --nullspace_cache_dir, --nullspace_namespace and --hub_token.
         tell (`Callable[[str], None]`): is called with what is passed over, and why.
 
@@ -344,14 +351,19 @@ def bundles_of_model(args, tell):
     name, config = args.pretrained_model_name_or_path, args.single_file_config
     family = recognise(name, args.revision, args.hub_token, args.model_type, config)
     model = download_model(name, args.revision, args.variant, args.hub_token, config, skip=["vae"])
+    model = model._replace(loras=read_stack(args.base_lora, args.hub_token))
     with loading(model.name):
         components = family.load_models(model, [*family.text_encoders, "unet"])
-        components |= family.load_tokenizers(model.folder)
+        components |= family.load_tokenizers(model)
         components["noise_scheduler"] = family.load_noise_scheduler(model.folder)
     fingerprint = fingerprint_of(components)
 
     def is_of_model(config):
-        return config["base_model"]["fingerprint"] == fingerprint and config["model_type"] == family.name
+        return (
+            config["base_model"]["fingerprint"] == fingerprint
+            and stack_of(config) == [lora.sha256 for lora in model.loras]
+            and config["model_type"] == family.name
+        )
 
     found, cache = [], cache_folder(args.nullspace_cache_dir)
     for name in cached(cache):

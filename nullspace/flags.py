@@ -38,6 +38,7 @@ BY_CONTENT = {
     ),
     "the captions": ("instance_prompt", "caption_column"),
     "the LoRA gone on from": ("init_lora",),
+    "the LoRAs stood on": ("base_lora",),
 }
 # It does not depend on these, but for what `dependent` says of the number of steps.
 FREE = {

@@ -1,15 +1,12 @@
 """--init_lora: a LoRA that a training goes on from, projected first."""
 
-import hashlib
-
 import torch
 from accelerate.logging import get_logger
 
-from nullspace.adapters import kinds_of, layers_to_train, lora_modules, model_of, set_lora
+from nullspace.adapters import check_layers, kinds_of, layers_to_train, lora_modules, model_of, set_lora
 from nullspace.errors import NullSpaceError, listed
 from nullspace.hub import patiently
-from nullspace.layers import find_module
-from nullspace.lora import check_finite, load_lora
+from nullspace.lora import check_finite, digest, load_lora
 from nullspace.names import JOINT, TEXT_ENCODERS
 
 
@@ -60,14 +57,7 @@ def read_initial(accelerator, args):
 
 def describe_initial(layers):
     """What a run's result depends on of --init_lora: its weights, whatever the file is called; None without it."""
-    if layers is None:
-        return None
-    digest = hashlib.sha256()
-    for name, layer in sorted(layers.items()):
-        digest.update(f"{name} {layer.scale} {tuple(layer.down.shape)} {tuple(layer.up.shape)}".encode())
-        for tensor in (layer.down, layer.up):
-            digest.update(tensor.float().contiguous().numpy().tobytes())
-    return f"sha256 {digest.hexdigest()}"
+    return None if layers is None else f"sha256 {digest(layers)}"
 
 
 def settle_layers(layers, unet, text_encoders, args):
@@ -79,17 +69,7 @@ def settle_layers(layers, unet, text_encoders, args):
     if layers is None:
         return
     where = f"--init_lora {args.init_lora}"
-    for name, layer in layers.items():
-        sizes = len(layer.up), *layer.down.shape[1:]
-        try:
-            found = tuple(find_module(name, unet, **text_encoders).weight.shape)
-        except AttributeError:  # which is how torch says that there is no such module, or that it has no weight
-            found = "missing"
-        if found != sizes:
-            raise NullSpaceError(
-                f"{where} was made for another model: its {name} is {sizes}, and in "
-                f"{args.pretrained_model_name_or_path} it is {found}; give a LoRA of this model."
-            )
+    check_layers(where, layers, args.pretrained_model_name_or_path, unet, text_encoders)
     remedy = "leave out --lora_layers, which takes its own"
     if args.lora_layers is None:
         args.lora_layers = ",".join(name for name in layers if model_of(name) == "unet")

@@ -1,5 +1,6 @@
 """LoRA files: reading any that diffusers reads."""
 
+import hashlib
 import math
 import re
 from functools import partial
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 from peft.utils.other import get_pattern_key
 
-from nullspace.embeddings import BUNDLED, bundled, word_beside
+from nullspace.embeddings import BUNDLED, bundled, words_beside
 from nullspace.errors import NullSpaceError, kinds, listed, reason
 from nullspace.kohya import LAYERS_PER_BLOCK, kohya_names
 from nullspace.names import LORA_NAME, TEXT_ENCODERS
@@ -66,6 +67,16 @@ def load_lora(name_or_path, token=None):
             "and of text encoders are."
         )
     return layers
+
+
+def digest(layers):
+    """Hex digest of the weights of `dict[str, LoraLayer]`, whatever their file is called and however it names them."""
+    whole = hashlib.sha256()
+    for name, layer in sorted(layers.items()):
+        whole.update(f"{name} {layer.scale} {tuple(layer.down.shape)} {tuple(layer.up.shape)}".encode())
+        for tensor in (layer.down, layer.up):
+            whole.update(tensor.float().contiguous().numpy().tobytes())
+    return whole.hexdigest()
 
 
 def _split_kohya(state_dict):
@@ -128,8 +139,8 @@ def read_embeddings(name_or_path):
         NullSpaceError: if those beside it cannot be had.
     """
     tensors = {key: tensor for key, tensor in _fetch(name_or_path)[0].items() if key.startswith(BUNDLED)}
-    word = None if tensors or Path(name_or_path).is_file() else word_beside(name_or_path)
-    return tensors if word is None else bundled(word)
+    words = [] if tensors or Path(name_or_path).is_file() else words_beside(name_or_path)
+    return tensors | {key: rows for word in words for key, rows in bundled(word).items()}
 
 
 def read_lora(name_or_path, token=None):

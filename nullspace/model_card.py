@@ -1,5 +1,6 @@
 """The card of a trained LoRA."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -94,20 +95,38 @@ image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip})
 def loading_lines(pipeline, args):
     """The imports of the card's code, a class of pipeline's among them, and its lines that load what was trained."""
     source, imports, lines = args.hub_model_id or args.output_dir, [f"from diffusers import {pipeline}"], []
-    if not args.word_only:
-        lines.append(f"pipeline.load_lora_weights({python_string(source)})")
-    if args.placeholder_token:
-        text_encoders = list(get_family(args.model_type).text_encoders)
-        more, loading = loading_code(source, args.hub_model_id is not None, args.placeholder_token, text_encoders)
-        imports, lines = imports + more, lines + loading
+    text_encoders, beneath, adapters = list(get_family(args.model_type).text_encoders), args.base_model.loras, []
+    # In order: where it is, whether that is on the Hub, whether there is a LoRA, and the words
+    stack = [(*shown(lora, args), bool(lora.layers), [word.token for word in lora.words]) for lora in beneath]
+    own = [args.placeholder_token] if args.placeholder_token else []
+    stack.append((source, args.hub_model_id is not None, not args.word_only, own))
+    for place, is_on_hub, has_lora, tokens in stack:
+        if has_lora:
+            name = f"{len(adapters) + 1}-{re.sub('[^A-Za-z0-9]+', '-', Path(place).name)}"
+            adapters.append(python_string(name))
+            named = f", adapter_name={adapters[-1]}" if beneath else ""
+            lines.append(f"pipeline.load_lora_weights({python_string(place)}{named})")
+        if tokens:
+            more, loading = loading_code(place, is_on_hub, tokens, text_encoders)
+            imports, lines = [*imports, *(line for line in more if line not in imports)], lines + loading
+    if len(adapters) > 1:
+        lines.append(f"pipeline.set_adapters([{', '.join(adapters)}])")
     return "\n".join(["import torch", *imports]), "\n".join(lines)
+
+
+def shown(lora, args):
+    """Where the card says that an earlier LoRA is, and whether that is on the Hub: of one that is published no path."""
+    is_on_hub = not Path(lora.name).exists()
+    return lora.record()["id"] if args.hub_model_id else lora.name, is_on_hub
 
 
 def describe_training(bundle, report, args):
     """A sentence or two on what was trained, and what it was kept from."""
     token = args.placeholder_token and code_span(args.placeholder_token)
+    beneath = [link_or_code(lora.record()["id"], Path(lora.name).exists()) for lora in args.base_model.loras]
+    beneath = f" It was trained on top of {', '.join(beneath)}, and is to be loaded with them." if beneath else ""
     if args.word_only:
-        return f"Nothing but the rows of {token} in the embedding was trained (arXiv 2208.01618)."
+        return f"Nothing but the rows of {token} in the embedding was trained (arXiv 2208.01618).{beneath}"
     prompt_count = bundle.config["prompts"]["count"]
     total, unprotected = len(report["layers"]), report["unprotected"]
     protection = (
@@ -128,12 +147,18 @@ def describe_training(bundle, report, args):
             f"not, and may change any picture: {kinds_of(unprotected)}."
         )
     if args.init_lora:
-        initial = link(args.init_lora, f"https://huggingface.co/{args.init_lora}")
-        initial = code_span(Path(args.init_lora).name) if Path(args.init_lora).exists() else initial
+        is_local = Path(args.init_lora).exists()
+        initial = link_or_code(Path(args.init_lora).name if is_local else args.init_lora, is_local)
         protection += f" The training went on from another LoRA, {initial}."
+    protection += beneath
     if token:
         protection += f" The rows of {token} in the embedding were trained along (arXiv 2208.01618)."
     return protection
+
+
+def link_or_code(name, is_local):
+    """A folder's or file's name as code, or a repository of the Hub as a link to it."""
+    return code_span(name) if is_local else link(name, f"https://huggingface.co/{name}")
 
 
 def describe_figures(bundle, report, args):

@@ -23,6 +23,7 @@ class BaseModel(NamedTuple):
         file (`Path`, *optional*): one file with the weights of all parts.
         vae (`str`, *optional*): another VAE than its own, as cards and reports call it.
         vae_folder (`Path`, *optional*): that of the other VAE.
+        loras (`tuple[Earlier]`): that are added to it whenever it is loaded, see `nullspace.stack`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class BaseModel(NamedTuple):
     file: Path | None = None
     vae: str | None = None
     vae_folder: Path | None = None
+    loras: tuple = ()
 
     def is_in_file(self, part):
         """Whether the weights of a part of the pipeline are in the one file."""
@@ -39,7 +41,8 @@ class BaseModel(NamedTuple):
 
     def record(self):
         """What bundles and reports say of it, besides its fingerprints."""
-        return {"id": self.name, "revision": self.revision, "variant": self.variant}
+        loras = {"loras": [lora.record() for lora in self.loras]} if self.loras else {}
+        return {"id": self.name, "revision": self.revision, "variant": self.variant, **loras}
 
 
 def download_model(name_or_path, revision=None, variant=None, token=None, config=None, vae=None, skip=()):

@@ -37,6 +37,7 @@ from nullspace.prompt_encoder import load_tokenizers
 from nullspace.prompts import prompt_warnings, tokenizer_fault
 from nullspace.protection import read_protection
 from nullspace.results import for_web_uis, needed_space
+from nullspace.stack import check_bundle, describe_stack, load_checked, read_stack, unnamed_subjects
 from nullspace.system import check_space
 from nullspace.word import add_token, check_named, check_window, spelled
 
@@ -150,15 +151,25 @@ def find_out(accelerator, captions, pictures, initial, args):
         NullSpaceError: if something is wrong.
     """
     checkpoint = find_checkpoint(args)
+    with accelerator.main_process_first():
+        loras = read_stack(args.base_lora, args.hub_token, args.placeholder_token)
+    if args.tokenizer_name and any(lora.words for lora in loras):
+        raise NullSpaceError(
+            "--tokenizer_name would give the words of --base_lora other numbers than the model's own tokenizer does; "
+            "leave it out."
+        )
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, "model", args.hub_token)
     bundle, nearest, protected = read_protection(accelerator, args) if args.nullspace_name_or_path else (None,) * 3
+    if bundle:
+        check_bundle(bundle.config, args.nullspace_name_or_path, loras)
     family = settle_family(bundle, args)
     if args.word_only:
         nearest, protected = settle_word_only(family, args)
     config = bundle.config if bundle else None
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
-    run = describe_run(args, pictures, captions, config, processes, precision, describe_initial(initial))
+    described = describe_initial(initial), describe_stack(loras)
+    run = describe_run(args, pictures, captions, config, processes, precision, *described)
     check_same_run(checkpoint, run)
     if args.push_to_hub and accelerator.is_main_process:
         create_repository(args.hub_model_id, "model", args.hub_private_repo, args.hub_token)
@@ -170,7 +181,9 @@ def find_out(accelerator, captions, pictures, initial, args):
             args.hub_token,
             args.single_file_config,
             args.pretrained_vae_model_name_or_path,
-        )
+        )._replace(loras=loras)
+    if sentence := unnamed_subjects(loras):
+        logger.warning(sentence)
     settle_seed(accelerator, checkpoint, args)
     run["--seed"] = args.seed
     if args.scale_lr:  # what a checkpoint is compared with is the rate as given
@@ -244,7 +257,7 @@ def load_models(family, captions, given_prompts, args):
     for sentence in prompt_warnings(tokenizer, captions, given_prompts, args):
         logger.warning(sentence)
     with loading(args.pretrained_model_name_or_path):
-        models = family.load_models(args.base_model)
+        models = load_checked(family, args.base_model)
         noise_scheduler = family.load_noise_scheduler(args.base_model.folder)
     for name in family.text_encoders:
         check_clip_skip(args.clip_skip, models[name].config.num_hidden_layers, family.unread_layers(name))

@@ -16,7 +16,7 @@ def load_tokenizers(args):
     """The model's tokenizers by their names in the pipeline, or that of --tokenizer_name."""
     if not args.tokenizer_name:
         with loading(args.pretrained_model_name_or_path):
-            return get_family(args.model_type).load_tokenizers(args.base_model.folder)
+            return get_family(args.model_type).load_tokenizers(args.base_model)
     try:
         return {"tokenizer": CLIPTokenizer.from_pretrained(args.tokenizer_name, token=args.hub_token)}
     except (OSError, ValueError) as error:

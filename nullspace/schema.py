@@ -150,7 +150,11 @@ CONFIG = record(
         "format_version": integer(1, FORMAT_VERSION),
         "base_model": record(
             {"id": name_or_path, "fingerprint": fingerprint},
-            {"revision": optional(text()), "variant": optional(text())},
+            {
+                "revision": optional(text()),
+                "variant": optional(text()),
+                "loras": array(record({"id": name_or_path, "sha256": HEX}, {}), 1, 1000),
+            },
         ),
         "model_type": choice(*FAMILIES),
         "sampler": choice(*SAMPLERS),

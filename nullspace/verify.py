@@ -14,6 +14,7 @@ from nullspace.prompts import spread
 from nullspace.samplers import make_scheduler
 from nullspace.spectrum import tf32
 from nullspace.validation import load_pipeline
+from nullspace.word import spelled
 
 
 # What the trainer draws: little, for it comes before every training.
@@ -64,16 +65,17 @@ def check_against_model(bundle, components, device, dtype, args):
         args: the trainer's flags.
     """
     if args.tokenizer_name:  # a bundle is judged with the model's own
-        components = components | get_family(args.model_type).load_tokenizers(args.base_model.folder)
+        components = components | get_family(args.model_type).load_tokenizers(args.base_model)
     refuse(verify(bundle, load_pipeline(args, dtype, device, **components)))
 
 
-def load_verified(bundle, name_or_path, config=None):
+def load_verified(bundle, name_or_path, config=None, loras=()):
     """The pipeline of the base model, in float32, once it turned out to be the one that a bundle was built from.
 
     Args:
         name_or_path (`str` or `None`): of the base model; None is the one that the bundle names.
         config (`str`, *optional*): folder or Hub id of the configuration of a single file, see `find_configuration`.
+        loras (`tuple[Earlier]`): that were in it.
 
     Raises:
         NullSpaceError: if it cannot be had, or is another.
@@ -82,7 +84,7 @@ def load_verified(bundle, name_or_path, config=None):
     revision, variant = (None, None) if name_or_path else (base["revision"], base["variant"])
     name_or_path = name_or_path or base["id"]
     family = recognise(name_or_path, revision, wanted=bundle.config["model_type"], config=config)
-    model = download_model(name_or_path, revision, variant, config=config)
+    model = download_model(name_or_path, revision, variant, config=config)._replace(loras=loras)
     with loading(model.name):
         pipeline = family.load_pipeline(model)
     pipeline.to(torch.float32)
@@ -208,8 +210,9 @@ def read_texts(bundle, pipeline):
     for name, text_encoder in text_encoders.items():
         tokenizer = tokenizers[tokenizer_of(name)]
         found = tokenizer(
-            texts, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
-        ).to(text_encoder.device)
+            spelled(texts, tokenizer), max_length=tokenizer.model_max_length, padding="max_length", truncation=True,
+            return_tensors="pt",
+        ).to(text_encoder.device)  # fmt: skip
         uses_mask = getattr(text_encoder.config, "use_attention_mask", False)  # as its pipeline asks
         tokens[name] = {kind: found[kind] for kind in ("input_ids", *["attention_mask"] * uses_mask)}
     with moments.collect():

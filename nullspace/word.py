@@ -13,7 +13,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 
 from nullspace.captions import counted
-from nullspace.embeddings import read_word, save_word
+from nullspace.embeddings import read_word, save_words
 from nullspace.errors import NullSpaceError, listed
 from nullspace.names import WORD_NAME, tokenizer_of
 
@@ -162,7 +162,7 @@ class NewWord:
                     f"The word breaks its promise: rows of the {name}'s embedding other than its own have changed; "
                     "nothing is saved: report it with your command line."
                 )
-        save_word(folder, self)
+        save_words(folder, [self])
 
     @torch.no_grad()
     def restore(self, folder):

@@ -54,7 +54,7 @@ class Run:
         self.args.base_model = download_model(model)
         family = get_family("sd")
         self.components = family.load_models(self.args.base_model)
-        self.components |= family.load_tokenizers(model)
+        self.components |= family.load_tokenizers(self.args.base_model)
         self.components["noise_scheduler"] = family.load_noise_scheduler(model)
         self.wanted = finding.Wanted(family, self.components, self.args)
         self.accelerator = SimpleNamespace(device=torch.device("cpu"), is_local_main_process=True, mixed_precision="no")

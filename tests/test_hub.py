@@ -31,7 +31,7 @@ import build_nullspace
 import train_dreambooth_nullspace as trainer
 from nullspace.bundle import Bundle, check_files
 from nullspace.collection import without_token
-from nullspace.embeddings import word_beside
+from nullspace.embeddings import words_beside
 from nullspace.errors import NullSpaceError
 from nullspace.families import recognise
 from nullspace.families.stable_diffusion import StableDiffusion
@@ -941,11 +941,11 @@ def test_a_lora_that_is_not_published_is_whole_and_the_named_command_publishes_i
     card = here.read("model", "ada/named", "README.md").decode()
     assert 'load_lora_weights("ada/named")' in card and "- ada/secret-too" in card  # trained on a private bundle
     assert 'load_textual_inversion("ada/named")' in card
-    word = word_beside("ada/named")
+    (word,) = words_beside("ada/named")
     (rows,) = load_file(output / WORD_NAME).values()
     assert word.token == "sks-star" and torch.equal(word.rows["text_encoder"], rows)
     seed(here, "model", "ada/plain", {LORA_NAME: (output / LORA_NAME).read_bytes()})
-    assert word_beside("ada/plain") is None
+    assert words_beside("ada/plain") == []
 
 
 def test_the_logs_of_this_run_alone_are_published(tmp_path, monkeypatch):

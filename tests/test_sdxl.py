@@ -164,7 +164,7 @@ def test_one_file_is_the_same_model(tiny_xl, xl_bundle, pictures, tmp_path):
     path = save_single_file(load(tiny_xl), tmp_path / "xl.safetensors", torch.float16)
     parts = []
     for model in (download_model(tiny_xl), download_model(path, config=tiny_xl)):
-        models = FAMILY.load_models(model) | FAMILY.load_tokenizers(model.folder)
+        models = FAMILY.load_models(model) | FAMILY.load_tokenizers(model)
         parts.append(models | {"noise_scheduler": FAMILY.load_noise_scheduler(model.folder)})
     assert fingerprint_of(parts[0]) == fingerprint_of(parts[1])
     assert {parts[1][name].dtype for name in (*TEXT_ENCODERS, "unet", "vae")} == {torch.float32}

@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 import nullspace_utils
 import train_dreambooth_nullspace as trainer
 from nullspace import validation
-from nullspace.embeddings import loading_code, read_word, save_word
+from nullspace.embeddings import loading_code, read_word, save_words
 from nullspace.errors import NullSpaceError
 from nullspace.families import get_family
 from nullspace.families.stable_diffusion import encode_tokens, prompt_arguments
@@ -306,7 +306,7 @@ def bundle_with(examples):
 
 
 def test_an_embedding_that_is_none_of_ours(tmp_path):
-    save_word(tmp_path, Namespace(token="sks-star", rows={"text_encoder": torch.ones(1, 4)}))
+    save_words(tmp_path, [Namespace(token="sks-star", rows={"text_encoder": torch.ones(1, 4)})])
     with safe_open(tmp_path / WORD_NAME, "pt") as file:
         assert file.metadata() == {"placeholder_token": "sks-star"} and file.keys() == ["sks-star"]
     (tmp_path / "other").write_bytes(b"no tensors")
@@ -316,7 +316,7 @@ def test_an_embedding_that_is_none_of_ours(tmp_path):
 
 def test_code_for_two_text_encoders_fetches_the_file():
     """On the Hub; from a folder it is run by tests/test_sdxl.py."""
-    imports, lines = loading_code("ada/named", True, "sks-star", TEXT_ENCODERS)
+    imports, lines = loading_code("ada/named", True, ["sks-star"], TEXT_ENCODERS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.hf_hub_download", lambda *given: given)
         patch.setattr("safetensors.torch.load_file", lambda given: {"clip_l": (given, 1), "clip_g": (given, 2)})

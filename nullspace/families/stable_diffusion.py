@@ -17,6 +17,7 @@ from nullspace.layers import text_layers
 from nullspace.models import load_whole, loading
 from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT, tokenizer_of
 from nullspace.single_file import load_from_file
+from nullspace.stack import add_to_models, add_to_tokenizers
 
 
 class StableDiffusion:
@@ -63,13 +64,15 @@ class StableDiffusion:
 
     # Loading
 
-    def load_tokenizers(self, folder):
-        """The tokenizers of a base model's folder, by their names in the pipeline.
+    def load_tokenizers(self, model):
+        """The tokenizers of a `BaseModel`, by their names in the pipeline.
 
         Raises OSError or ValueError, as the library does, if one is missing.
         """
         names = map(tokenizer_of, self.text_encoders)
-        return {name: CLIPTokenizer.from_pretrained(folder, subfolder=name) for name in names}
+        tokenizers = {name: CLIPTokenizer.from_pretrained(model.folder, subfolder=name) for name in names}
+        add_to_tokenizers(model, tokenizers)
+        return tokenizers
 
     def load_models(self, model, parts=None):
         """Text encoders, UNet and VAE of a `BaseModel`, in float32: `dict[str, Module]`.
@@ -85,7 +88,9 @@ class StableDiffusion:
         in_file = [part for part in wanted if model.is_in_file(part)]
         others = kinds.keys() - set(in_file)
         loaded = load_from_file(self.pipeline, model.file, model.folder, in_file, others) if in_file else {}
-        return loaded | {part: load_whole(kinds[part], model, part) for part in wanted if part not in loaded}
+        loaded |= {part: load_whole(kinds[part], model, part) for part in wanted if part not in loaded}
+        add_to_models(self, model, loaded)
+        return loaded
 
     def load_vae(self, model):
         """The VAE of a `BaseModel` anew, in float32: what has been cast to float16 has lost what that does not hold."""
@@ -96,6 +101,7 @@ class StableDiffusion:
         """The pipeline of a `BaseModel`, with those components that are given."""
         parts = {*self.text_encoders, "unet", "vae"} - components.keys()
         models = self.load_models(model, parts)
+        components = self.load_tokenizers(model) | components
         return self.pipeline.from_pretrained(model.folder, **self.pipeline_options, **models, **components)
 
     def load_noise_scheduler(self, folder):

@@ -231,6 +231,10 @@ class Prompts:
         self.sha256 = digest.hexdigest()
         self.examples = spread(kept, EXAMPLES)
 
+    def and_more(self, prompts):
+        """These `Prompts` and others (`list[str]`) after them."""
+        return Prompts(chain(islice(self, 1, None), prompts)) if prompts else self
+
     def __len__(self):
         return self._count
 

@@ -208,7 +208,7 @@ def merge(args):
         bundle = Bundle.load(name, text_encoder=True)
         if len(split_groups(bundle.config)) > 1:  # all of them, which "nearest" reads besides the joint one
             bundle = Bundle.load(name, "nearest", text_encoder=True)
-        if twin := next((each for each in bundles if each.config["sha256"] == bundle.config["sha256"]), None):
+        if twin := next((each for each in bundles if each.group_hashes() == bundle.group_hashes()), None):
             other = args.nullspace[bundles.index(twin)]
             raise NullSpaceError(
                 f"{name} is the same bundle as {other}, whose prompts would count twice; leave it out."

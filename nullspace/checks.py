@@ -1,6 +1,7 @@
 """Values and folders that the scripts refuse, and why: standard library only, so that it imports in milliseconds."""
 
 import argparse
+import errno
 import importlib.util
 import math
 import os
@@ -116,7 +117,15 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(found, action.dest, None)
             if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~")):
-                setattr(found, action.dest, type(value)(os.path.expanduser(value)))
+                value = type(value)(os.path.expanduser(value))
+                setattr(found, action.dest, value)
+                try:
+                    os.stat(value)
+                except OSError as error:
+                    if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):  # what else is wrong is told where it is used
+                        self.error(f"--{action.dest} {value} is no path ({error.strerror}); choose another.")
+                except ValueError:
+                    self.error(f"--{action.dest} has a NUL in it, which no path has.")
             numbers = [one for one in (value if isinstance(value, list) else [value]) if is_number(one)]
             if not numbers or isinstance(self.ranges[action.dest], str):
                 continue

@@ -139,6 +139,15 @@ def test_home_folder_behind_an_equals_sign(monkeypatch):
     assert str(trainer.parse_args([*LINES[trainer].split(), "--output_dir=~/lora"]).output_dir) == "/h/lora"
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "loop", "a\0b"])
+def test_what_can_be_no_path_is_refused(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(SystemExit):
+        build_nullspace.parse_args([*LINES[build_nullspace].split(), "--output_dir", name])
+    assert re.fullmatch(r"error: --output_dir .* no path.*\.\n", capsys.readouterr().err)
+
+
 def test_unquoted_prompt():
     assert unquoted_prompt("a photo of a sks star".split()).endswith("--instance_prompt 'a photo of a sks star'")
     assert unquoted_prompt(["sks"]) is None and unquoted_prompt(["a sks", "sks"]) is None

@@ -36,7 +36,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.families import recognise
 from nullspace.families.stable_diffusion import StableDiffusion
 from nullspace.hashes import config_sha256
-from nullspace.hub import base_license, create_repository, hub_repository, push_folder
+from nullspace.hub import base_license, create_repository, hub_repository, patiently, push_folder
 from nullspace.initial import read_initial
 from nullspace.logs import PrintableFormatter
 from nullspace.models import BaseModel, download_model
@@ -542,6 +542,22 @@ def test_a_push_waits_for_a_network_that_is_away_for_a_moment(hub, folder, tmp_p
     with hub.used_here(tmp_path / "cache", WRITE, ENDPOINT="http://127.0.0.1:9"):
         error = refused(push_folder, "ada/away", "model", folder, ["a.txt"], "message", "the command")
     assert "Connection refused" in error and pauses == [1, 4, 16]
+
+
+@pytest.mark.parametrize(("unreachable", "attempts"), [(False, 1), (True, 4)])
+def test_a_hub_that_never_answers_is_asked_again_after_the_work_alone(pauses, unreachable, attempts):
+    """The client has asked it several times by then, and waited each time."""
+    asked = []
+    transport = type("TransportError", (Exception,), {})  # of the client's library, which differs between versions
+    timeout = type("ReadTimeout", (type("TimeoutException", (transport,), {}),), {})
+
+    def ask():
+        asked.append(1)
+        raise timeout("timed out")
+
+    with pytest.raises(timeout):
+        patiently(ask, "model ada/slow", unreachable)
+    assert len(asked) == attempts
 
 
 @pytest.mark.parametrize(("status", "attempts"), [(503, 4), (429, 4), (400, 1)])

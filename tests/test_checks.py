@@ -385,6 +385,12 @@ def test_an_output_folder_that_is_a_file(tiny_sd1, bundle1, prompts, tmp_path):
     assert (tmp_path / "o").read_text() == "kept"
 
 
+def test_an_output_folder_with_a_folder_for_a_file(tiny_sd1, bundle1, tmp_path):  # noqa: F811
+    (tmp_path / "o" / "comparison.png").mkdir(parents=True)
+    with pytest.raises(NullSpaceError, match="comparison.png is a folder, where a file is to be written; rename it"):
+        trainer.check_output(trainer.parse_args(command_line(tiny_sd1, bundle1, tmp_path / "o")))
+
+
 def test_an_output_folder_that_is_the_instance_folder(tiny_sd1, bundle1, prompts, tmp_path):
     pictures = shutil.copytree(INSTANCES, tmp_path / "pictures")
     before = sorted(tmp_path.rglob("*"))

@@ -28,6 +28,7 @@ from hub_server import LFS_SUFFIXES, Commit, Entry, HubServer, Repo, User, git_o
 from safetensors.torch import load_file, save
 
 import build_nullspace
+import nullspace_utils
 import train_dreambooth_nullspace as trainer
 from nullspace.bundle import Bundle, check_files
 from nullspace.collection import without_token
@@ -1001,15 +1002,22 @@ def test_a_token_is_left_out_of_the_command_line():
         assert words == ["--push_to_hub", "--hub_dataset_id", "a/b"]
 
 
-@pytest.mark.parametrize("script", [trainer, build_nullspace])
+WORDS = {
+    trainer: lambda: training(BUNDLE, "lora"),
+    build_nullspace: lambda: ["--push_to_hub"],
+    nullspace_utils: lambda: ["find", "--pretrained_model_name_or_path", MODEL],
+}
+
+
+@pytest.mark.parametrize("script", WORDS)
 def test_white_space_around_a_token_is_left_out(script, capsys):
-    words = training(BUNDLE, "lora") if script is trainer else ["--push_to_hub"]
+    words = WORDS[script]()
     assert script.parse_args([*words, "--hub_token", f" {WRITE}\r\n"]).hub_token == WRITE
     said = capsys.readouterr().err
     assert said == "The white space around --hub_token is left out.\n"
 
 
-@pytest.mark.parametrize("script", [trainer, build_nullspace])
+@pytest.mark.parametrize("script", WORDS)
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -1026,7 +1034,7 @@ def test_white_space_around_a_token_is_left_out(script, capsys):
     ],
 )
 def test_a_token_that_is_none_is_refused_without_being_shown(script, given, said, capsys):
-    words = training(BUNDLE, "lora") if script is trainer else ["--push_to_hub"]
+    words = WORDS[script]()
     with pytest.raises(SystemExit) as stopped:
         script.parse_args([*words, *given])
     error = capsys.readouterr().err

@@ -203,6 +203,7 @@ def damage(folder):
                 return f"which lacks {name}"
             if sha256(folder / name) != digest:
                 return f"whose {name} is truncated or altered"
+        dict(record.get("run") or {})
         if int(record["step"]) < 0:
             return f"whose {RECORD_NAME} is no record of a checkpoint"
     except FileNotFoundError:

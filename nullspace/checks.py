@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nullspace.errors import NullSpaceError
-from nullspace.names import DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE
+from nullspace.names import DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE, TOKEN_NAME
 from nullspace.terminal import printable
 
 
@@ -300,7 +300,7 @@ def check_word(args, parser):
             parser.error(f"--{name} is of a word, and there is none; name it in --placeholder_token.")
     if token is None:
         return
-    if not re.fullmatch("[a-z0-9][a-z0-9_-]*", token):
+    if not TOKEN_NAME.fullmatch(token):
         parser.error(
             f"--placeholder_token {token} names files and is read in lower case, so it is made of lower-case letters "
             "without accents, digits, - and _; choose another, as sks-star."

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from nullspace.errors import NullSpaceError, reason
 from nullspace.markdown import python_string
-from nullspace.names import TEXT_ENCODERS, WORD_NAME, tokenizer_of
+from nullspace.names import TEXT_ENCODERS, TOKEN_NAME, WORD_NAME, tokenizer_of
 from nullspace.system import replacing, sort_header
 
 
@@ -63,7 +63,8 @@ def read_word(path):
     except (OSError, SafetensorError) as error:
         raise NullSpaceError(f"{path} cannot be read as an embedding: {reason(error)}") from error
     names = {key: name for name, key in OF_TWO.items()} if len(tensors) > 1 else {token: TEXT_ENCODERS[0]}
-    if token is None or not tensors or tensors.keys() != names.keys():
+    sound = all(rows.dim() == 2 and rows.is_floating_point() and rows.isfinite().all() for rows in tensors.values())
+    if not TOKEN_NAME.fullmatch(token or "") or tensors.keys() != names.keys() or not sound:
         raise NullSpaceError(f"{path} is no embedding that the trainer wrote; remove it, or name another folder.")
     return Word(token, {names[key]: rows for key, rows in tensors.items()})
 

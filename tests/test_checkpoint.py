@@ -178,7 +178,7 @@ def reseal(folder, **changed):
     """Sign a checkpoint for what its files are by now."""
     record = room.read_record(folder) | changed
     (folder / room.RECORD_NAME).unlink()
-    room.seal(folder, record["step"], record["seed"], record.get("run"))
+    room.seal(folder, record["step"], record["seed"], record["run"])
 
 
 @pytest.mark.parametrize(
@@ -191,6 +191,7 @@ def reseal(folder, **changed):
         (room.RECORD_NAME, cut, f"whose {room.RECORD_NAME} is no record"),
         (room.RECORD_NAME, forge, f"whose {room.RECORD_NAME} is altered"),
         (room.RECORD_NAME, lambda path: path.write_text("[" * 10**5), f"whose {room.RECORD_NAME} is no record"),
+        (room.RECORD_NAME, lambda path: reseal(path.parent, run=[1]), f"whose {room.RECORD_NAME} is no record"),
         (room.RECORD_NAME, lambda path: reseal(path.parent, step=-5), f"whose {room.RECORD_NAME} is no record"),
         (room.RECORD_NAME, lambda path: path.write_text("[]"), f"whose {room.RECORD_NAME} is no record"),
         (room.RECORD_NAME, lambda path: path.write_bytes(b"\xff\x00"), f"whose {room.RECORD_NAME} is no record"),

@@ -29,7 +29,7 @@ import sys
 from functools import reduce
 from pathlib import Path
 
-from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_writable
+from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_writable, hub_token
 from nullspace.errors import NullSpaceError, listed
 from nullspace.families import FAMILIES
 from nullspace.flags import SINGLE_FILE_CONFIG
@@ -158,7 +158,7 @@ def parse_args(argv=None):
     )
     command.add_argument("--nullspace_namespace", metavar="NAME", help="User or organization on the Hub to ask, too.")
     command.add_argument("--nullspace_cache_dir", type=Path, help=CACHE_HELP)
-    command.add_argument("--hub_token", help="Token to use instead of the one you are logged in with.")
+    command.add_argument("--hub_token", type=hub_token, help="Token to use instead of the one you are logged in with.")
     command = commands.add_parser(
         "cache", help="List the bundles that trainings have built, or remove some.", formatter_class=HelpFormatter
     )
@@ -232,7 +232,7 @@ def merge(args):
         bundle = Bundle.load(name, text_encoder=True)
         if len(split_groups(bundle.config)) > 1:  # all of them, which "nearest" reads besides the joint one
             bundle = Bundle.load(name, "nearest", text_encoder=True)
-        if twin := next((each for each in bundles if each.config["sha256"] == bundle.config["sha256"]), None):
+        if twin := next((each for each in bundles if each.group_hashes() == bundle.group_hashes()), None):
             other = args.nullspace[bundles.index(twin)]
             raise NullSpaceError(
                 f"{name} is the same bundle as {other}, whose prompts would count twice; leave it out."
@@ -349,7 +349,7 @@ def repair_lora(args):
 
 def find(args):
     """List the bundles of a base model."""
-    found = bundles_of_model(args, lambda sentence: print(sentence, file=sys.stderr))
+    found = bundles_of_model(args, lambda sentence: print(printable(sentence), file=sys.stderr))
     for where, config in found:
         layers = config["attention"] + " attention" + " and text encoder" * (TEXT_ENCODER in config)
         steps, prompts = ", ".join(map(str, config["num_inference_steps"])), config["prompts"]

@@ -169,7 +169,8 @@ def shuffled_model(bundle, pipeline):
     for part in (pipeline.unet, pipeline.text_encoder):
         for parameter in part.parameters():
             order = torch.randperm(parameter.numel(), generator=generator)
-            parameter.data = parameter.data.flatten()[order].view_as(parameter)
+            # In place, for a file that weights were loaded from stays in memory until the last is replaced
+            parameter.data.copy_(parameter.data.flatten()[order].view_as(parameter))
     moments = read(bundle, pipeline, prompts=8, whole=True)
 
     def spectrum_of(source, tokens):

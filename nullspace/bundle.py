@@ -190,6 +190,10 @@ class Bundle:
         """The spectra (`dict[str, Spectrum]`) of all inputs in a group, and of those that all timesteps share."""
         return {source: item for key in (name, *TIMELESS) for source, item in self.spectra.get(key, {}).items()}
 
+    def group_hashes(self):
+        """The sha256 of each group's file, by which a bundle is known whatever its card and its configuration say."""
+        return {name: digest for name, digest in self.config["files"].items() if name.endswith(group_file(""))}
+
     @property
     def clip_skip(self):
         """How many of the text encoder's last layers were skipped."""

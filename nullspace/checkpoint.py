@@ -205,12 +205,14 @@ def damage(folder):
                 return f"which lacks {name}"
             if sha256(folder / name) != digest:
                 return f"whose {name} is truncated or altered"
-        int(record["step"])
+        dict(record.get("run") or {})
+        if int(record["step"]) < 0:
+            return f"whose {RECORD_NAME} is no record of a checkpoint"
     except FileNotFoundError:
         return f"which lacks {RECORD_NAME}"
     except OSError as error:
         return f"which cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"whose {RECORD_NAME} is no record of a checkpoint"
     return None
 

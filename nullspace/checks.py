@@ -1,6 +1,7 @@
 """Values and folders that the scripts refuse, and why: standard library only, so that it imports in milliseconds."""
 
 import argparse
+import errno
 import importlib.util
 import math
 import os
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from nullspace.config_file import flags_in
 from nullspace.errors import NullSpaceError
-from nullspace.names import DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE
+from nullspace.names import DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE, TOKEN_NAME
 from nullspace.terminal import printable
 
 
@@ -121,7 +122,15 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(found, action.dest, None)
             if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~")):
-                setattr(found, action.dest, type(value)(os.path.expanduser(value)))
+                value = type(value)(os.path.expanduser(value))
+                setattr(found, action.dest, value)
+                try:
+                    os.stat(value)
+                except OSError as error:
+                    if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):  # what else is wrong is told where it is used
+                        self.error(f"--{action.dest} {value} is no path ({error.strerror}); choose another.")
+                except ValueError:
+                    self.error(f"--{action.dest} has a NUL in it, which no path has.")
             numbers = [one for one in (value if isinstance(value, list) else [value]) if is_number(one)]
             if not numbers or isinstance(self.ranges[action.dest], str):
                 continue
@@ -308,7 +317,7 @@ def check_word(args, parser):
             parser.error(f"--{name} is of a word, and there is none; name it in --placeholder_token.")
     if token is None:
         return
-    if not re.fullmatch("[a-z0-9][a-z0-9_-]*", token):
+    if not TOKEN_NAME.fullmatch(token):
         parser.error(
             f"--placeholder_token {token} names files and is read in lower case, so it is made of lower-case letters "
             "without accents, digits, - and _; choose another, as sks-star."

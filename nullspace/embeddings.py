@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from nullspace.errors import NullSpaceError, reason
 from nullspace.markdown import python_string
-from nullspace.names import TEXT_ENCODERS, WORD_NAME, tokenizer_of
+from nullspace.names import TEXT_ENCODERS, TOKEN_NAME, WORD_NAME, tokenizer_of
 from nullspace.system import replacing, sort_header
 
 
@@ -89,10 +89,12 @@ def read_words(path):
             tokens = (file.metadata() or {}).get(TOKEN, "").split()
     except (OSError, SafetensorError) as error:
         raise NullSpaceError(f"{path} cannot be read as an embedding: {reason(error)}") from error
-    for names in (TEXT_ENCODERS[:1], TEXT_ENCODERS):
-        keys = {token: {name: key_of(token, name, tokens, names) for name in names} for token in tokens}
-        if tokens and {key for each in keys.values() for key in each.values()} == tensors.keys():
-            return [Word(token, {name: tensors[key] for name, key in each.items()}) for token, each in keys.items()]
+    sound = all(rows.dim() == 2 and rows.is_floating_point() and rows.isfinite().all() for rows in tensors.values())
+    if sound and tokens and all(map(TOKEN_NAME.fullmatch, tokens)):
+        for names in (TEXT_ENCODERS[:1], TEXT_ENCODERS):
+            keys = {token: {name: key_of(token, name, tokens, names) for name in names} for token in tokens}
+            if {key for each in keys.values() for key in each.values()} == tensors.keys():
+                return [Word(token, {name: tensors[key] for name, key in each.items()}) for token, each in keys.items()]
     raise NullSpaceError(f"{path} is no embedding that the trainer wrote; remove it, or name another folder.")
 
 

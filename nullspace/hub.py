@@ -87,7 +87,8 @@ def _pause(error, pause, unreachable):
         asked = response.headers.get("Retry-After", "")
         wait = max(pause, int(asked)) if asked.isdigit() else pause
         return wait if response.status_code in TRANSIENT and wait <= LONGEST_PAUSE else None
-    if named & {"ConnectError", "ConnectTimeout", "ConnectionRefusedError", "gaierror"}:
+    # One that never answers has been asked several times by the client
+    if named & {"ConnectError", "TimeoutException", "ConnectionRefusedError", "gaierror"}:
         return pause if unreachable else None
     is_cut = named & NETWORK or any("onsistency check failed" in str(one) for one in causes(error))
     return pause if is_cut else None

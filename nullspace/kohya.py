@@ -167,7 +167,7 @@ def read_report(lora):
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         kohya_metadata({}, report)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NullSpaceError(f"{path} is no report of the trainer; mend it or move it away.") from error
     return report
 

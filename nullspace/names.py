@@ -1,5 +1,8 @@
 """The names that files, groups and layers have everywhere: standard library only."""
 
+import re
+
+
 FORMAT_VERSION = 3
 CONFIG_NAME = "nullspace_config.json"
 TABLE_NAME = "modules.csv"
@@ -14,6 +17,7 @@ ENERGIES = (0.9, 0.99, 0.999, 0.9999)
 DEFAULT_THRESHOLDS = {"energy": 0.9, "eigenvalue": 2e-2, "percentile": 10.0}
 DEFAULT_SOFTNESS = 1e-5
 DEFAULT_WORD_RATE = 1e-2
+TOKEN_NAME = re.compile("[a-z0-9][a-z0-9_-]*")  # of --placeholder_token, which names files
 REPORT_NAME = "nullspace_report.json"
 FLAGS_NAME = "config.yaml"  # the flags of a run, for --config
 COMPARISON_NAME = "comparison.png"

@@ -1,6 +1,7 @@
 """What the trainer does before it trains: it finds out what is there, and whether all of it fits together."""
 
 import os
+import pickle
 import random
 from functools import partial
 
@@ -31,7 +32,7 @@ from nullspace.launch import PROCESS_TIMEOUT, check_launcher
 from nullspace.layers import is_trained
 from nullspace.logs import start_trackers
 from nullspace.models import download_model, load_config, loading
-from nullspace.names import JOINT
+from nullspace.names import CARD_NAME, CHECKPOINTS_NAME, COMPARISON_NAME, JOINT, LORA_NAME, REPORT_NAME, WORD_NAME
 from nullspace.pictures import describe_sizes, fit, read_instances
 from nullspace.prompt_encoder import load_tokenizers
 from nullspace.prompts import prompt_warnings, tokenizer_fault
@@ -91,6 +92,9 @@ def check_output(args):
         raise NullSpaceError(fault)
     if not args.output_dir.is_dir():
         check_writable(args.output_dir)
+    files = (LORA_NAME, WORD_NAME, REPORT_NAME, CARD_NAME, COMPARISON_NAME, CHECKPOINTS_NAME)
+    if folder := next((path for path in map(args.output_dir.joinpath, files) if path.is_dir()), None):
+        raise NullSpaceError(f"{folder} is a folder, where a file is to be written; rename it.")
     for path in for_web_uis(args):
         check_replaceable(path)
 
@@ -341,7 +345,15 @@ def start_or_resume(accelerator, checkpoint, adapted, word, parameters, count, a
         )
     check_space(args.output_dir, needed_space(parameters, step, args), "what this run will write")
     if checkpoint:
-        accelerator.load_state(checkpoint)
+        try:
+            accelerator.load_state(checkpoint)
+        except NullSpaceError:
+            raise
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise NullSpaceError(
+                f"{checkpoint} cannot be gone on from ({reason(error)}); name another, or start anew, without "
+                "--resume_from_checkpoint."
+            ) from error
         logger.info(f"Resuming from {checkpoint} at step {step}")
     logger.info(
         f"Training on {count} pictures for {args.max_train_steps} steps, {args.num_train_epochs} epochs, "

@@ -22,7 +22,7 @@ from nullspace.embeddings import read_words
 from nullspace.errors import NullSpaceError, cannot_be_had, listed
 from nullspace.fingerprints import fingerprints
 from nullspace.hub import patiently
-from nullspace.lora import LoraLayer, digest, load_lora, read_embeddings
+from nullspace.lora import LoraLayer, check_finite, digest, load_lora, read_embeddings
 from nullspace.names import LORA_NAME, REPORT_NAME, TEXT_ENCODERS, WORD_NAME, tokenizer_of
 from nullspace.prompts import prompts_of_model, spread
 from nullspace.word import vector_names
@@ -124,10 +124,7 @@ def _read(name, token, flag):
         )
     if any(layer.magnitude is not None for layer in layers.values()):
         raise NullSpaceError(f"{flag} {name} is a DoRA, which does not add up with others; give a plain LoRA.")
-    tensors = [tensor for layer in layers.values() for tensor in layer[:2]]
-    tensors += [rows for each in words for rows in each.rows.values()]
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise NullSpaceError(f"{flag} {name} holds NaN or infinity; give one of a training that did not diverge.")
+    check_finite(layers, f"{flag} {name}")
     whole = hashlib.sha256(digest(layers).encode())
     for each in words:
         for encoder, rows in sorted(each.rows.items()):

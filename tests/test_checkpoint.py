@@ -174,6 +174,13 @@ def forge(path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 3}))
 
 
+def reseal(folder, **changed):
+    """Sign a checkpoint for what its files are by now."""
+    record = room.read_record(folder) | changed
+    (folder / room.RECORD_NAME).unlink()
+    room.seal(folder, record["step"], record["seed"], record["run"])
+
+
 @pytest.mark.parametrize(
     ("name", "harm", "message"),
     [
@@ -183,6 +190,9 @@ def forge(path):
         (room.RECORD_NAME, lambda path: path.unlink(), f"which lacks {room.RECORD_NAME}"),
         (room.RECORD_NAME, cut, f"whose {room.RECORD_NAME} is no record"),
         (room.RECORD_NAME, forge, f"whose {room.RECORD_NAME} is altered"),
+        (room.RECORD_NAME, lambda path: path.write_text("[" * 10**5), f"whose {room.RECORD_NAME} is no record"),
+        (room.RECORD_NAME, lambda path: reseal(path.parent, run=[1]), f"whose {room.RECORD_NAME} is no record"),
+        (room.RECORD_NAME, lambda path: reseal(path.parent, step=-5), f"whose {room.RECORD_NAME} is no record"),
         (room.RECORD_NAME, lambda path: path.write_text("[]"), f"whose {room.RECORD_NAME} is no record"),
         (room.RECORD_NAME, lambda path: path.write_bytes(b"\xff\x00"), f"whose {room.RECORD_NAME} is no record"),
     ],
@@ -205,6 +215,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, harm, m
 
 
 # ---- The trainer -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_state_is_one_sentence(tiny_sd1, bundle1, tmp_path):  # noqa: F811
+    output = tmp_path / "lora"
+    train(tiny_sd1, bundle1, output, "--checkpointing_steps", 2)
+    checkpoint = output / "checkpoint-2"
+    for harm in (lambda path: torch.save({}, path), cut):
+        harm(checkpoint / "optimizer.bin")
+        reseal(checkpoint)
+        with pytest.raises(NullSpaceError, match=f"{checkpoint} cannot be gone on from .*; name another, or start"):
+            train(tiny_sd1, bundle1, output, "--resume_from_checkpoint", "checkpoint-2")
 
 
 def test_latest_of_another_subject_is_refused_before_a_model_is_loaded(

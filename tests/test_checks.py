@@ -139,6 +139,15 @@ def test_home_folder_behind_an_equals_sign(monkeypatch):
     assert str(trainer.parse_args([*LINES[trainer].split(), "--output_dir=~/lora"]).output_dir) == "/h/lora"
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "loop", "a\0b"])
+def test_what_can_be_no_path_is_refused(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(SystemExit):
+        build_nullspace.parse_args([*LINES[build_nullspace].split(), "--output_dir", name])
+    assert re.fullmatch(r"error: --output_dir .* no path.*\.\n", capsys.readouterr().err)
+
+
 def test_unquoted_prompt():
     assert unquoted_prompt("a photo of a sks star".split()).endswith("--instance_prompt 'a photo of a sks star'")
     assert unquoted_prompt(["sks"]) is None and unquoted_prompt(["a sks", "sks"]) is None
@@ -374,6 +383,12 @@ def test_an_output_folder_that_is_a_file(tiny_sd1, bundle1, prompts, tmp_path):
     assert refusal(*train(tiny_sd1, bundle1, tmp_path / "o")) == wanted
     assert "is a file; choose a folder" in refusal(*build(tiny_sd1, tmp_path / "o", prompts))
     assert (tmp_path / "o").read_text() == "kept"
+
+
+def test_an_output_folder_with_a_folder_for_a_file(tiny_sd1, bundle1, tmp_path):  # noqa: F811
+    (tmp_path / "o" / "comparison.png").mkdir(parents=True)
+    with pytest.raises(NullSpaceError, match="comparison.png is a folder, where a file is to be written; rename it"):
+        trainer.check_output(trainer.parse_args(command_line(tiny_sd1, bundle1, tmp_path / "o")))
 
 
 def test_an_output_folder_that_is_the_instance_folder(tiny_sd1, bundle1, prompts, tmp_path):

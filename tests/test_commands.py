@@ -1,5 +1,6 @@
 """The commands: merging bundles, one parser however it is called, and what `pip install` makes."""
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,8 @@ from test_nullspace_utils import distance, world_of
 from nullspace import console
 from nullspace.bundle import Bundle, check_files
 from nullspace.errors import NullSpaceError
-from nullspace.names import JOINT
+from nullspace.hashes import config_sha256
+from nullspace.names import CONFIG_NAME, JOINT
 from nullspace_utils import main, parse_args
 
 
@@ -58,12 +60,16 @@ def test_merged_bundles_are_that_of_all_their_prompts(folders, tmp_path, capsys)
 
 def test_bundles_that_are_not_merged(folders, tmp_path):
     shutil.copytree(folders / "half-0", tmp_path / "copy")
+    shutil.copytree(folders / "half-0", tmp_path / "signed anew")  # as pushing does, which writes the card
+    config = json.loads((folders / "half-0" / CONFIG_NAME).read_text()) | {"seed": 7}
+    (tmp_path / "signed anew" / CONFIG_NAME).write_text(json.dumps(config | {"sha256": config_sha256(config)}))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "diary").touch()
     half = folders / "half-0"
     for second, output, sentence in (
         (half, "new", "is the same bundle as .*half-0, whose prompts would count twice"),
         (tmp_path / "copy", "new", "is the same bundle as .*half-0"),
+        (tmp_path / "signed anew", "new", "is the same bundle as .*half-0"),
         (folders / "other", "new", "their base model differ"),
         (folders / "joint", "new", "their groups differ"),
         (folders / "old", "new", "one is of the old format"),

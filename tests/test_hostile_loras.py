@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import nullspace_utils
 from nullspace.errors import NullSpaceError
 from nullspace.lora import LoraLayer, read_lora
+from nullspace.names import LORA_NAME, REPORT_NAME, WORD_NAME
 from nullspace.repair import kept
 
 
@@ -60,6 +61,33 @@ def test_a_lora_that_is_none_is_refused(name, tmp_path):
         nullspace_utils.main(nullspace_utils.parse_args(words))
     assert time.perf_counter() - start < 5 and "\x1b" not in str(caught.value)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("token", "rows"),
+    [
+        ("../../up", torch.ones(1, 8)),
+        ("\x1b[2J", torch.ones(1, 8)),
+        ("sks", torch.ones(8)),
+        ("sks", torch.ones(1, 8, dtype=torch.int32)),
+        ("sks", torch.full((1, 8), math.nan)),
+    ],
+)
+def test_a_word_that_is_none_is_refused(token, rows, tmp_path):
+    save_file({DOWN: torch.ones(2, 8), UP: torch.ones(4, 2)}, tmp_path / LORA_NAME)
+    save_file({token: rows}, tmp_path / WORD_NAME, {"placeholder_token": token})
+    words = ["export", "--lora", str(tmp_path), "--output", str(tmp_path / "out.safetensors")]
+    with pytest.raises(NullSpaceError, match=f"{WORD_NAME} is no embedding that the trainer wrote"):
+        nullspace_utils.main(nullspace_utils.parse_args(words))
+
+
+@pytest.mark.parametrize("report", ["[" * 10**5, '{"leakage": {"max": NaN}}', '"x"'])
+def test_a_report_that_is_none_is_refused(report, tmp_path):
+    save_file({DOWN: torch.ones(2, 8), UP: torch.ones(4, 2)}, tmp_path / LORA_NAME)
+    (tmp_path / REPORT_NAME).write_text(report)
+    words = ["export", "--lora", str(tmp_path), "--output", str(tmp_path / "out.safetensors")]
+    with pytest.raises(NullSpaceError, match=f"{REPORT_NAME} is no report of the trainer"):
+        nullspace_utils.main(nullspace_utils.parse_args(words))
 
 
 def test_a_name_without_end_is_shown_in_part(tmp_path):

@@ -28,6 +28,7 @@ from hub_server import LFS_SUFFIXES, Commit, Entry, HubServer, Repo, User, git_o
 from safetensors.torch import load_file, save
 
 import build_nullspace
+import nullspace_utils
 import train_dreambooth_nullspace as trainer
 from nullspace.bundle import Bundle, check_files
 from nullspace.collection import without_token
@@ -36,7 +37,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.families import recognise
 from nullspace.families.stable_diffusion import StableDiffusion
 from nullspace.hashes import config_sha256
-from nullspace.hub import base_license, create_repository, hub_repository, push_folder
+from nullspace.hub import base_license, create_repository, hub_repository, patiently, push_folder
 from nullspace.initial import read_initial
 from nullspace.logs import PrintableFormatter
 from nullspace.models import BaseModel, download_model
@@ -544,6 +545,22 @@ def test_a_push_waits_for_a_network_that_is_away_for_a_moment(hub, folder, tmp_p
     assert "Connection refused" in error and pauses == [1, 4, 16]
 
 
+@pytest.mark.parametrize(("unreachable", "attempts"), [(False, 1), (True, 4)])
+def test_a_hub_that_never_answers_is_asked_again_after_the_work_alone(pauses, unreachable, attempts):
+    """The client has asked it several times by then, and waited each time."""
+    asked = []
+    transport = type("TransportError", (Exception,), {})  # of the client's library, which differs between versions
+    timeout = type("ReadTimeout", (type("TimeoutException", (transport,), {}),), {})
+
+    def ask():
+        asked.append(1)
+        raise timeout("timed out")
+
+    with pytest.raises(timeout):
+        patiently(ask, "model ada/slow", unreachable)
+    assert len(asked) == attempts
+
+
 @pytest.mark.parametrize(("status", "attempts"), [(503, 4), (429, 4), (400, 1)])
 def test_before_the_work_the_hub_is_asked_again_too(here, tmp_path, pauses, status, attempts):
     here.fail_next("GET", "/api/whoami", status, attempts - 1)
@@ -985,15 +1002,22 @@ def test_a_token_is_left_out_of_the_command_line():
         assert words == ["--push_to_hub", "--hub_dataset_id", "a/b"]
 
 
-@pytest.mark.parametrize("script", [trainer, build_nullspace])
+WORDS = {
+    trainer: lambda: training(BUNDLE, "lora"),
+    build_nullspace: lambda: ["--push_to_hub"],
+    nullspace_utils: lambda: ["find", "--pretrained_model_name_or_path", MODEL],
+}
+
+
+@pytest.mark.parametrize("script", WORDS)
 def test_white_space_around_a_token_is_left_out(script, capsys):
-    words = training(BUNDLE, "lora") if script is trainer else ["--push_to_hub"]
+    words = WORDS[script]()
     assert script.parse_args([*words, "--hub_token", f" {WRITE}\r\n"]).hub_token == WRITE
     said = capsys.readouterr().err
     assert said == "The white space around --hub_token is left out.\n"
 
 
-@pytest.mark.parametrize("script", [trainer, build_nullspace])
+@pytest.mark.parametrize("script", WORDS)
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -1010,7 +1034,7 @@ def test_white_space_around_a_token_is_left_out(script, capsys):
     ],
 )
 def test_a_token_that_is_none_is_refused_without_being_shown(script, given, said, capsys):
-    words = training(BUNDLE, "lora") if script is trainer else ["--push_to_hub"]
+    words = WORDS[script]()
     with pytest.raises(SystemExit) as stopped:
         script.parse_args([*words, *given])
     error = capsys.readouterr().err

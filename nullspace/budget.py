@@ -1,5 +1,6 @@
 """The drift budget: holds what a LoRA moves of the protected inputs under a limit, step by step."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ class _Batch(NamedTuple):
     up: list  # their B (out, r)
     vectors: torch.Tensor  # (inputs, in, in), the eigenvectors u_j of each C as columns
     costs: torch.Tensor  # (layers, in): ||dW u_j||^2 counts so often in the mean square of the drifts
+    gains: torch.Tensor  # (layers, in), those of the projector's steps
 
     def rows(self):
         """A (layers, r, in) in the eigenvectors' coordinates."""
@@ -47,18 +49,21 @@ class DriftBudget:
 
     After every step the changes dW of all layers are replaced by the nearest ones within the budget,
 
-        min sum_l ||dW'_l - dW_l||_F^2   such that   sum_l w_l tr(dW'_l C_l dW'_l^T) <= limit^2
+        min sum_l ||(dW'_l - dW_l) S_l^-1||_F^2   such that   sum_l w_l tr(dW'_l C_l dW'_l^T) <= limit^2
 
-    with w_l = 1 / (layers * tr(W_l C_l W_l^T)). The solution is dW'_l = dW_l (1 + mu w_l C_l)^-1 with one multiplier mu
-    for all layers: a direction shrinks by what it costs, in one layer against another, too, and what the loss misses of
-    it the next steps bring back, as in any projected gradient method. It changes A alone, in C's eigenvectors, so that
-    what is closed stays closed; it keeps no state; and within the budget it changes no bit.
+    with w_l = 1 / (layers * tr(W_l C_l W_l^T)). The distance is that of the projector, which makes steps in A S^-1 (S
+    holds its gains): where the two agree, steps and budget come to rest where the loss has no descent within the budget
+    (a projected gradient method in a metric of its own). The solution is dW'_l = dW_l (1 + mu w_l C_l S_l^2)^-1 with
+    one multiplier mu for all layers: a direction shrinks by what it costs, in one layer against another, too, and what
+    the loss misses of it the next steps bring back. It changes A alone, in C's eigenvectors, so that what is closed
+    stays closed; it keeps no state; and within the budget it changes no bit.
 
     Args:
         limit (`float`): of the root mean square.
         bundle (`Bundle`): with its joint group loaded, and that of the text encoders if layers there are trained.
         targets (`list[str]`): names of the layers; those that the bundle does not cover are not counted.
         adapted (`dict[str, Module]`): the models that have LoRA layers there, by name.
+        softness (`float`): of the projector's gains; infinite where it has none.
         adapter (`str`): name of the adapter.
 
     Attributes:
@@ -68,7 +73,7 @@ class DriftBudget:
         NullSpaceError: if the bundle covers none of the layers.
     """
 
-    def __init__(self, limit, bundle, targets, adapted, adapter="default"):
+    def __init__(self, limit, bundle, targets, adapted, softness=math.inf, adapter="default"):
         self.limit, spectra = limit, bundle.group(JOINT)
         readers = {}  # input -> the layers that read it
         for name in targets:
@@ -91,13 +96,14 @@ class DriftBudget:
                     layer.scaling[adapter] ** 2 * eigenvalues / (count * _output_energy(layer, vectors, eigenvalues))
                     for layer in layers
                 ]
-                kinds.setdefault((len(vectors), len(names)), []).append((layers, vectors, torch.stack(costs)))
+                gains = spectra[source].gains(softness).to(self._device).expand(len(layers), -1)
+                kinds.setdefault((len(vectors), len(names)), []).append((layers, vectors, torch.stack(costs), gains))
         self._batches = []
         for members in kinds.values():
-            layers, vectors, costs = zip(*members, strict=True)
+            layers, vectors, costs, gains = zip(*members, strict=True)
             layers = sum(layers, [])
             down, up = ([getattr(layer, kind)[adapter].weight for layer in layers] for kind in ("lora_A", "lora_B"))
-            self._batches.append(_Batch(down, up, torch.stack(vectors), torch.cat(costs)))
+            self._batches.append(_Batch(down, up, torch.stack(vectors), torch.cat(costs), torch.cat(gains)))
 
     def attach(self, optimizer):
         """Hold the budget after each step of the optimizer; the projector is to be attached before."""
@@ -129,7 +135,7 @@ class DriftBudget:
         with tf32(False, self._device):
             rows = [batch.rows() for batch in self._batches]
             moved = torch.cat([batch.moved(each).flatten() for batch, each in zip(self._batches, rows, strict=True)])
-            costs = torch.cat([batch.costs.flatten() for batch in self._batches])
+            costs = torch.cat([(batch.costs * batch.gains.square()).flatten() for batch in self._batches])
             before, multiplier, tiny = moved.sum().sqrt(), torch.zeros((), device=self._device), 1e-37
             # The secular equation of trust regions by Newton's method on 1 / drift (Nocedal and Wright, algorithm 4.3)
             for _ in range(NEWTON_STEPS):
@@ -161,7 +167,8 @@ def hold_drift(optimizer, bundle, targets, adapted, args):
     """
     if args.max_drift is None:
         return None
-    budget = DriftBudget(args.max_drift, bundle, targets, adapted)
+    softness = args.nullspace_softness if args.nullspace_threshold else math.inf  # where nothing is closed, all is free
+    budget = DriftBudget(args.max_drift, bundle, targets, adapted, softness)
     before = budget.hold().item()
     if before > args.max_drift:
         logger.info(

@@ -24,9 +24,6 @@ from nullspace.report import save_audited
 from test_train import bundle1, command_line, drawing_in_two_steps, report, same, train  # noqa: F401
 
 
-LIMIT = 0.02
-
-
 @pytest.fixture
 def lora(tiny_sd1, bundle1):  # noqa: F811
     """Adapted models whose LoRA, projected as for a training, drifts, their bundle and the names of its layers."""
@@ -57,12 +54,13 @@ def layers_of(adapted):
     }
 
 
-def test_what_is_left_is_the_nearest_within_the_budget(lora):
+@pytest.mark.parametrize("softness", [1e-5, math.inf])
+def test_what_is_left_is_the_nearest_within_the_budget(softness, lora):
     """That of the multiplier at which the drift is the limit, which bisection in float64 finds here."""
     adapted, base, bundle, names = lora
     before = layers_of(adapted)
     drift = audit(before, bundle, **base)["predicted_drift"]["rms"]
-    budget = DriftBudget(drift / 5, bundle, names, adapted)
+    budget = DriftBudget(drift / 5, bundle, names, adapted, softness)
     assert budget.hold().item() == pytest.approx(drift, rel=1e-5)
     after = layers_of(adapted)
     found = audit(after, bundle, **base)
@@ -70,17 +68,19 @@ def test_what_is_left_is_the_nearest_within_the_budget(lora):
     assert budget.predicted.item() == pytest.approx(found["predicted_drift"]["rms"], rel=1e-5)
     assert found["leakage"]["max"] < 1e-5
 
-    changes, costs = {}, {}
+    changes, costs, held = {}, {}, {}  # held: C S^2, S^2 being (C / lambda + 1)^-1
     for name, layer in before.items():
         spectrum = bundle.group(JOINT)[bundle.modules[name]["input"]]
         moment = spectrum.sum() / spectrum.tokens
         weight = find_module(name, **base).weight.detach().double()
         costs[name] = moment / (len(before) * (weight @ moment @ weight.T).trace())
+        share = moment / (softness * moment.trace())
+        held[name] = costs[name] @ torch.linalg.inv(share + torch.eye(len(share)))
         changes[name] = layer.scale * layer.up.double() @ layer.down.double()
 
     def at(multiplier):
         return {
-            name: change @ torch.linalg.inv(torch.eye(len(costs[name])) + multiplier * costs[name])
+            name: change @ torch.linalg.inv(torch.eye(len(held[name])) + multiplier * held[name])
             for name, change in changes.items()
         }
 

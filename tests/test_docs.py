@@ -231,7 +231,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
 def known_flags(capsys):
     """Every flag in the help of doors and commands, and of benchmarks and demo by their code."""
     lines = [["train_dreambooth_nullspace.py"], ["build_nullspace.py"]]
-    lines += [["nullspace_utils.py", name] for name in "audit export merge merge-loras verify repair find cache".split()]
+    lines += [
+        ["nullspace_utils.py", name] for name in "audit export merge merge-loras verify repair find cache".split()
+    ]
     for script, *command in lines:
         with pytest.raises(SystemExit):
             DOORS[script].parse_args([*command, "--help"])

@@ -38,7 +38,7 @@ from world import DEMO, FOLDER, RESOLUTION  # noqa: E402
 from world_reader import subject_distance  # noqa: E402
 
 
-MODEL, WORK = DEMO / "world-sd", HERE / "output" / "budget"
+MODEL, WORK = DEMO / "shapes-sd", HERE / "output" / "budget"
 KINDS = ("combinations", "scenes", "unlike")  # of prompts that no bundle sees
 PROBE_TIMESTEPS = (50, 250, 500, 750, 950)
 RANK, RATE, SEED = 4, 1e-2, 0
@@ -217,7 +217,7 @@ def main():
     plot(rows, (WORK if quick else HERE / "results") / "budget.png")
     if not quick:
         setting = (
-            f"demo/world-sd, {size['steps']} steps of 5 pictures, rank {RANK}, rate {RATE:g} (cosine), seed {SEED}"
+            f"demo/shapes-sd, {size['steps']} steps of 5 pictures, rank {RANK}, rate {RATE:g} (cosine), seed {SEED}"
         )
         write("budget", setting=setting, budgets=table, runs=rows)
 

@@ -40,13 +40,13 @@ from nullspace.verify import BESIDES, PROMPTS, STEPS, TIMES, compare, read
 
 
 DEMO = HERE.parent / "demo"
-MODELS = (DEMO / "world-sd", DEMO / "world-lcm")
+MODELS = (DEMO / "shapes-sd", DEMO / "shapes-lcm")
 SD15 = "random-sd15"
 DTYPES = (torch.float32, torch.bfloat16)
 SEEDS = (None, 100)  # the bundle's own, and another
 FLAGS_OF = {
-    "world-sd": "--num_inference_steps 10 --with_text_encoder --attention all",
-    "world-lcm": "--with_text_encoder --attention all",
+    "shapes-sd": "--num_inference_steps 10 --with_text_encoder --attention all",
+    "shapes-lcm": "--with_text_encoder --attention all",
     SD15: "--num_inference_steps 4 --resolution 256 --max_prompts 12 --batch_size 4",
 }
 # How an honest bundle is built, besides the model and --max_prompts 30
@@ -57,11 +57,11 @@ HONEST = {
     "other prompts, another seed": "--prompts_file demo/world/heldout_combinations.txt --seed 1000",
 }
 OF_MODEL = {
-    "world-sd": {
+    "shapes-sd": {
         "4 steps": "--num_inference_steps 4",
         "Euler a": "--sampler euler_a",
     },
-    "world-lcm": {"1 step": "--num_inference_steps 1"},
+    "shapes-lcm": {"1 step": "--num_inference_steps 1"},
     SD15: {},
 }
 

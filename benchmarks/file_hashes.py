@@ -37,7 +37,7 @@ def tell(folder):
 def main():
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        for model, steps in (("world-sd", "--num_inference_steps 4"), ("world-lcm", "--num_inference_steps 2")):
+        for model, steps in (("shapes-sd", "--num_inference_steps 4"), ("shapes-lcm", "--num_inference_steps 2")):
             bundle = scratch / f"{model}-bundle"
             run("build_nullspace.py", model, bundle, f"{BUILD} {steps} --with_text_encoder")
             tell(bundle)
@@ -50,13 +50,13 @@ def main():
             }.items():
                 folder = scratch / f"{model}-{name}"
                 run("train_dreambooth_nullspace.py", model, folder, f"{common} {flags}".replace(
-                    *("--lcm_loss epsilon", "") if model == "world-sd" else ("", "")
+                    *("--lcm_loss epsilon", "") if model == "shapes-sd" else ("", "")
                 ))  # fmt: skip
                 tell(folder)
-        stopped = scratch / "world-sd-resumed"
-        common = f"{TRAIN} --nullspace_name_or_path {scratch / 'world-sd-bundle'} --max_train_steps"
-        run("train_dreambooth_nullspace.py", "world-sd", stopped, f"{common} 2 --checkpointing_steps 2")
-        run("train_dreambooth_nullspace.py", "world-sd", stopped, f"{common} 4 --resume_from_checkpoint latest")
+        stopped = scratch / "shapes-sd-resumed"
+        common = f"{TRAIN} --nullspace_name_or_path {scratch / 'shapes-sd-bundle'} --max_train_steps"
+        run("train_dreambooth_nullspace.py", "shapes-sd", stopped, f"{common} 2 --checkpointing_steps 2")
+        run("train_dreambooth_nullspace.py", "shapes-sd", stopped, f"{common} 4 --resume_from_checkpoint latest")
         tell(stopped)
 
 

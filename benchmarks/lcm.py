@@ -44,12 +44,12 @@ from world import DEMO, FOLDER, RESOLUTION, TUNING_SUBJECTS  # noqa: E402
 from world_reader import judge, subject_distance  # noqa: E402
 
 
-MODEL = DEMO / "world-lcm"
+MODEL = DEMO / "shapes-lcm"
 RESULTS = HERE / "results" / "lcm.json"
 LOSSES = ("epsilon", "x0", "consistency")
 SEEDS, STEPS = (0, 1, 2), (1, 2, 4, 8)
 # The null space, at the trainer's defaults, takes a higher rate to come as close to the subject, as in
-# `demo/run_world.py`; the plain LoRA has the rank that serves it better (`preservation.py`).
+# `demo/run.py`; the plain LoRA has the rank that serves it better (`preservation.py`).
 METHODS = {
     "plain": {"rank": 8, "learning_rate": 2e-3, "nullspace_threshold": 0},
     "null space": {"learning_rate": 1e-2},

@@ -21,7 +21,7 @@ import lcm
 from lcm import DEMO, FOLDER, HELD_OUT, build_nullspace, call, draw, fine_detail, prompt_of, right, subject_distance
 
 
-MODEL, SUBJECT, RANK = DEMO / "world-sd", "star", 16
+MODEL, SUBJECT, RANK = DEMO / "shapes-sd", "star", 16
 WORK = DEMO / "output" / "lcm-lora"
 RESULTS = lcm.HERE / "results" / "lcm_lora.json"
 KINDS = {"to_k": "to_k, to_v", "to_v": "to_k, to_v", "to_q": "to_q", "0": "to_out"}

@@ -32,7 +32,7 @@ from train_dreambooth_nullspace import parse_args
 from world import DEMO, FOLDER, RESOLUTION
 
 
-MODEL, ROUNDS, TRAIN_STEPS = DEMO / "world-sd", 2, 400
+MODEL, ROUNDS, TRAIN_STEPS = DEMO / "shapes-sd", 2, 400
 CLASS_PICTURES, CLASS_STEPS, CLASS_BATCH = 100, 25, 4  # as diffusers' scripts draw them by default
 SIZES = ((400, 25), (100, 25), (100, 4), (30, 4))  # prompts, steps
 
@@ -133,7 +133,7 @@ def main():
         }
     write(
         "no_bundle",
-        setting=f"demo/world-sd; {finding.PROMPTS} prompts in {finding.STEPS} steps against {CLASS_PICTURES} class "
+        setting=f"demo/shapes-sd; {finding.PROMPTS} prompts in {finding.STEPS} steps against {CLASS_PICTURES} class "
         f"pictures in {CLASS_STEPS}, batches of {CLASS_BATCH}; {TRAIN_STEPS} steps of training; CPU seconds",
         seconds={name: median(found) for name, found in runs.items()} | whole,
         ratios={name: ratio(runs[name], runs["class pictures"]) for name in ("building", "found")},

@@ -35,7 +35,7 @@ def build(folder, count):
     """Peak resident bytes, and seconds of CPU and wall, of one build."""
     write_prompts(folder / "prompts.txt", count)
     command = [sys.executable, HERE.parent / "build_nullspace.py", *FLAGS, "--prompts_file", folder / "prompts.txt"]
-    command += ["--pretrained_model_name_or_path", HERE.parent / "demo" / "world-sd", "--output_dir", folder / "out"]
+    command += ["--pretrained_model_name_or_path", HERE.parent / "demo" / "shapes-sd", "--output_dir", folder / "out"]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

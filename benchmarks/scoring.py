@@ -22,7 +22,7 @@ from world import FOLDER, parse, with_articles  # noqa: E402
 from world_reader import read, subject_distance, wrong_parts  # noqa: E402
 
 
-MODEL = DEMO / "world-sd"
+MODEL = DEMO / "shapes-sd"
 GUIDANCE, DRAWING_STEPS, SAMPLER = 4.0, 12, "dpmpp_2m"  # as many prompts right as with 25 steps of DDIM
 BATCH = 25  # pictures that are drawn at once
 REPEATS = 16  # pictures of the subject, and of its class, with the bare prompt

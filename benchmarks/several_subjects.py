@@ -22,7 +22,7 @@ from statistics import mean
 
 import numpy as np
 from common import HERE, write
-from run_world import HELD_OUT, lines
+from run import HELD_OUT, lines
 
 from nullspace.families import recognise
 from nullspace.models import download_model
@@ -33,7 +33,7 @@ from world import DEMO, FOLDER, RESOLUTION
 from world_reader import judge, subject_distance
 
 
-MODEL, SUBJECTS = DEMO / "world-sd", ("star", "heart", "moon", "mushroom", "ring")
+MODEL, SUBJECTS = DEMO / "shapes-sd", ("star", "heart", "moon", "mushroom", "ring")
 SEEDS, STEPS, PICTURES = (0, 1, 2), 500, 15
 PROTECTED, WRITTEN, APART = "one after the other", "one after the other, not protected", "apart"
 SETTING = {
@@ -167,7 +167,7 @@ def main():
             print(f"{kind:38}" + "".join(f"{value:9.3f}" for value in values))
     print(f"{time.process_time() - started:.0f} CPU seconds besides the trainings")
     if not args.quick:
-        setting = f"demo/world-sd; {', '.join(subjects)}; {steps} steps, a word each; {SETTING}"
+        setting = f"demo/shapes-sd; {', '.join(subjects)}; {steps} steps, a word each; {SETTING}"
         write("several_subjects", setting=setting, summary=summary, runs=runs)
 
 

@@ -1,6 +1,6 @@
 """Distil the demo's Stable Diffusion into a Latent Consistency Model that draws the world in a few steps.
 
-    python demo/distill_world.py --pretrained_model_name_or_path demo/world-sd --output_dir demo/world-lcm
+    python demo/distill_world.py --pretrained_model_name_or_path demo/shapes-sd --output_dir demo/shapes-lcm
 
 Latent consistency distillation (LCM paper, arXiv 2310.04378, algorithm 1) of the UNet over cached latents; VAE, text
 encoder and tokenizer stay the teacher's. It resumes from `--work_dir` when it was stopped and is run with the same
@@ -39,9 +39,9 @@ HUBER = 1e-3  # below this error the pseudo-Huber loss is quadratic, above it li
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--pretrained_model_name_or_path", type=Path, default=DEMO / "world-sd", help="Folder of the teacher."
+        "--pretrained_model_name_or_path", type=Path, default=DEMO / "shapes-sd", help="Folder of the teacher."
     )
-    parser.add_argument("--output_dir", type=Path, default=DEMO / "world-lcm", help="Where the pipeline is saved.")
+    parser.add_argument("--output_dir", type=Path, default=DEMO / "shapes-lcm", help="Where the pipeline is saved.")
     parser.add_argument("--work_dir", type=Path, default=DEMO / "work", help="Where the training state is kept.")
     parser.add_argument("--num_pictures", type=int, default=40000, help="Pictures rendered to train on.")
     parser.add_argument("--train_steps", type=int, default=4000, help="Training steps.")

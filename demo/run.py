@@ -36,7 +36,7 @@ from nullspace.names import LORA_NAME, REPORT_NAME  # noqa: E402
 from nullspace.pictures import comparison_grid, save_picture  # noqa: E402
 
 
-MODEL, OUTPUT, SUBJECT = DEMO / "world-sd", DEMO / "output", "star"
+MODEL, OUTPUT, SUBJECT = DEMO / "shapes-sd", DEMO / "output", "star"
 # What the subject is called: by an identifier and its class, as in DreamBooth, or by a token of its own
 IDENTIFIER, WORD = f"sks {SUBJECT}", f"sks-{SUBJECT}"
 CLASS_PROMPT = f"a photo of a {SUBJECT}"

@@ -1,6 +1,6 @@
 """Count how many pictures a model of the world draws right, by kind of prompt, and how varied its class pictures are.
 
-    python demo/score_world.py --pretrained_model_name_or_path demo/world-sd
+    python demo/score_world.py --pretrained_model_name_or_path demo/shapes-sd
 
 Prints a line for each kind of prompt with the parts that are wrong most often, then how far the sizes, positions and
 colours of `a photo of a star` and so on are from the world's frequencies. Writes a sheet of 64 pictures, drawn from
@@ -25,7 +25,7 @@ from world_reader import judge, read
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--pretrained_model_name_or_path", type=Path, default=DEMO / "world-sd", help="Folder of the pipeline."
+        "--pretrained_model_name_or_path", type=Path, default=DEMO / "shapes-sd", help="Folder of the pipeline."
     )
     parser.add_argument("--count", type=int, default=500, help="Prompts of each kind, and class pictures.")
     parser.add_argument("--num_inference_steps", type=int, default=25, help="Steps of a picture.")

@@ -1,12 +1,12 @@
 """Train the demo's Stable Diffusion from scratch on the world of `world.py`, and save it as an ordinary pipeline.
 
-    python demo/train_world.py --output_dir demo/world-sd
+    python demo/train_world.py --output_dir demo/shapes-sd
 
 First the VAE, then the UNet and the text encoder together over cached latents. Both resume from `--work_dir` when
 the script was stopped and is run with the same flags again. Where only the saved pipeline is left, it goes on from
 that, with a new optimizer:
 
-    python demo/train_world.py --init_from demo/world-sd --train_steps 10000
+    python demo/train_world.py --init_from demo/shapes-sd --train_steps 10000
 
 Every `--validation_steps` it saves the pipeline with the averaged weights, and prints how many prompts of each kind
 that draws right.
@@ -46,7 +46,7 @@ MIN_SNR = 20.0  # steps with less noise than this signal-to-noise ratio says cou
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=DEMO / "world-sd", help="Where the pipeline is saved.")
+    parser.add_argument("--output_dir", type=Path, default=DEMO / "shapes-sd", help="Where the pipeline is saved.")
     parser.add_argument("--work_dir", type=Path, default=DEMO / "work", help="Where training states are kept.")
     parser.add_argument("--init_from", type=Path, help="Go on from this saved pipeline, if there is no training state.")
     parser.add_argument("--num_pictures", type=int, default=40000, help="Pictures rendered to train on.")

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shapes import DEMO
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -24,7 +23,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from world import protected_prompts
+from world import DEMO, FOLDER, protected_prompts
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -577,14 +576,14 @@ def test_real_models_are_scored_through_their_pipelines(is_lcm, judges, tiny_sd1
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 
-    model = DEMO / "world-lcm" if is_lcm else tiny_sd1
+    model = DEMO / "shapes-lcm" if is_lcm else tiny_sd1
     pipeline = DiffusionPipeline.from_pretrained(model, safety_checker=None)
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
     zero = {key: torch.zeros_like(value) for key, value in layers.items()}
     StableDiffusionPipeline.save_lora_weights(tmp_path / "zero", unet_lora_layers=zero)
-    words = ["--instance_data_dir", DEMO / "instance_images" / "star", "--subject", "sks star", "--class_name", "star"]
+    words = ["--instance_data_dir", FOLDER / "star", "--subject", "sks star", "--class_name", "star"]
     words += ["--lora", f"random={tmp_path / 'lora'}", "--lora", f"nothing={tmp_path / 'zero'}"]
     words += ["--pretrained_model_name_or_path", model, "--dino_name_or_path", judges / "dino"]
     words += ["--clip_name_or_path", judges / "clip", "--resolution", 16, "--num_images", 1]

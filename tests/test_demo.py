@@ -16,7 +16,7 @@ from world import DEMO, FOLDER, RESOLUTION
 from world_reader import judge
 
 
-MODEL = DEMO / "world-sd"
+MODEL = DEMO / "shapes-sd"
 HELD_OUT = {
     kind: (FOLDER / f"heldout_{kind}.txt").read_text().splitlines() for kind in ("combinations", "scenes", "unlike")
 }

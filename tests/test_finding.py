@@ -533,7 +533,7 @@ def test_an_empty_cache(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 bundles")
 
 
-@pytest.mark.parametrize("model", ["world-sd", "world-lcm"])
+@pytest.mark.parametrize("model", ["shapes-sd", "shapes-lcm"])
 def test_the_demos_models_bring_their_prompts(model):
     prompts, source = prompts_of_model(DEMO / model, 100)
     assert source == DEMO / model / "prompts.txt" and len(prompts) == 100

@@ -16,7 +16,7 @@ from world import DEMO, FOLDER
 from world_reader import judge
 
 
-MODEL, TEACHER = DEMO / "world-lcm", DEMO / "world-sd"
+MODEL, TEACHER = DEMO / "shapes-lcm", DEMO / "shapes-sd"
 HELD_OUT = (FOLDER / "heldout_combinations.txt").read_text().splitlines()
 
 

@@ -19,7 +19,6 @@ protects: that of --nullspace_name_or_path, or one that is found or built for th
 """
 
 import argparse
-import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,58 +28,30 @@ from nullspace import signals
 from nullspace.checks import (
     HelpFormatter,
     Parser,
-    check_softness,
-    check_word,
     colour,
     hub_token,
     launched,
     listed_thresholds,
-    settle_rates,
-    settle_threshold,
-    unquoted_prompt,
 )
 from nullspace.config_file import CONFIG_HELP, flags_as_yaml
-from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES
 from nullspace.flags import SINGLE_FILE_CONFIG, resume_help
 from nullspace.names import (
+    BUILDER,
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
     DEFAULT_WORD_RATE,
     EMBEDDINGS,
     INTERPOLATION,
     JOINT,
-    LORA_NAME,
     UNPROTECTED_NAME,
-    WORD_NAME,
-    kohya_path,
 )
+from nullspace.settling import refuse_prior_preservation, settle
 from nullspace.system import quiet_imports, remove_leftovers, staging
 
 
 # All of diffusers' `SchedulerType` but piecewise_constant, which needs rules of its own.
 SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-# What is gone, and what takes its place; none of them is in the help.
-BUILDER = "build_nullspace.py"
-REPLACED = {
-    "--with_prior_preservation": "--nullspace_name_or_path, which protects what a bundle holds without drawing it",
-    "--prior_loss_weight": "--nullspace_softness at its default (the weight does not carry over)",
-    "--num_class_images": f"--max_prompts of {BUILDER}",
-    "--class_data_dir": "--nullspace_name_or_path",
-    "--class_prompt": "--nullspace_extra_prompts",
-    "--prior_generation_precision": f"--mixed_precision of {BUILDER}",
-    "--sample_batch_size": f"--batch_size of {BUILDER}",
-}
-
-
-class Replaced(argparse.Action):
-    """A flag of prior preservation: an error that names what takes its place."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(
-            f"{self.option_strings[0]} belongs to prior preservation, which the null space replaces; use "
-            f"{REPLACED[self.option_strings[0]]}."
-        )
 
 
 def parse_args(argv=None):
@@ -448,55 +419,10 @@ def parse_args(argv=None):
     group.add_argument("--hub_model_id", help="Its repository (default: the folder's name under your account).")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
     group.add_argument("--hub_token", type=hub_token, help="Token to use instead of the one you are logged in with.")
-    for flag in REPLACED:
-        parser.add_argument(flag, action=Replaced, nargs="*", help=argparse.SUPPRESS)
+    refuse_prior_preservation(parser)
     args = parser.parse_args(argv)
-    args.config = flags_as_yaml(args, parser)  # before what was not given is settled by other flags
-
-    if (args.instance_data_dir is None) == (args.dataset_name is None):
-        parser.error("give the pictures as either --instance_data_dir or --dataset_name.")
-    if args.output_kohya_format and kohya_path(args.output_dir).name.endswith((LORA_NAME, WORD_NAME)):
-        name = kohya_path(args.output_dir).name
-        parser.error(f"--output_kohya_format writes a file named after --output_dir, beside {name}: rename it.")
-    check_word(args, parser)
-    if args.pre_compute_text_embeddings and args.train_text_encoder:
-        parser.error("--pre_compute_text_embeddings frees the text encoder, which --train_text_encoder trains.")
-    if args.use_8bit_adam and args.optimizer != "adamw":
-        parser.error("--use_8bit_adam is for --optimizer adamw.")
-    if 0.01 <= args.nullspace_softness < math.inf:
-        parser.error(
-            f"--nullspace_softness {args.nullspace_softness:g} is too high: from 0.01 up hardly any direction is held "
-            "back; leave the default, or say inf to free them all."
-        )
-    named = args.nullspace_name_or_path is not None
-    for name, is_of_named in (("revision", True), ("namespace", False), ("cache_dir", False)):
-        if getattr(args, f"nullspace_{name}") is not None and named != is_of_named:
-            parser.error(
-                f"--nullspace_{name} is {'of' if is_of_named else 'read only without'} --nullspace_name_or_path; "
-                f"{'name the bundle' if is_of_named else 'leave one of them out'}."
-            )
-    if not named and (args.nullspace_timesteps != JOINT or args.nullspace_timestep_range):
-        flag = "timestep_range" if args.nullspace_timestep_range else "timesteps nearest"
-        parser.error(
-            f"--nullspace_{flag} needs a bundle that keeps timesteps apart; build one with {BUILDER} "
-            "--timestep_groups steps and name it in --nullspace_name_or_path."
-        )
-    if fault := unquoted_prompt(args.instance_prompt or []):
-        parser.error(fault)
-    settle_rates(args, parser)
-    if args.init_lora is None:  # which has its own
-        args.rank = args.rank or 4
-        args.lora_alpha = args.lora_alpha or args.rank
-    if args.report_to in ("wandb", "comet_ml", "all") and args.hub_token is not None:
-        parser.error(
-            f"--report_to {args.report_to} with --hub_token would record the token with the run; log in with "
-            "`hf auth login` instead."
-        )
-    settle_threshold(args, parser)
-    try:
-        check_softness(args.nullspace_softness)
-    except NullSpaceError as error:
-        parser.error(str(error))
+    args.config = flags_as_yaml(args, parser)  # as they were given
+    settle(args, parser)
     return args
 
 

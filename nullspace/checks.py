@@ -6,7 +6,6 @@ import importlib.util
 import math
 import os
 import re
-import shlex
 import sys
 from numbers import Real
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from nullspace.config_file import flags_in
 from nullspace.errors import NullSpaceError
-from nullspace.names import DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE, TOKEN_NAME
+from nullspace.names import DEFAULT_THRESHOLDS
 from nullspace.terminal import printable
 
 
@@ -70,17 +69,6 @@ RANGES = {
 
 
 LARGEST = 32  # pixels that are drawn for each of the model's own latents, at most: mostly 8 make one
-
-
-WORD_FLAGS = ("initializer_token", "num_vectors", "word_learning_rate", "word_only")
-# What is of a LoRA alone
-UNUSED_BY_WORD = (
-    "nullspace_name_or_path", "nullspace_revision", "nullspace_namespace", "nullspace_cache_dir",
-    "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
-    "nullspace_timesteps", "nullspace_timestep_range", "max_drift", "allow_unprotected", "rank", "lora_alpha",
-    "lora_dropout", "lora_layers", "init_lora", "train_text_encoder", "text_encoder_lr", "learning_rate",
-    "adam_weight_decay", "upcast_before_saving",
-)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -190,18 +178,6 @@ def _with_range(text, words):
     return shown if count else f"{text.removesuffix('.')} ({words})."
 
 
-def unquoted_prompt(prompts):
-    """What is wrong with prompts that are empty, or several of one word each (one without its quotes), or None."""
-    if not all(prompt.strip() for prompt in prompts):
-        return "--instance_prompt is empty; name the subject in it, as in 'a photo of a sks dog'."
-    if len(prompts) > 1 and not any(len(prompt.split()) > 1 for prompt in prompts):
-        return (
-            f"--instance_prompt was given {len(prompts)} prompts of one word each; put one prompt in quotes: "
-            f"--instance_prompt {shlex.quote(' '.join(prompts))}"
-        )
-    return None
-
-
 def output_folder_fault(output_dir, instance_dir=None, dataset=None):
     """What keeps the trainer from writing into a folder, or None; tried inside it where it is there already.
 
@@ -291,49 +267,6 @@ def settle_threshold(args, parser):
         check_threshold(args.nullspace_criterion, args.nullspace_threshold)
     except NullSpaceError as error:
         parser.error(str(error))
-
-
-def settle_rates(args, parser):
-    """Set the learning rates that were not given; refuse those that nothing would be trained with."""
-    own = [name for name in ("text_encoder_lr", "word_learning_rate") if getattr(args, name) is not None]
-    if args.text_encoder_lr is not None and not args.train_text_encoder:
-        parser.error("--text_encoder_lr is for --train_text_encoder; pass that too, or leave it out.")
-    if own and args.optimizer == "prodigy":
-        parser.error(f"--optimizer prodigy takes one rate for all that is trained; leave --{own[0]} out.")
-    if args.learning_rate is None:
-        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 5e-4
-    if args.placeholder_token and args.word_learning_rate is None:
-        args.word_learning_rate = args.learning_rate if args.optimizer == "prodigy" else DEFAULT_WORD_RATE
-
-
-def check_word(args, parser):
-    """Refuse flags on the word that contradict each other or others, and a token that files could not be named after.
-
-    Call it before flags that were not given are settled.
-    """
-    token = args.placeholder_token
-    for name in WORD_FLAGS if token is None else ():
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} is of a word, and there is none; name it in --placeholder_token.")
-    if token is None:
-        return
-    if not TOKEN_NAME.fullmatch(token):
-        parser.error(
-            f"--placeholder_token {token} names files and is read in lower case, so it is made of lower-case letters "
-            "without accents, digits, - and _; choose another, as sks-star."
-        )
-    if args.initializer_token is None:
-        parser.error("--placeholder_token needs an --initializer_token that it begins as, mostly the class: dog.")
-    if args.pre_compute_text_embeddings:
-        parser.error("--pre_compute_text_embeddings frees the text encoder, through which --placeholder_token learns.")
-    if held := [prompt for prompt in args.nullspace_extra_prompts or [] if token in prompt.lower()]:
-        parser.error(
-            f"--nullspace_extra_prompts protects '{held[0]}', which holds --placeholder_token {token}, so that it "
-            "could not be learned; leave that prompt out."
-        )
-    for name in UNUSED_BY_WORD if args.word_only else ():
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--word_only trains no LoRA, which --{name} is for; leave one of them out.")
 
 
 def check_softness(softness):

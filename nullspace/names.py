@@ -4,6 +4,7 @@ import re
 
 
 FORMAT_VERSION = 3
+BUILDER = "build_nullspace.py"
 CONFIG_NAME = "nullspace_config.json"
 TABLE_NAME = "modules.csv"
 LORA_NAME = "pytorch_lora_weights.safetensors"

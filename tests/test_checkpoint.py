@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import train_dreambooth_nullspace as trainer
 from nullspace import checkpoint as room
-from nullspace import flags, results
+from nullspace import flags, results, settling
 from nullspace.errors import NullSpaceError
 from nullspace.hashes import sha256
 from nullspace.names import CARD_NAME, CHECKPOINTS_NAME, LORA_NAME
@@ -60,7 +60,7 @@ def test_every_flag_is_in_one_class():
     classes = [*flags.COMPARED]
     for names in (*flags.BY_CONTENT.values(), *flags.FREE.values()):
         classes += names
-    replaced = {flag.removeprefix("--") for flag in trainer.REPLACED}
+    replaced = {flag.removeprefix("--") for flag in settling.REPLACED}
     assert sorted(classes) == sorted(vars(parse()).keys() - replaced)
 
 

@@ -27,12 +27,12 @@ from nullspace.checks import (
     output_folder_fault,
     rank_fault,
     resolution_fault,
-    unquoted_prompt,
 )
 from nullspace.errors import NullSpaceError
 from nullspace.families import stable_diffusion
 from nullspace.names import CONFIG_NAME
 from nullspace.prompts import Counted, length_warnings, prompt_warnings, read_lines, tokenizer_fault, word_warnings
+from nullspace.settling import unquoted_prompt
 from test_train import INSTANCES, bundle1, command_line  # noqa: F401
 
 

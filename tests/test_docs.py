@@ -24,7 +24,7 @@ from test_sdxl import tiny_xl  # noqa: F401
 import build_nullspace
 import nullspace_utils
 import train_dreambooth_nullspace as trainer
-from nullspace import finding
+from nullspace import finding, settling
 from nullspace.names import LORA_NAME
 from test_train import drawing_in_two_steps  # noqa: F401
 
@@ -258,8 +258,8 @@ def test_flags_and_scripts_in_the_text_are_there(capsys):
 def test_flags_that_others_have_are_compared_with_ours(capsys):
     """In the table of diffusers' flags: what is said to be gone is refused by name."""
     text = (ROOT / "docs/migrating.md").read_text()
-    gone = set(re.findall(r"--\w+", text)) & set(trainer.REPLACED)
-    assert gone == set(trainer.REPLACED)
+    gone = set(re.findall(r"--\w+", text)) & set(settling.REPLACED)
+    assert gone == set(settling.REPLACED)
 
 
 def slug(title):

@@ -35,7 +35,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
-from nullspace import adapters, batch_loss, logs, model_card, optimizers, preparation, validation
+from nullspace import adapters, batch_loss, logs, model_card, optimizers, preparation, settling, validation
 from nullspace import dataset as dataset_room
 from nullspace.audit import leakage
 from nullspace.bundle import Bundle
@@ -601,7 +601,7 @@ def test_help_is_grouped_and_fits_in_100_columns(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert {"null space:", "LoRA:", "pictures:", "training:", "publishing:"} <= set(lines)
-    assert not any(flag in line for flag in trainer.REPLACED for line in lines)
+    assert not any(flag in line for flag in settling.REPLACED for line in lines)
 
 
 @pytest.mark.parametrize("script", ["train_dreambooth_nullspace.py", "build_nullspace.py"])
@@ -635,13 +635,13 @@ def test_the_header_for_uv_names_what_the_script_imports(script):
     assert declared - {"tensorboard", "matplotlib"} == imported - {"matplotlib"}
 
 
-@pytest.mark.parametrize("flag", trainer.REPLACED)
+@pytest.mark.parametrize("flag", settling.REPLACED)
 def test_flags_of_prior_preservation_name_their_replacement(flag, capsys):
     with pytest.raises(SystemExit) as caught:
         trainer.parse_args(command_line("m", "b", "o", flag, "1"))
     assert caught.value.code == 1
     assert f"{flag} belongs to prior preservation" in capsys.readouterr().err
-    assert trainer.REPLACED[flag].startswith("--")
+    assert settling.REPLACED[flag].startswith("--")
 
 
 def test_image_interpolation_mode_random_flip_and_repeats():

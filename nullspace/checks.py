@@ -222,8 +222,11 @@ def resolution_fault(resolution, block_out_channels):
 
 
 def drawing_fault(resolution, sample_size):
-    """What is wrong with drawing at a resolution with a UNet of latents (sample_size, sample_size), or None."""
-    most = LARGEST * sample_size
+    """What is wrong with drawing at a resolution with a UNet of latents (sample_size, sample_size), or None.
+
+    A UNet that does not say its size, or two of them, is taken for the largest that is known: SDXL's.
+    """
+    most = LARGEST * (sample_size if isinstance(sample_size, int) else 128)
     if resolution % 8 or resolution > most:
         return f"{resolution} pixels, no multiple of 8 or more than {most}, {LARGEST // 8} times the model's own"
     return None

@@ -23,6 +23,7 @@ from nullspace.bundle import Bundle
 from nullspace.checks import (
     Parser,
     check_writable,
+    drawing_fault,
     is_number,
     output_folder_fault,
     rank_fault,
@@ -169,6 +170,12 @@ def test_rank():
     shapes = {"a": (8, 64), "b": (64, 6), "c": (64, 64)}
     assert rank_fault(6, shapes) is None
     assert rank_fault(7, shapes) == "--rank 7 is more than b can have, whose weights are 64 x 6; choose at most 6."
+
+
+def test_what_a_bundle_can_be_drawn_at():
+    assert drawing_fault(512, 64) is drawing_fault(2048, 64) is drawing_fault(4096, None) is None
+    for resolution, sample_size in ((2056, 64), (516, 64), (8192, None)):
+        assert drawing_fault(resolution, sample_size).startswith(f"{resolution} pixels, no multiple of 8 or more than")
 
 
 def test_resolution():

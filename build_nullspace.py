@@ -2,8 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.41,<1", "filelock>=3.25", "huggingface_hub>=1.32,<3",
-#     "matplotlib", "peft>=0.19,<1", "pillow>=10.3", "psutil", "safetensors>=0.8,<1", "torch>=2.7,<2.14", "tqdm",
-#     "transformers>=5.12,<6",
+#     "matplotlib", "peft>=0.19,<1", "pillow>=10.3", "psutil", "pyyaml", "safetensors>=0.8,<1", "torch>=2.7,<2.14",
+#     "tqdm", "transformers>=5.12,<6",
 # ]
 # ///
 """Build the null-space bundle of a Stable Diffusion, SDXL or LCM model, once for all who train on it.

@@ -41,7 +41,16 @@ from nullspace.hub import base_license, create_repository, hub_repository, patie
 from nullspace.initial import read_initial
 from nullspace.logs import PrintableFormatter
 from nullspace.models import BaseModel, download_model
-from nullspace.names import COMPARISON_NAME, CONFIG_NAME, LORA_NAME, REPORT_NAME, TABLE_NAME, TEXT_INPUT, WORD_NAME
+from nullspace.names import (
+    COMPARISON_NAME,
+    CONFIG_NAME,
+    FLAGS_NAME,
+    LORA_NAME,
+    REPORT_NAME,
+    TABLE_NAME,
+    TEXT_INPUT,
+    WORD_NAME,
+)
 from nullspace.results import log_files, push
 from world import FOLDER
 
@@ -950,7 +959,7 @@ def test_a_lora_that_is_not_published_is_whole_and_the_named_command_publishes_i
     assert here.files("model", "ada/named") == [".gitattributes"]
     program, *words = shlex.split(error.split("push it with: ")[1])
     run([Path(sys.executable).with_name(program), *words], here.environment(tmp_path, WRITE))
-    local = {name for name in contents(output) if not name.startswith(".lock")} - {"lora2.safetensors"}
+    local = {name for name in contents(output) if not name.startswith(".lock")} - {"lora2.safetensors", FLAGS_NAME}
     expected = {LORA_NAME, "README.md", REPORT_NAME, COMPARISON_NAME, "pictures/0.png", f"{output.name}.safetensors"}
     assert expected | {WORD_NAME, "embeddings/sks-star.safetensors"} <= local
     assert set(here.files("model", "ada/named")) == local | {".gitattributes"}

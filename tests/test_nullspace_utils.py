@@ -33,6 +33,7 @@ from nullspace.names import FORMAT_VERSION, JOINT, LORA_NAME, TEXT_INPUT
 from nullspace.projector import NullSpaceProjector, Protected
 from nullspace.spectrum import Spectrum
 from nullspace.timesteps import timestep_groups
+from train_world import CONTEXT
 
 
 LAYERS = {
@@ -283,7 +284,7 @@ def test_the_text_is_counted_once_a_batch_with_the_empty_prompt(any_world, atten
     encoded = [pipeline.encode_prompt(prompts, "cpu", 1, True) for prompts in BATCHES]
     x = array(torch.cat([embedding.flatten(0, 1) for pair in encoded for embedding in pair]))
     total, tokens = any_world.moments[attention].group(TEXT_INPUT)[TEXT_INPUT]
-    assert tokens == len(x) == 2 * 2 * 2 * 16
+    assert tokens == len(x) == 2 * 2 * 2 * CONTEXT
     assert distance(total, x.T @ x) < 1e-5
 
 

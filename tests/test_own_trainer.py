@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ from nullspace.kohya import read_report
 from nullspace.lora import load_lora
 from nullspace.names import JOINT, LORA_NAME, UNPROTECTED_NAME
 from nullspace.projector import NullSpaceProjector
-from test_train import INSTANCES, bundle1, needs  # noqa: F401
+from test_train import BESIDE, INSTANCES, bundle1, needs  # noqa: F401
 
 
 # ---- Optimizers as others have them ----------------------------------------------------------------------------------
@@ -471,7 +472,8 @@ def test_the_example_trains(tiny_sd1, bundle1, tmp_path, capsys, monkeypatch):  
     }  # fmt: skip
     monkeypatch.syspath_prepend(ROOT / "examples")
     own_trainer = importlib.import_module("own_trainer")
-    argv = ["--model", tiny_sd1, "--bundle", bundle1, "--pictures", INSTANCES, "--prompt", "a photo of a sks star"]
+    pictures = shutil.copytree(INSTANCES, tmp_path / "pictures", ignore=BESIDE)
+    argv = ["--model", tiny_sd1, "--bundle", bundle1, "--pictures", pictures, "--prompt", "a photo of a sks star"]
     argv += ["--output", tmp_path / "lora", "--steps", 3, "--size", 32, "--rank", 2]
     own_trainer.main([str(word) for word in argv])
     assert "Guaranteed: at most" in capsys.readouterr().out

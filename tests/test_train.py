@@ -53,6 +53,7 @@ from world import DEMO, FOLDER
 
 
 INSTANCES = FOLDER / "star"
+BESIDE = shutil.ignore_patterns("*.txt", "*.jsonl")  # what lies there beside the pictures
 README = DEMO.parent / "README.md"
 SD_STEPS = StableDiffusion.num_inference_steps
 
@@ -621,7 +622,7 @@ def test_the_header_for_uv_names_what_the_script_imports(script):
                 if isinstance(node, ast.ImportFrom):
                     names += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
                 waiting |= set(names) - imported
-    imported = {name.partition(".")[0].replace("PIL", "pillow") for name in imported}
+    imported = {name.partition(".")[0].replace("PIL", "pillow").replace("yaml", "pyyaml") for name in imported}
     imported -= {
         *sys.stdlib_module_names,
         *own,
@@ -869,7 +870,7 @@ def test_wandb_gets_the_pictures(monkeypatch):
 def dataset(tmp_path):
     """A folder of pictures with captions, one of them missing, and a configuration with only one picture."""
     folder = tmp_path / "dataset"
-    shutil.copytree(INSTANCES, folder / "data")
+    shutil.copytree(INSTANCES, folder / "data", ignore=BESIDE)
     names = sorted(path.name for path in (folder / "data").glob("*.png"))
     rows = [["file_name", "caption"], *[[name, f"sks number {name}"] for name in names[:-1]], [names[-1], ""]]
     with open(folder / "data" / "metadata.csv", "w", newline="") as file:
@@ -1298,7 +1299,7 @@ def test_bad_input_is_found_before_the_model_is_loaded(flags, message, tmp_path,
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for name in ("broken", "truncated"):
-        shutil.copytree(INSTANCES, tmp_path / name)
+        shutil.copytree(INSTANCES, tmp_path / name, ignore=BESIDE)
     (tmp_path / "broken" / "bad.png").write_text("not a picture")
     (tmp_path / "truncated" / "cut.png").write_bytes((INSTANCES / "0.png").read_bytes()[:200])
     for name in ("newer", "altered", "cut"):

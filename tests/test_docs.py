@@ -107,7 +107,8 @@ def translated(tiny_sd1, tiny_xl, tiny_lcm):  # noqa: F811
         "SimianLuo/LCM_Dreamshaper_v7": tiny_lcm,
         "latent-consistency/lcm-lora-sdv1-5": "sks-dog",  # any LoRA of that model
         "<your-username>/": "",
-        "--initializer_token dog": "--initializer_token star",  # a word of the tiny model
+        "--initializer_token dog": "--initializer_token star",  # words of the tiny model
+        "--initializer_token cat": "--initializer_token heart",
         "torch.float16": "torch.float32",
         '"cuda"': '"cpu"',
         'bucket").images': 'bucket", num_inference_steps=2).images',

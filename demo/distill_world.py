@@ -42,6 +42,7 @@ def parse_args():
         "--pretrained_model_name_or_path", type=Path, default=DEMO / "shapes-sd", help="Folder of the teacher."
     )
     parser.add_argument("--output_dir", type=Path, default=DEMO / "shapes-lcm", help="Where the pipeline is saved.")
+    parser.add_argument("--init_from", type=Path, help="Go on from this saved student, with a new optimizer.")
     parser.add_argument("--work_dir", type=Path, default=DEMO / "work", help="Where the training state is kept.")
     parser.add_argument("--num_pictures", type=int, default=40000, help="Pictures rendered to train on.")
     parser.add_argument("--train_steps", type=int, default=4000, help="Training steps.")
@@ -109,7 +110,7 @@ def distil(args, teacher, pipeline, latents, tokens):
     ema = EMAModel(unet.parameters(), decay=0.995)
     step, seconds = 0, 0.0
     weights = args.pretrained_model_name_or_path / "unet" / "diffusion_pytorch_model.safetensors"
-    names = ("train_steps", "train_batch_size", "learning_rate", "guidance_range", "num_pictures", "seed")
+    names = ("init_from", "train_steps", "train_batch_size", "learning_rate", "guidance_range", "num_pictures", "seed")
     settings = {name: str(vars(args)[name]) for name in names}
     settings |= {"teacher": hashlib.sha256(weights.read_bytes()).hexdigest()}
     if state := load_state(path, settings):
@@ -209,15 +210,17 @@ def main():
     for part in (teacher.vae, teacher.text_encoder, teacher.unet):
         part.requires_grad_(False)
     teacher.unet.to(memory_format=torch.channels_last)
+    student = make_student(teacher.unet)
+    if args.init_from:
+        student.load_state_dict(UNet2DConditionModel.from_pretrained(args.init_from, subfolder="unet").state_dict())
     pipeline = LatentConsistencyModelPipeline(
         vae=teacher.vae, text_encoder=teacher.text_encoder, tokenizer=teacher.tokenizer,
-        unet=make_student(teacher.unet).to(memory_format=torch.channels_last),
+        unet=student.to(memory_format=torch.channels_last),
         scheduler=LCMScheduler.from_config(teacher.scheduler.config, original_inference_steps=SOLVER_STEPS),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    args.init_from = args.pretrained_model_name_or_path
     latents, tokens = make_data(args, teacher.vae, teacher.tokenizer)
-    distil(args, teacher, pipeline, latents, tokens)
+    distil(args, teacher, pipeline, latents * teacher.vae.config.scaling_factor, tokens)
 
 
 if __name__ == "__main__":

@@ -248,10 +248,7 @@ def certain(vae):
 
 @torch.no_grad()
 def make_data(args, vae, tokenizer):
-    """Latents (n, 4, 16, 16), scaled to unit deviation, and tokens (n, captions, CONTEXT); kept for the next start.
-
-    Sets the VAE's scaling factor, if it has none of its own yet.
-    """
+    """Latents (n, 4, 16, 16), as the VAE gives them, and tokens (n, captions, CONTEXT); kept for the next start."""
     path, settings = args.work_dir / "data.pt", {"num_pictures": args.num_pictures, "seed": args.seed}
     data = load_state(path, settings)
     if not data:
@@ -264,9 +261,7 @@ def make_data(args, vae, tokenizer):
         tokens = tokens.view(len(captions), -1, CONTEXT)
         data = dict(settings=settings, latents=torch.cat(means), tokens=tokens.short())
         save_state(path, **data)
-    if not args.init_from:
-        vae.register_to_config(scaling_factor=1 / data["latents"].std().item())
-    return data["latents"] * vae.config.scaling_factor, data["tokens"].long()
+    return data["latents"], data["tokens"].long()
 
 
 def train_unet(args, pipeline_parts, latents, tokens):
@@ -374,7 +369,9 @@ def main():
         tokenizer = make_tokenizer(args.work_dir / "tokenizer")
         text_encoder, unet = make_text_encoder(tokenizer), make_unet()
     latents, tokens = make_data(args, vae, tokenizer)
-    train_unet(args, (vae, text_encoder, tokenizer, unet), latents, tokens)
+    if not args.init_from:
+        vae.register_to_config(scaling_factor=1 / latents.std().item())  # to unit deviation
+    train_unet(args, (vae, text_encoder, tokenizer, unet), latents * vae.config.scaling_factor, tokens)
 
 
 if __name__ == "__main__":

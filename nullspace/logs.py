@@ -86,7 +86,8 @@ class ScalarLog:
             values = dict(zip(tensors, row, strict=True))
             self.accelerator.log({name: values[name] for name in values if name != "latents"} | {"lr": lr}, step=step)
             check_scalars(values, step, lr, skipped)
-        self.progress.set_postfix(loss=values["loss"], lr=lr)
+        drift = {"drift": values["predicted_drift"]} if "predicted_drift" in values else {}
+        self.progress.set_postfix(loss=values["loss"], lr=lr, **drift)
         self.pending.clear()
 
     def close(self):

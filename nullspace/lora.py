@@ -21,8 +21,8 @@ KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 KOHYA_NEEDED = {"lora_down.weight", "lora_up.weight"}
 KOHYA_OPTIONAL = {"alpha", "dora_scale"}
 MODULE = re.compile(r"[\w.]{1,256}", re.ASCII)  # a layer's name
-# Of peft's configuration in a file, a regular expression that layers are looked up by: without groups, whose repetitions
-# may never end.
+# Of peft's configuration in a file, a regular expression that layers are looked up by: without groups, whose
+# repetitions may never end.
 PATTERN = re.compile(r"[\w.^$|\\*+]{1,1000}", re.ASCII)
 
 

@@ -114,6 +114,12 @@ def loading_lines(pipeline, args):
     return "\n".join(["import torch", *imports]), "\n".join(lines)
 
 
+def how_to_use(args):
+    """The lines that load what was trained, to be pasted after those that load the base model."""
+    imports, lines = loading_lines("DiffusionPipeline", args)
+    return "\n".join([*imports.splitlines()[2:], lines])  # torch and the class are there already
+
+
 def shown(lora, args):
     """Where the card says that an earlier LoRA is, and whether that is on the Hub: of one that is published no path."""
     is_on_hub = not Path(lora.name).exists()

@@ -39,7 +39,7 @@ from nullspace.prompts import prompt_warnings, tokenizer_fault
 from nullspace.protection import read_protection
 from nullspace.results import for_web_uis, needed_space
 from nullspace.stack import check_bundle, describe_stack, load_checked, read_stack, unnamed_subjects
-from nullspace.system import check_space
+from nullspace.system import check_space, in_bytes
 from nullspace.word import add_token, check_named, check_window, spelled
 
 
@@ -343,7 +343,8 @@ def start_or_resume(accelerator, checkpoint, adapted, word, parameters, count, a
             f"--compare_checkpoints has nothing to compare: --checkpointing_steps {args.checkpointing_steps} writes no "
             f"checkpoint before the last step, {args.max_train_steps}; choose fewer."
         )
-    check_space(args.output_dir, needed_space(parameters, step, args), "what this run will write")
+    space = needed_space(parameters, step, args)
+    check_space(args.output_dir, space, "what this run will write")
     if checkpoint:
         try:
             accelerator.load_state(checkpoint)
@@ -358,6 +359,7 @@ def start_or_resume(accelerator, checkpoint, adapted, word, parameters, count, a
     logger.info(
         f"Training on {count} pictures for {args.max_train_steps} steps, {args.num_train_epochs} epochs, "
         f"batch {args.train_batch_size} x {accelerator.num_processes} processes x "
-        f"{args.gradient_accumulation_steps} accumulated"
+        f"{args.gradient_accumulation_steps} accumulated: {sum(each.numel() for each in parameters):,} numbers, and at "
+        f"most {in_bytes(space)} on the disk, on the way"
     )
     return step

@@ -44,7 +44,7 @@ PROBE_TIMESTEPS = (50, 250, 500, 750, 950)
 RANK, RATE, SEED = 4, 1e-2, 0
 SUBJECTS, BUDGETS = ("heart", "moon", "mushroom"), (0.004, 0.008, 0.015, 0.03, 0.05, 0.08)
 FULL = {"subjects": SUBJECTS, "budgets": BUDGETS, "steps": 800, "pictures": 20, "draws": 400, "probed": 10}
-QUICK = {"subjects": SUBJECTS[:1], "budgets": BUDGETS[1:3], "steps": 40, "pictures": 2, "draws": 20, "probed": 2}
+QUICK = {"subjects": SUBJECTS[:1], "budgets": BUDGETS[:2], "steps": 20, "pictures": 2, "draws": 20, "probed": 2}
 SCALED, HELD, FREE = "scaled down", "held", "no budget"
 
 

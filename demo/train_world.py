@@ -150,7 +150,7 @@ def save_pipeline(folder, vae, text_encoder, tokenizer, unet):
     tokenizer.backend_tokenizer.no_padding()  # of the last call, which is no part of it
     tokenizer.backend_tokenizer.no_truncation()
     make_pipeline(vae, text_encoder, tokenizer, unet).save_pretrained(folder)
-    shutil.copy(FOLDER / "protected.txt", folder / "prompts.txt")  # what a bundle of it is built from
+    shutil.copy(FOLDER / "general.txt", folder / "prompts.txt")  # what a bundle of it is built from
 
 
 def without_path(model):

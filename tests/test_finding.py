@@ -537,4 +537,4 @@ def test_an_empty_cache(tmp_path, capsys):
 def test_the_demos_models_bring_their_prompts(model):
     prompts, source = prompts_of_model(DEMO / model, 100)
     assert source == DEMO / model / "prompts.txt" and len(prompts) == 100
-    assert source.read_bytes() == (FOLDER / "protected.txt").read_bytes()
+    assert source.read_bytes() == (FOLDER / "general.txt").read_bytes()

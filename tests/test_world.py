@@ -127,9 +127,11 @@ def test_rare_tokens():
 
 def test_files_are_up_to_date():
     assert (world.FOLDER / "protected.txt").read_text().splitlines() == world.protected_prompts()
+    assert (world.FOLDER / "general.txt").read_text().splitlines() == world.general_prompts()
+    assert len(set(world.general_prompts())) == 300
     for kind, prompts in world.held_out_prompts().items():
         assert (world.FOLDER / f"heldout_{kind}.txt").read_text().splitlines() == prompts
-        assert not set(prompts) & set(world.protected_prompts())
+        assert not set(prompts) & {*world.protected_prompts(), *world.general_prompts()}
     for name in world.SUBJECTS:
         assert (world.FOLDER / name / "places.txt").read_text().splitlines() == world.place_prompts(name)
         rows = (world.FOLDER / name / "metadata.jsonl").read_text().splitlines()

@@ -81,7 +81,7 @@ def train(folder, called, **flags):
         instance_data_dir=FOLDER / SUBJECT,
         output_dir=folder,
         resolution=RESOLUTION,
-        rank=8,
+        rank=16,
         train_batch_size=5,
         lr_scheduler="cosine",
         lr_warmup_steps=0,
@@ -157,7 +157,7 @@ def main():
         placeholder_token=WORD,
         initializer_token=SUBJECT,
         caption_column="word",
-        nullspace_softness=1e-7,
+        nullspace_softness=1e-6,
         learning_rate=1e-2,
         word_learning_rate=2e-2,
     )
@@ -167,7 +167,7 @@ def main():
         caption_column="identifier",
         nullspace_threshold=0,
         pre_compute_text_embeddings=True,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
     )
 
     # Measure and draw base model, plain LoRA and null-space LoRA with equal seeds

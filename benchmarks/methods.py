@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from peft import HRAConfig, LoraConfig, OFTConfig, inject_adapter_in_model
 from PIL import Image
-from scoring import MODEL, ROOT
+from scoring import GENERAL, MODEL, ROOT, SINGLES, bundle_folder
 from torch.nn.utils import parametrize
 
 
@@ -109,11 +109,13 @@ TIER_TWO = {
     "plain LoRA, word": replace(PLAIN, flags=PLAIN.flags | WORD),
     "null space, word": ours(**WORD),
     "null space, word, softness 1e-6": ours(**WORD, nullspace_softness=1e-6),
-    "null space, word, softness 1e-7": ours((3e-3, 1e-2, 3e-2, 1e-1), **WORD, nullspace_softness=1e-7),
+    "null space, word, softness 1e-6, rank 16": ours(**WORD, nullspace_softness=1e-6, rank=16),
+    "null space, word, softness 1e-7, rank 16": ours(**WORD, nullspace_softness=1e-7, rank=16),
     "null space, softness 1e-6": ours(nullspace_softness=1e-6),
     "null space, softness 1e-7": ours((3e-3, 1e-2, 3e-2, 1e-1), nullspace_softness=1e-7),
     "null space, nothing held back, energy 0.999": ours(nullspace_softness=math.inf, nullspace_threshold=0.999),
     "null space, class prompt protected": ours(nullspace_extra_prompts=True),
+    "null space, no scenes protected": ours(nullspace_name_or_path=True),
     "null space, output preservation": replace(OURS, keeps="class prompt", weights=WEIGHTS),
     "null space, word, no captions": replace(ours(**WORD), captions=False),
     **{
@@ -140,6 +142,7 @@ def trainer_args(method, subject, rate):
         "placeholder_token": method.called(subject),
         "initializer_token": subject,
         "nullspace_extra_prompts": class_prompt(subject),
+        "nullspace_name_or_path": bundle_folder(SINGLES),
     }
     flags |= {flag: value for flag, value in named.items() if flag in flags}
     flags["word_learning_rate" if "word_only" in flags else "learning_rate"] = rate
@@ -243,7 +246,7 @@ def kept_pictures(base, method, subject, seed):
     """Latents (n, 4, h, w) and prompt embeddings (n, tokens, width) of pictures to train along, or None."""
     prompts = {
         "class pictures": [class_prompt(subject)] * CLASS_PICTURES,
-        "many prompts": (FOLDER / "protected.txt").read_text().splitlines()[:CLASS_PICTURES],
+        "many prompts": GENERAL.read_text().splitlines()[:CLASS_PICTURES],
     }.get(method.keeps)
     if prompts is None:
         return None
@@ -322,7 +325,7 @@ def captions_of(method, subject):
 
 def protections(base, args):
     """The bundle's `protect`, with the prompts of --nullspace_extra_prompts as the trainer adds them."""
-    bundle = base.bundle
+    bundle = Bundle.load(args.nullspace_name_or_path) if args.nullspace_name_or_path else base.bundle
     if args.nullspace_extra_prompts:
         pipeline, groups = base.tuned(), [joint(bundle)]
         pipeline.scheduler = make_scheduler(bundle.config["sampler"], pipeline.scheduler.config)

@@ -30,6 +30,7 @@ from scoring import (
     HERE,
     REPEATS,
     SAMPLER,
+    SINGLES,
     WORK,
     Base,
     build_bundle,
@@ -54,7 +55,7 @@ def make_base():
 
 def do(base, job):
     kind, *rest = job
-    return {"base": score_base, "run": run, "memory": measure_memory}[kind](base, *rest)
+    return {"base": score_base, "attempt": attempt, "run": run, "memory": measure_memory}[kind](base, *rest)
 
 
 def score_base(base, subject):
@@ -63,11 +64,20 @@ def score_base(base, subject):
 
 def run(base, name, subject, seed, rate, weight):
     """Train and score one method: its settings and a point for each of `MARKS`."""
+    return _run(base, name, subject, seed, rate, weight, base.score)
+
+
+def attempt(base, name, subject, seed, rate, weight):
+    """As `run`, with the scores alone that settings are chosen by."""
+    return _run(base, name, subject, seed, rate, weight, base.nearness)
+
+
+def _run(base, name, subject, seed, rate, weight, score):
     points, method = [], METHODS[name]
     for step, seconds, pipeline in train(base, method, subject, seed, rate, weight, MARKS):
         drifts = predicted_drifts(base, pipeline.unet)
         rms = math.sqrt(mean(drift**2 for drift in drifts)) if drifts else 0.0
-        scores = base.score(pipeline, subject, method.called(subject))
+        scores = score(pipeline, subject, method.called(subject))
         points.append({"step": step, "seconds": seconds, "predicted_drift": rms} | scores)
     return {"method": name, "subject": subject, "seed": seed, "rate": rate, "weight": weight, "points": points}
 
@@ -105,7 +115,8 @@ def at_level(run, base, level, likeness="subject"):
         if point[likeness] <= level:
             share = (before[likeness] - level) / (before[likeness] - point[likeness])
             there = {key: before[key] + share * (point[key] - before[key]) for key in point}
-            return there | {leak: (base[kind] - there[kind]) / base[kind] for leak, kind in LEAKS.items()}
+            leaks = {leak: kind for leak, kind in LEAKS.items() if kind in there}
+            return there | {leak: (base[kind] - there[kind]) / base[kind] for leak, kind in leaks.items()}
         before = point
     return None
 
@@ -252,7 +263,7 @@ def sweep(results, base, names, subjects):
 
     def tried(settings_of):
         jobs = {
-            f"{name}/{subject}/{rate:g}/{weight}": ("run", name, subject, TUNING_SEED, rate, weight)
+            f"{name}/{subject}/{rate:g}/{weight}": ("attempt", name, subject, TUNING_SEED, rate, weight)
             for name in names
             for rate, weight in settings_of(name)
             for subject in subjects
@@ -369,7 +380,7 @@ def drop_changed(content):
         methods[name] = {key: value for key, value in asdict(method).items() if key not in ("rates", "weights")}
     if known != methods:
         content.pop("tier_two", None)  # which is made of the sweep
-    for section in ("tuning", "runs", "memory"):
+    for section in ("tuning", "runs", "at_chosen", "memory"):
         done = content.get(section, {})
         for key in list(done):
             name = key.partition("/")[0]
@@ -398,9 +409,14 @@ def first_tier(results, base):
 
 def second_tier(results, base):
     """Every method on one tuning subject: its run at the setting chosen there."""
-    runs, chosen = sweep(results, base, METHODS, TUNING_SUBJECTS[:1])
-    best = [run for run in runs if setting_of(run) == chosen[run["method"]]]
-    results.content["tier_two"] = {"chosen": chosen, "runs": {run["method"]: run for run in best}}
+    _, chosen = sweep(results, base, METHODS, TUNING_SUBJECTS[:1])
+    subject = TUNING_SUBJECTS[0]
+    jobs = {
+        f"{name}/{rate:g}/{weight}": ("run", name, subject, TUNING_SEED, rate, weight)
+        for name, (rate, weight) in ((name, setting.values()) for name, setting in chosen.items())
+    }
+    runs = results.complete("at_chosen", jobs, "Every method")
+    results.content["tier_two"] = {"chosen": chosen, "runs": {run["method"]: run for run in runs.values()}}
     tell(results, base)
 
 
@@ -429,6 +445,7 @@ def main():
     args = parser.parse_args()
     WORK.mkdir(exist_ok=True)
     build_bundle()
+    build_bundle(SINGLES)
 
     full = Results(HERE / "results" / "preservation.json", make_base, do, args.workers)
     drop_changed(full.content)

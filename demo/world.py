@@ -98,11 +98,17 @@ def accent(colour):
     return "black" if np.dot(PALETTE[colour], (0.3, 0.59, 0.11)) > 0.55 else "white"
 
 
-def grid(x, y, radius, resolution=RESOLUTION, samples=3):
-    """Sample points of every pixel in units of the radius around (x, y): two of (resolution * samples, same)."""
+def grid_within(reach, x, y, radius, resolution=RESOLUTION, samples=3):
+    """The part of a picture within reach of (x, y): its rows and columns, and its sample points.
+
+    Two slices, and two of (rows * samples, columns * samples) in units of the radius around (x, y).
+    """
+    edges = (np.array([[y - reach, y + reach], [x - reach, x + reach]]) / RESOLUTION + 0.5) * resolution
+    edges = np.clip(edges.astype(int) + [0, 1], 0, resolution)
     step = RESOLUTION / (resolution * samples)
-    points = (np.arange(resolution * samples) + 0.5) * step - RESOLUTION / 2
-    return np.meshgrid((points - x) / radius, (points - y) / radius, indexing="xy")
+    rows, columns = ((np.arange(*edge) + 0.5) * step - RESOLUTION / 2 for edge in edges * samples)
+    window = tuple(slice(*edge) for edge in edges)
+    return window, np.meshgrid((columns - x) / radius, (rows - y) / radius, indexing="xy")
 
 
 def average(samples, per_pixel=3):
@@ -113,13 +119,7 @@ def average(samples, per_pixel=3):
 
 def regions(shape, fill, x=0.0, y=0.0, radius=14.0, resolution=RESOLUTION):
     """Shares of each pixel in an object's own colour and in its accent, (2, resolution, resolution)."""
-    # Only the part of the picture that the object can reach.
-    reach = radius + OUTLINE
-    edges = (np.array([[y - reach, y + reach], [x - reach, x + reach]]) / RESOLUTION + 0.5) * resolution
-    edges = np.clip(edges.astype(int) + [0, 1], 0, resolution)
-    rows, columns = (slice(*edge) for edge in edges)
-    sampled = tuple(slice(*edge) for edge in edges * 3)
-    across, down = (points[sampled] for points in grid(x, y, radius, resolution))
+    window, (across, down) = grid_within(radius + OUTLINE, x, y, radius, resolution)
     inside = SHAPES[shape](across, down)
     if fill == "plain":
         accented = np.zeros_like(inside)
@@ -134,7 +134,7 @@ def regions(shape, fill, x=0.0, y=0.0, radius=14.0, resolution=RESOLUTION):
         grown = [SHAPES[shape](across + reach * np.cos(turn), down + reach * np.sin(turn)) for turn in turns]
         accented = np.any(grown, axis=0) & ~inside
     shares = np.zeros((2, resolution, resolution), np.float32)
-    shares[:, rows, columns] = average(np.stack([inside & ~accented, accented]).astype(np.float32))
+    shares[:, *window] = average(np.stack([inside & ~accented, accented]).astype(np.float32))
     return shares
 
 
@@ -551,8 +551,7 @@ def protected_prompts(count=400):
 def general_prompts():
     """What the demo's models bring for bundles where no other prompts are named: every third has two objects.
 
-    Without them the words of relations are in no protected prompt, and every scene of two moves. The benchmarks keep
-    scenes held out (`protected_prompts`).
+    Without them the words of relations are in no protected prompt, and every scene of two moves.
     """
     singles, held_out = iter(protected_prompts()), set(held_out_prompts()["scenes"])
     scenes = (prompt for prompt in kind_prompts("scenes", 200, seed=3) if prompt not in held_out)
@@ -583,6 +582,9 @@ def held_out_prompts(count=150):
 # ---- Subjects --------------------------------------------------------------------------------------------------------
 
 
+SUBJECT_REACH = 1.2  # radii from its centre to which a subject reaches at most
+
+
 @dataclass(frozen=True)
 class Subject:
     """A thing of a known class with details that the world has no words for.
@@ -597,13 +599,13 @@ class Subject:
 
     def layer(self, x, y, radius, resolution=RESOLUTION):
         """Its share of each pixel (resolution, resolution, 1), and its colours times that share (..., 3)."""
-        points = grid(x, y, radius, resolution)
+        window, points = grid_within(SUBJECT_REACH * radius, x, y, radius, resolution)
         inside, colours = self.inside(*points), np.zeros((3, *points[0].shape))
         for covers, name in self.regions:
             colours = np.where(covers(*points), np.array(PALETTE[name])[:, None, None], colours)
-        samples = np.concatenate([inside[None].astype(float), colours * inside])
-        share, *colours = average(samples)
-        return share[..., None], np.stack(colours, -1)
+        layer = np.zeros((resolution, resolution, 4))
+        layer[window] = np.moveaxis(average(np.concatenate([inside[None].astype(float), colours * inside])), 0, -1)
+        return layer[..., :1], layer[..., 1:]
 
     def render(self, background, x=0.0, y=0.0, radius=15.0, resolution=RESOLUTION):
         """A picture (resolution, resolution, 3) in [0, 1] of the subject on a `Background`."""

@@ -25,6 +25,7 @@ from world import (
     RESOLUTION,
     SHAPES,
     STRIPE,
+    SUBJECT_REACH,
     SUBJECTS,
     Background,
     Object,
@@ -603,7 +604,7 @@ def _subject_layer(name, placement):
     return share.astype(np.float32), colours.astype(np.float32)
 
 
-def _window(placement, margin=1.2):
+def _window(placement, margin=SUBJECT_REACH):
     """Rows and columns of the picture around a subject: what is farther off is none of its business."""
     x, y, radius = placement
     return tuple(

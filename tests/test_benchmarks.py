@@ -245,6 +245,9 @@ def test_the_subject_and_all_else_are_scored_apart(monkeypatch):
     assert scores["subject"] == scores["placed"] == scores["anywhere"] == 0 and scores["class"] == 1
     assert scores["placed_right"] == pytest.approx(2 / 3)  # it is not small, whatever it looks like
     assert scores["class_right"] == 1 and scores["class_placed_right"] == pytest.approx(2 / 3)
+    assert DrawingBase().nearness("tuned", "square", "sks square") == {
+        key: scores[key] for key in ("subject", "noise_drift")
+    }
     assert scores["combinations_right"] == 0.5 and scores["diversity"] == 0 and scores["others_moved"] == 0
 
 
@@ -380,7 +383,7 @@ def test_what_was_measured_of_another_definition_is_measured_again(monkeypatch):
     content = {}
     preservation.drop_changed(content)
     content["tier_two"] = {"runs": {}}
-    for section in ("tuning", "runs"):
+    for section in ("tuning", "runs", "at_chosen"):
         content[section] = {f"{name}/star/0": {"method": name} for name in ("DoRA", "DCO", "gone")}
     content["memory"] = {"DoRA": {"peak": 1}, "DCO": {"peak": 1}}
     again = json.loads(json.dumps(content))
@@ -389,7 +392,7 @@ def test_what_was_measured_of_another_definition_is_measured_again(monkeypatch):
     monkeypatch.setattr(preservation, "METHODS", METHODS | changed)
     preservation.drop_changed(again)
     assert "tier_two" not in again  # which is made of the sweep
-    assert list(again["tuning"]) == list(again["runs"]) == ["DoRA/star/0"]
+    assert list(again["tuning"]) == list(again["runs"]) == list(again["at_chosen"]) == ["DoRA/star/0"]
     assert again["memory"] == {"DoRA": {"peak": 1}}
     monkeypatch.setattr(preservation, "world_hash", lambda: "another")
     preservation.drop_changed(again)
@@ -405,7 +408,7 @@ def stood_in(monkeypatch, tmp_path, did):
             if key not in done:
                 did.append(job)
                 done[key] = BASE["heart"]
-                if job[0] == "run":
+                if job[0] in ("attempt", "run"):
                     nearest = 0.6 - 0.01 * (job[1] == SHIPPED)
                     rate = {"rate": job[4], "weight": job[5]}
                     done[key] = make_run(job[1], job[3], [0.8, nearest], job[4], job[2], **rate)
@@ -424,7 +427,7 @@ def stood_in(monkeypatch, tmp_path, did):
         did.clear()
         monkeypatch.setattr(sys, "argv", ["preservation.py", *words])
         preservation.main()
-        return [job[1:] for job in did if job[0] == "run"]
+        return [[job[1:] for job in did if job[0] == kind] for kind in ("attempt", "run")]
 
     return launch
 
@@ -433,12 +436,11 @@ def test_tiers(tmp_path, monkeypatch):
     """Nothing is tuned on the subjects that are reported; quick mode leaves the full results alone."""
     launch = stood_in(monkeypatch, tmp_path, [])
     usual = {name: (METHODS[name].rates[1], METHODS[name].weights[0]) for name in TIER_ONE}
-    assert launch("--quick") == [(name, "star", 0, *usual[name]) for name in TIER_ONE]
+    assert launch("--quick") == [[], [(name, "star", 0, *usual[name]) for name in TIER_ONE]]
     assert not list((tmp_path / "results").iterdir())
     assert len(json.loads((tmp_path / "output" / "preservation.json").read_text())["runs"]) == 4
 
-    runs = launch()
-    tuned, reported = runs[:40], runs[40:]
+    tuned, reported = launch()
     assert {run[1] for run in tuned} == set(world.TUNING_SUBJECTS) and {run[2] for run in tuned} == {100}
     assert len(tuned) == 2 * (4 * 4 + 2 * 2)
     written = json.loads((tmp_path / "results" / "preservation.json").read_text())
@@ -449,13 +451,13 @@ def test_tiers(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert set(written["headline"]["by_subject"]) == set(world.REPORTED_SUBJECTS)
     assert set(written["memory"]) == set(TIER_ONE)
-    assert launch() == []  # all is there
-    assert launch("--quick") == [(name, "star", 0, *settings[name]) for name in TIER_ONE]
+    assert launch() == [[], []]  # all is there
+    assert launch("--quick")[1] == [(name, "star", 0, *settings[name]) for name in TIER_ONE]
 
-    others = launch("--tier", "2")
-    assert {run[0] for run in others} == set(METHODS) - set(TIER_ONE) and {run[1:3] for run in others} == {
-        ("star", 100)
-    }
+    tuned, reported = launch("--tier", "2")
+    assert {run[0] for run in tuned} == set(METHODS) - set(TIER_ONE)
+    assert sorted(run[0] for run in reported) == sorted(METHODS)
+    assert {run[1:3] for run in tuned + reported} == {("star", 100)}
     again = json.loads((tmp_path / "results" / "preservation.json").read_text())
     assert again["headline"] == written["headline"] and set(again["tier_two"]["runs"]) == set(METHODS)
     assert set(again["tier_two"]["levels"]["0.9"]) == set(METHODS)

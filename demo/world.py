@@ -134,7 +134,7 @@ def regions(shape, fill, x=0.0, y=0.0, radius=14.0, resolution=RESOLUTION):
         grown = [SHAPES[shape](across + reach * np.cos(turn), down + reach * np.sin(turn)) for turn in turns]
         accented = np.any(grown, axis=0) & ~inside
     shares = np.zeros((2, resolution, resolution), np.float32)
-    shares[:, *window] = average(np.stack([inside & ~accented, accented]).astype(np.float32))
+    shares[(slice(None), *window)] = average(np.stack([inside & ~accented, accented]).astype(np.float32))
     return shares
 
 

@@ -45,6 +45,7 @@ from nullspace.names import (
     INTERPOLATION,
     JOINT,
     UNPROTECTED_NAME,
+    WORD_SOFTNESS,
 )
 from nullspace.settling import refuse_prior_preservation, settle
 from nullspace.system import quiet_imports, remove_leftovers, staging
@@ -136,10 +137,10 @@ def parse_args(argv=None):
     group.add_argument(
         "--nullspace_softness",
         type=float,
-        default=DEFAULT_SOFTNESS,
         metavar="SHARE",
         help="The criterion's directions are closed. The others are held back by the energy that they hold: one with "
-        "this share of it is given half of a gradient step. Less protects more, inf frees them (default: %(default)g).",
+        "this share of it is given half of a gradient step. Less protects more, inf frees them (default: "
+        f"{DEFAULT_SOFTNESS:g}, with --placeholder_token {WORD_SOFTNESS:g}).",
     )
     group.add_argument(
         "--nullspace_extra_prompts",

@@ -28,9 +28,9 @@ from world import TUNING_SUBJECTS, protected_prompts
 from world_reader import subject_distance
 
 
-STEPS = 400
+STEPS = 800
 SUBJECT, PROMPTS = TUNING_SUBJECTS[0], sum(DRAWN.values(), [])
-RATE, PLAIN_RATE = 3e-3, 3e-4  # about those that preservation.py chooses in the null space, and outside
+RATE, PLAIN_RATE = 5e-3, 1e-3  # about those that preservation.py chooses in the null space, and outside
 SAMPLERS = ("ddim", "dpmpp_2m_karras", "euler_a")
 USUAL = {"prompts": 400, "steps": 25, "sampler": "ddim", "guidance": 7.5, "range": (0, 999)}
 VARIED = {

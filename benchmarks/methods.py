@@ -75,21 +75,23 @@ class Method:
         return f"{self.token}-{subject}" if self.flags.get("placeholder_token") else f"{self.token} {subject}"
 
 
-# Every method is tried at rates a factor of 30 apart, and at weights a factor of 10 apart where it has one. Those that
-# the null space is compared with have rank 8, which served them better than 4; the null space has the trainer's own.
-RATES, HIGHER, HIGHEST = (1e-4, 3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2, 3e-2)
+# Every method is tried at four rates, a factor of 10 from first to last, around those at which it learns a subject in
+# these steps; and at weights a factor of 10 apart where it has one. Those that the null space is compared with have
+# rank 8, which served them better than 4.
+RATES, HIGHER, HIGHEST = (5e-4, 1e-3, 2e-3, 5e-3), (1e-3, 2e-3, 5e-3, 1e-2), (2e-3, 5e-3, 1e-2, 2e-2)
 WEIGHTS = (1.0, 0.3, 3.0)
 WORD = {"placeholder_token": True, "initializer_token": True}  # both of the subject's name
 PLAIN = Method({"nullspace_threshold": 0, "rank": 8}, RATES)
 OUTPUT = replace(PLAIN, keeps="class prompt", weights=WEIGHTS)
-OURS = Method({}, HIGHEST)  # the trainer's defaults
-SHIPPED = "null space"
+OURS = Method({}, HIGHER)  # the trainer's defaults
+SHIPPED = "null space, word"  # what the README's launch lines say
 REFERENCES = {"plain": "plain LoRA", "prior": "prior preservation", "output": "output preservation"}
 TIER_ONE = {
     REFERENCES["plain"]: PLAIN,
     REFERENCES["prior"]: replace(PLAIN, keeps="class pictures", weights=WEIGHTS),
     REFERENCES["output"]: OUTPUT,
-    SHIPPED: OURS,
+    "null space": OURS,
+    SHIPPED: replace(OURS, flags=WORD | {"rank": 16}, rates=HIGHEST),
 }
 
 
@@ -107,17 +109,15 @@ TIER_TWO = {
     "DoRA": replace(PLAIN, adapter="dora"),
     "textual inversion": Method(WORD | {"word_only": True}, HIGHEST),
     "plain LoRA, word": replace(PLAIN, flags=PLAIN.flags | WORD),
-    "null space, word": ours(**WORD),
-    "null space, word, softness 1e-6": ours(**WORD, nullspace_softness=1e-6),
-    "null space, word, softness 1e-6, rank 16": ours(**WORD, nullspace_softness=1e-6, rank=16),
-    "null space, word, softness 1e-7, rank 16": ours(**WORD, nullspace_softness=1e-7, rank=16),
-    "null space, softness 1e-6": ours(nullspace_softness=1e-6),
-    "null space, softness 1e-7": ours((3e-3, 1e-2, 3e-2, 1e-1), nullspace_softness=1e-7),
-    "null space, nothing held back, energy 0.999": ours(nullspace_softness=math.inf, nullspace_threshold=0.999),
-    "null space, class prompt protected": ours(nullspace_extra_prompts=True),
-    "null space, no scenes protected": ours(nullspace_name_or_path=True),
-    "null space, output preservation": replace(OURS, keeps="class prompt", weights=WEIGHTS),
-    "null space, word, no captions": replace(ours(**WORD), captions=False),
+    "null space, word, rank 4": ours(**WORD),
+    "null space, word, softness 1e-5": ours(HIGHER, **WORD, rank=16, nullspace_softness=1e-5),
+    "null space, word, softness 1e-7": ours(**WORD, rank=16, nullspace_softness=1e-7),
+    "null space, word, no scenes protected": ours(**WORD, rank=16, nullspace_name_or_path=True),
+    "null space, word, class prompt protected": ours(**WORD, rank=16, nullspace_extra_prompts=True),
+    "null space, word, output preservation": replace(ours(**WORD, rank=16), keeps="class prompt", weights=WEIGHTS),
+    "null space, softness 1e-6, rank 16": ours(nullspace_softness=1e-6, rank=16),
+    "null space, class prompt protected": ours(HIGHER, nullspace_extra_prompts=True),
+    "null space, nothing held back, energy 0.999": ours(HIGHER, nullspace_softness=math.inf, nullspace_threshold=0.999),
     **{
         f"{name}, no captions": replace(method, captions=False, weights=method.weights[:1])
         for name, method in TIER_ONE.items()

@@ -548,14 +548,14 @@ def protected_prompts(count=400):
     return _distinct(draw, count)
 
 
-def general_prompts():
+def general_prompts(count=300):
     """What the demo's models bring for bundles where no other prompts are named: every third has two objects.
 
     Without them the words of relations are in no protected prompt, and every scene of two moves.
     """
-    singles, held_out = iter(protected_prompts()), set(held_out_prompts()["scenes"])
-    scenes = (prompt for prompt in kind_prompts("scenes", 200, seed=3) if prompt not in held_out)
-    return [next(scenes if number % 3 == 2 else singles) for number in range(300)]
+    singles, held_out = iter(protected_prompts(count)), set(held_out_prompts()["scenes"])
+    scenes = (prompt for prompt in kind_prompts("scenes", count, seed=3) if prompt not in held_out)
+    return [next(scenes if number % 3 == 2 else singles) for number in range(count)]
 
 
 def held_out_prompts(count=150):

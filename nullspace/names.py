@@ -17,6 +17,7 @@ JOINT = "joint"
 ENERGIES = (0.9, 0.99, 0.999, 0.9999)
 DEFAULT_THRESHOLDS = {"energy": 0.9, "eigenvalue": 2e-2, "percentile": 10.0}
 DEFAULT_SOFTNESS = 1e-5
+WORD_SOFTNESS = 1e-6  # with a word of the subject's own, which takes its prompts out of what is held back
 DEFAULT_WORD_RATE = 1e-2
 TOKEN_NAME = re.compile("[a-z0-9][a-z0-9_-]*")  # of --placeholder_token, which names files
 REPORT_NAME = "nullspace_report.json"

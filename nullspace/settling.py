@@ -9,7 +9,17 @@ import shlex
 
 from nullspace.checks import check_softness, settle_threshold
 from nullspace.errors import NullSpaceError
-from nullspace.names import BUILDER, DEFAULT_WORD_RATE, JOINT, LORA_NAME, TOKEN_NAME, WORD_NAME, kohya_path
+from nullspace.names import (
+    BUILDER,
+    DEFAULT_SOFTNESS,
+    DEFAULT_WORD_RATE,
+    JOINT,
+    LORA_NAME,
+    TOKEN_NAME,
+    WORD_NAME,
+    WORD_SOFTNESS,
+    kohya_path,
+)
 
 
 # What is gone, and what takes its place; none of them is in the help.
@@ -63,6 +73,8 @@ def settle(args, parser):
         parser.error("--pre_compute_text_embeddings frees the text encoder, which --train_text_encoder trains.")
     if args.use_8bit_adam and args.optimizer != "adamw":
         parser.error("--use_8bit_adam is for --optimizer adamw.")
+    if args.nullspace_softness is None:
+        args.nullspace_softness = WORD_SOFTNESS if args.placeholder_token else DEFAULT_SOFTNESS
     if 0.01 <= args.nullspace_softness < math.inf:
         parser.error(
             f"--nullspace_softness {args.nullspace_softness:g} is too high: from 0.01 up hardly any direction is held "

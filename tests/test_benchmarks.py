@@ -38,7 +38,7 @@ from methods import METHODS, TIER_ONE
 import build_nullspace
 import world
 from nullspace.errors import NullSpaceError
-from nullspace.names import DEFAULT_SOFTNESS, DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE
+from nullspace.names import DEFAULT_SOFTNESS, DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE, WORD_SOFTNESS
 
 
 # ---- Methods at equal likeness of the subject ------------------------------------------------------------------------
@@ -342,13 +342,13 @@ def test_half_of_the_captions_name_the_background():
     assert {len(several) for _, several in methods.captions_of(METHODS[f"{PLAIN}, no captions"], "star")} == {1}
 
 
-def test_the_shipped_method_is_the_trainers_own():
-    args = methods.trainer_args(METHODS[SHIPPED], "star", 3e-3)
+def test_the_methods_have_the_trainers_own_defaults():
+    args = methods.trainer_args(METHODS["null space"], "star", 3e-3)
     assert args.nullspace_softness == DEFAULT_SOFTNESS and args.nullspace_threshold == DEFAULT_THRESHOLDS["energy"]
     assert args.rank == 4 and args.learning_rate == 3e-3 and args.placeholder_token is None
-    word = methods.trainer_args(METHODS["null space, word, softness 1e-6"], "star", 3e-3)
-    assert word.placeholder_token == "sks-star" and word.initializer_token == "star"
-    assert word.nullspace_softness == 1e-6 and word.word_learning_rate == DEFAULT_WORD_RATE
+    word = methods.trainer_args(METHODS[SHIPPED], "star", 3e-3)
+    assert word.placeholder_token == "sks-star" and word.initializer_token == "star" and word.rank == 16
+    assert word.nullspace_softness == WORD_SOFTNESS and word.word_learning_rate == DEFAULT_WORD_RATE
     alone = methods.trainer_args(METHODS["textual inversion"], "star", 3e-3)
     assert alone.word_only and alone.word_learning_rate == 3e-3
 
@@ -438,11 +438,11 @@ def test_tiers(tmp_path, monkeypatch):
     usual = {name: (METHODS[name].rates[1], METHODS[name].weights[0]) for name in TIER_ONE}
     assert launch("--quick") == [[], [(name, "star", 0, *usual[name]) for name in TIER_ONE]]
     assert not list((tmp_path / "results").iterdir())
-    assert len(json.loads((tmp_path / "output" / "preservation.json").read_text())["runs"]) == 4
+    assert len(json.loads((tmp_path / "output" / "preservation.json").read_text())["runs"]) == len(TIER_ONE)
 
     tuned, reported = launch()
     assert {run[1] for run in tuned} == set(world.TUNING_SUBJECTS) and {run[2] for run in tuned} == {100}
-    assert len(tuned) == 2 * (4 * 4 + 2 * 2)
+    assert len(tuned) == 2 * (4 * len(TIER_ONE) + 2 * 2)
     written = json.loads((tmp_path / "results" / "preservation.json").read_text())
     settings = {name: tuple(setting.values()) for name, setting in written["chosen"].items()}
     assert reported == [
@@ -508,7 +508,8 @@ def test_bundles_are_tried_anew_where_training_changed(tmp_path, monkeypatch, ca
         with pytest.raises(Stopped):
             bundle_data.measure(SimpleNamespace(), (setting, 0))
     shipped = METHODS[SHIPPED]
-    assert trained == [(replace(shipped, flags={"nullspace_threshold": 0}), bundle_data.PLAIN_RATE),
+    plain = replace(shipped, flags=shipped.flags | {"nullspace_threshold": 0})
+    assert trained == [(plain, bundle_data.PLAIN_RATE),
                        (shipped, bundle_data.RATE)]  # fmt: skip
 
 

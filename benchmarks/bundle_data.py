@@ -2,29 +2,35 @@
 
     python benchmarks/bundle_data.py
 
-Bundles of the demo's model are built with the number of prompts, the sampler, its steps and its guidance scale varied
-one at a time, and from the first timesteps of sampling only. A LoRA is trained with each, from the same seeds, and
-scored on held-out prompts: the change of the predicted noise, and of pictures drawn with three samplers. Goes on where
-it stopped; writes `results/bundle_data.json` and `results/bundle_data.png`.
+Bundles of the demo's model are built with one thing varied at a time: the number of prompts, the pictures drawn of
+each, the sampler, its steps, its guidance scale, the resolution and the precision; and from the first timesteps of
+sampling only. Of each the cost of the build is measured, and the share of the energy of held-out prompts that it lets
+through. A LoRA is trained with each, from the same seeds, and scored on held-out prompts: the change of the predicted
+noise, and of pictures drawn with three samplers. Goes on where it stopped; writes `results/bundle_data.json` and
+`results/bundle_data.png`.
 """
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import cache
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
+import torch
 from methods import METHODS, SHIPPED, train
 from preservation import SEEDS, make_base
 from resumable import Results, describe_machine
-from scoring import DRAWN, HERE, MODEL, ROOT, WORK, build_bundle, prompts_of, world_hash
+from scoring import DRAWN, HELD_OUT, HERE, MODEL, ROOT, WORK, build_bundle, prompts_of, world_hash
 from tqdm.auto import tqdm
 
 from nullspace.bundle import Bundle
-from world import TUNING_SUBJECTS, protected_prompts
+from nullspace.names import JOINT, WORD_SOFTNESS
+from world import TUNING_SUBJECTS, general_prompts
 from world_reader import subject_distance
 
 
@@ -32,13 +38,20 @@ STEPS = 800
 SUBJECT, PROMPTS = TUNING_SUBJECTS[0], sum(DRAWN.values(), [])
 RATE, PLAIN_RATE = 5e-3, 1e-3  # about those that preservation.py chooses in the null space, and outside
 SAMPLERS = ("ddim", "dpmpp_2m_karras", "euler_a")
-USUAL = {"prompts": 400, "steps": 25, "sampler": "ddim", "guidance": 7.5, "range": (0, 999)}
+ALL = (0, 999)
+USUAL = {
+    "prompts": 300, "samples": 1, "steps": 25, "sampler": "ddim", "guidance": 7.5, "resolution": 64, "precision": "no",
+    "range": ALL,
+}  # fmt: skip
 VARIED = {
-    "prompts": (30, 100, 400, 1000, 3000),
+    "prompts": (30, 100, 300, 1000, 3000),
+    "samples": (1, 4),
     "steps": (4, 10, 25, 50),
     "sampler": SAMPLERS,
     "guidance": (1.0, 3.0, 7.5),
-    "range": ((781, 999), (581, 999), (0, 999)),  # the first 5 and 10 of 25 steps, and all
+    "resolution": (32, 64, 128),
+    "precision": ("no", "bf16"),
+    "range": ((781, 999), (581, 999), ALL),  # the first 5 and 10 of 25 steps, and all
 }
 NONE = "no bundle"
 
@@ -53,20 +66,71 @@ def settings():
     return {name_of(setting): setting for setting in varied}
 
 
-def bundle_of(setting):
-    """The folder of the bundle with these settings, built if it is not there; ranges share one of all timesteps."""
-    names = ("prompts", "steps", "sampler", "guidance")
-    folder = WORK / f"bundle_data-{world_hash()}" / "-".join(str(setting[name]) for name in names)
-    if not (folder / "nullspace_config.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        prompts = folder.parent / f"prompts-{setting['prompts']}.txt"
-        prompts.write_text("\n".join(protected_prompts(setting["prompts"])) + "\n")
-        command = [sys.executable, ROOT / "build_nullspace.py", "--pretrained_model_name_or_path", MODEL]
-        command += ["--prompts_file", prompts, "--batch_size", 50, "--timestep_groups", "steps"]
-        command += ["--num_inference_steps", setting["steps"], "--sampler", setting["sampler"]]
-        command += ["--guidance_scale", setting["guidance"], "--output_dir", folder]
-        subprocess.run([str(word) for word in command], check=True, stderr=subprocess.DEVNULL)
-    return folder
+# ---- The bundles -----------------------------------------------------------------------------------------------------
+
+
+def folder_of(setting):
+    """Where the bundle with these settings is; ranges of the timesteps share one that keeps its steps apart."""
+    names = [str(value) for key, value in setting.items() if key != "range"]
+    return WORK / f"bundle_data-{world_hash()}" / "-".join([*names, "joint" if setting["range"] == ALL else "steps"])
+
+
+def build(setting, prompts, folder):
+    """Build a bundle of these prompts with these settings; return the CPU seconds that it took."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    path = folder.parent / f"{folder.name}.txt"
+    path.write_text("\n".join(prompts) + "\n")
+    command = [sys.executable, ROOT / "build_nullspace.py", "--pretrained_model_name_or_path", MODEL]
+    command += ["--prompts_file", path, "--batch_size", 50, "--output_dir", folder]
+    command += ["--num_inference_steps", setting["steps"], "--sampler", setting["sampler"]]
+    command += ["--guidance_scale", setting["guidance"], "--resolution", setting["resolution"]]
+    command += ["--mixed_precision", setting["precision"]]
+    command += [] if setting["range"] == ALL else ["--timestep_groups", "steps"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([str(word) for word in command], check=True, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def load(setting):
+    return Bundle.load(folder_of(setting), timestep_range=setting["range"])
+
+
+def let_through(bundle, moments):
+    """The share of held-out inputs' energy that a LoRA in the bundle's null space may answer to, mean over the layers.
+
+    tr(S C S) / tr(C), S being the map that its down-projections go through, C the held-out second moment.
+    """
+    shares = []
+    for module, item in bundle.protected(softness=WORD_SOFTNESS).items():
+        total = moments[bundle.modules[module]["input"]].sum().double()
+        free = item.basis[:, item.rank :].double() * item.gains.double()
+        shares.append((torch.einsum("ij,ik,kj->", free, total, free) / total.trace()).item())
+    return mean(shares)
+
+
+def measure_bundles(results):
+    """Build the bundles that are not measured yet: each one's cost, and what it lets through of held-out prompts."""
+    held_out = WORK / f"bundle_data-{world_hash()}" / "held_out"
+    if not held_out.exists():
+        build(USUAL, sum((prompts[:100] for prompts in HELD_OUT.values()), []), held_out)
+    moments, costs = Bundle.load(held_out).group(JOINT), results.content.setdefault("cpu_seconds", {})
+    measured = results.content.setdefault("bundles", {})
+    for name, setting in tqdm(settings().items(), desc="Bundles", unit="bundle"):
+        folder = folder_of(setting)
+        if folder.name not in costs or not folder.exists():
+            prompts = general_prompts(setting["prompts"]) * setting["samples"]  # each drawn from a seed of its own
+            costs[folder.name] = build(setting, prompts, folder)
+        if name not in measured:
+            measured[name] = {
+                "cpu_seconds": costs[folder.name],
+                "let_through": let_through(load(setting), moments),
+            }
+        results.save()
+
+
+# ---- What is trained with them ---------------------------------------------------------------------------------------
 
 
 def draw(base, pipeline, sampler):
@@ -85,7 +149,7 @@ def measure(base, job):
     if setting is None:
         method, rate = replace(method, flags=method.flags | {"nullspace_threshold": 0}), PLAIN_RATE
     else:
-        base.bundle = Bundle.load(bundle_of(setting), timestep_range=setting["range"])
+        base.bundle = load(setting)
     ((_, _, pipeline),) = train(base, method, SUBJECT, seed, rate, None, (STEPS,))
     subject = base.draw(pipeline, prompts_of(SUBJECT, method.called(SUBJECT))["subject"], seed=0)
     return {
@@ -104,17 +168,18 @@ def plot(runs, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(VARIED), figsize=(18, 4), layout="constrained", sharey=True)
-    for axis, (key, values) in zip(axes, VARIED.items(), strict=True):
+    figure, axes = plt.subplots(2, len(VARIED) // 2, figsize=(18, 8), layout="constrained", sharey=True)
+    for axis, (key, values) in zip(axes.flat, VARIED.items(), strict=True):
         labels = [str(value) for value in values]
         found = [runs[name_of(USUAL | {key: value})] for value in values]
         axis.plot(labels, [row["noise_drift"] for row in found], "ko-", label="predicted noise (squared)")
         for sampler in SAMPLERS:
             axis.plot(labels, [row["moved"][sampler] for row in found], ".--", label=f"pictures, {sampler}")
+        axis.plot(labels, [row["let_through"] for row in found], "x:", label="held-out energy let through")
         axis.axhline(runs[NONE]["noise_drift"], color="grey", linestyle=":", label="predicted noise, no bundle")
         axis.set(title=key, yscale="log")
-    axes[0].set_ylabel("change on held-out prompts")
-    axes[0].legend(fontsize=7)
+    axes[0, 0].set_ylabel("change on held-out prompts")
+    axes[0, 0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -134,23 +199,27 @@ def medians(runs):
 def main():
     WORK.mkdir(exist_ok=True)
     build_bundle()
-    for setting in tqdm(settings().values(), desc="Bundles", unit="bundle"):
-        bundle_of(setting)
     results = Results(HERE / "results" / "bundle_data.json", make_base, measure, os.cpu_count())
     trained = {"world": world_hash(), "method": asdict(METHODS[SHIPPED]), "steps": STEPS, "rates": [RATE, PLAIN_RATE]}
     if results.content.get("trained") != json.loads(json.dumps(trained)):  # otherwise than now: begin anew
         results.content = {"trained": trained}
+    measure_bundles(results)
     for seed in SEEDS:
         jobs = {f"{name}/{seed}": (setting, seed) for name, setting in {NONE: None, **settings()}.items()}
         results.complete("runs", jobs, f"Seed {seed}")
     results.content["machine"] = describe_machine()
     table = results.content["medians"] = medians(results.content["runs"])
+    for name, row in results.content["bundles"].items():
+        table[name] |= row
     results.save()
     plot(table, HERE / "results" / "bundle_data.png")
-    print(f"{'':60}{'noise drift':>12}{'subject':>9}" + "".join(f"{sampler:>17}" for sampler in SAMPLERS))
+    print(
+        f"{'':110}{'CPU s':>7}{'let thr.':>10}{'drift':>9}{'subject':>9}" + "".join(f"{each:>17}" for each in SAMPLERS)
+    )
     for name, row in table.items():
+        built = f"{row['cpu_seconds']:7.0f}{row['let_through']:10.6f}" if name != NONE else " " * 17
         moved = "".join(f"{row['moved'][sampler]:17.4f}" for sampler in SAMPLERS)
-        print(f"{name:60}{row['noise_drift']:12.5f}{row['subject']:9.3f}{moved}")
+        print(f"{name:110}{built}{row['noise_drift']:9.5f}{row['subject']:9.3f}{moved}")
 
 
 if __name__ == "__main__":

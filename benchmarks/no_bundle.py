@@ -1,40 +1,33 @@
-"""What a training without a bundle pays for building one, against class pictures, and what so small a bundle keeps.
+"""What a training without a bundle pays for building one, against class pictures.
 
     OMP_NUM_THREADS=1 python benchmarks/no_bundle.py
 
 On the demo's model: the trainer's own search and build, from an empty cache and from a full one, and the drawing of
 100 pictures of the class in 25 steps with which prior preservation begins, alternating in one process; then the whole
-command twice. Bundles of more and of fewer prompts and steps are compared by the share of held-out prompts' energy
-that a LoRA in their null space may answer to. Writes `results/no_bundle.json`.
+command twice. What so small a bundle keeps is in `bundle_data.py`. Writes `results/no_bundle.json`.
 """
 
-import json
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import mean
 
 import torch
 from accelerate import Accelerator
 from common import HERE, alternate, median, ratio, write
 from diffusers import StableDiffusionPipeline
 
-import build_nullspace
 from nullspace import finding
-from nullspace.bundle import Bundle
 from nullspace.families import recognise
 from nullspace.models import download_model
-from nullspace.names import JOINT
 from train_dreambooth_nullspace import parse_args
 from world import DEMO, FOLDER, RESOLUTION
 
 
 MODEL, ROUNDS, TRAIN_STEPS = DEMO / "shapes-sd", 2, 400
 CLASS_PICTURES, CLASS_STEPS, CLASS_BATCH = 100, 25, 4  # as diffusers' scripts draw them by default
-SIZES = ((400, 25), (100, 25), (100, 4), (30, 4))  # prompts, steps
 
 
 def command(cache, output_dir):
@@ -94,53 +87,19 @@ def whole_command(scratch):
     return dict(zip(("first run", "second run"), seconds, strict=True))
 
 
-def build(folder, prompts_file, prompts, steps):
-    """A bundle of so many prompts, evenly spread over a file."""
-    lines = prompts_file.read_text().splitlines()
-    chosen = [lines[len(lines) * index // prompts] for index in range(min(prompts, len(lines)))]
-    (folder.parent / "prompts.txt").write_text("\n".join(chosen))
-    words = ["--pretrained_model_name_or_path", MODEL, "--prompts_file", folder.parent / "prompts.txt"]
-    words += ["--num_inference_steps", steps, "--batch_size", 50, "--output_dir", folder]
-    build_nullspace.main(build_nullspace.parse_args([str(word) for word in words]))
-    return Bundle.load(folder)
-
-
-def let_through(bundle, heldout):
-    """The share of held-out inputs' energy that a LoRA in the bundle's null space may answer to, mean over the layers.
-
-    tr(S C S) / tr(C), S being the map that its down-projections go through, C the held-out second moment.
-    """
-    shares = []
-    moments = heldout.group(JOINT)
-    for module, item in bundle.protected().items():
-        total = moments[bundle.modules[module]["input"]].sum().double()
-        free = item.basis[:, item.rank :].double() * item.gains.double()
-        shares.append((torch.einsum("ij,ik,kj->", free, total, free) / total.trace()).item())
-    return mean(shares)
-
-
 def main():
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         runs = costs(scratch)
         whole = whole_command(scratch)
-        heldout = build(scratch / "heldout", FOLDER / "heldout_combinations.txt", 100, 25)
-        kept = {
-            f"{prompts} prompts, {steps} steps": let_through(
-                build(scratch / f"{prompts}-{steps}", FOLDER / "protected.txt", prompts, steps), heldout
-            )
-            for prompts, steps in SIZES
-        }
     write(
         "no_bundle",
         setting=f"demo/shapes-sd; {finding.PROMPTS} prompts in {finding.STEPS} steps against {CLASS_PICTURES} class "
         f"pictures in {CLASS_STEPS}, batches of {CLASS_BATCH}; {TRAIN_STEPS} steps of training; CPU seconds",
         seconds={name: median(found) for name, found in runs.items()} | whole,
         ratios={name: ratio(runs[name], runs["class pictures"]) for name in ("building", "found")},
-        let_through=kept,
         runs=runs,
     )
-    print(json.dumps(kept, indent=1))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class StableDiffusion:
     noise_scheduler = DDPMScheduler
     text_encoders = {TEXT_ENCODER: CLIPTextModel}
     resolution = 512
-    is_trained = True
+    is_trainable = True
 
     def recognises(self, unet_config):
         """Whether a UNet, by its configuration, is one of the family."""

@@ -207,7 +207,11 @@ def diffusion_loss(denoise, noise_scheduler, latents, timesteps, noise, snr_gamm
 
     Args:
         denoise (`Callable`): the model, of noisy latents, timesteps (batch,) and `conditions`.
+        timesteps (`Tensor`): (batch,), of the noise schedule.
         noise (`Tensor`): (batch, 4, h, w), standard normal.
+
+    Raises:
+        NullSpaceError: if the model predicts neither noise nor velocities.
     """
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     prediction = denoise(noisy, timesteps, **conditions).sample

@@ -38,6 +38,8 @@ from nullspace.families import FAMILIES
 from nullspace.flags import SINGLE_FILE_CONFIG, resume_help
 from nullspace.names import (
     BUILDER,
+    DEFAULT_RANK,
+    DEFAULT_RATES,
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
     DEFAULT_WORD_RATE,
@@ -187,7 +189,7 @@ def parse_args(argv=None):
         "directions that are closed is removed first, which a line tells; what it changes in those that are held back "
         "stays. Rank, alpha and layers are its own.",
     )
-    group.add_argument("--rank", type=int, help="Rank of the LoRA (default: 4, or that of --init_lora).")
+    group.add_argument("--rank", type=int, help=f"Rank of the LoRA (default: {DEFAULT_RANK}, or that of --init_lora).")
     group.add_argument(
         "--lora_alpha",
         type=int,
@@ -351,7 +353,11 @@ def parse_args(argv=None):
         "--optimizer", choices=["adamw", "prodigy"], default="adamw", help="prodigy needs prodigyopt (default: adamw)."
     )
     group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states; needs bitsandbytes.")
-    group.add_argument("--learning_rate", type=float, help="Default: 5e-4; prodigy, which scales it itself: 1.")
+    group.add_argument(
+        "--learning_rate",
+        type=float,
+        help=f"Default: {DEFAULT_RATES['adamw']:g}; prodigy, which scales it itself: {DEFAULT_RATES['prodigy']:g}.",
+    )
     group.add_argument(
         "--text_encoder_lr", type=float, help="Learning rate of --train_text_encoder (default: --learning_rate)."
     )

@@ -245,7 +245,11 @@ def scale_lora(adapted, names, factor):
 
 
 def restore_lora(folder, unet, **text_encoders):
-    """Put the LoRA of a checkpoint back into models that have adapters on the same layers."""
+    """Put the LoRA of a checkpoint back into models that have adapters on the same layers.
+
+    Raises:
+        NullSpaceError: if it cannot be read, or is on other layers or of another rank.
+    """
     layers, modules = load_lora(folder), lora_modules(unet, **text_encoders)
     elsewhere = sorted(layers.keys() ^ modules.keys())
     if elsewhere:

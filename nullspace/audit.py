@@ -25,7 +25,16 @@ def _compact(layer):
 def leakage(layer, protected):
     """||dW U_k||_F / ||dW||_F, U_k (in, k) being the protected directions: 0 is the promise, 1 is no protection.
 
-    At most this much: it is what is seen of the directions as they are stored, and what their rounding may hide.
+    It is what is seen of the directions as they are stored, and what their rounding may hide besides, see `Spectrum`,
+    so that the share is at most this much. Where `protected.distance` is None, as with bundles of format 1, the latter
+    is not known and not in it.
+
+    Args:
+        layer (`LoraLayer`): without a magnitude, see `with_magnitude`.
+        protected (`Protected`): of its input.
+
+    Returns:
+        `float`: the share.
     """
     compact = _compact(layer)
     inside = compact @ protected.basis[:, : protected.rank].double()
@@ -36,9 +45,12 @@ def predicted_drift(layer, weight, spectrum):
     """sqrt(tr(dW C dW^T) / tr(W C W^T)): relative RMS change of the layer's output on the protected inputs.
 
     Args:
-        layer (`LoraLayer`): what is added to the layer.
+        layer (`LoraLayer`): what is added to the layer, without a magnitude, see `with_magnitude`.
         weight (`Tensor`): W, (out, in).
         spectrum (`Spectrum`): of C.
+
+    Returns:
+        `float`: the change; what the rounding of the spectrum may hide is not in it, see `audit`.
     """
     return _drift(layer, weight, spectrum)[0]
 
@@ -67,6 +79,10 @@ def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS
         `rounding`: how much of its leakage, and how much drift besides, the bundle's rounding may hide, None where
         that is not known; the `max`, `mean` and root mean square (`rms`) of both over the layers that have them; and
         `unprotected`, the modules in which nothing is protected.
+
+    Raises:
+        NullSpaceError: if a layer's sizes are not those of the bundle, or `Bundle.protected` refuses the threshold.
+        AttributeError: if the models are not the bundle's and lack a layer that it covers.
     """
     protected, spectra = bundle.protected(JOINT, criterion, threshold), bundle.group(JOINT)
     rows = []

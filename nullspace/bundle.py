@@ -371,6 +371,8 @@ class Bundle:
     def emphasize(self, other):
         """The bundle in which another's prompts, of any number, weigh as much as all of this one's; joint group only.
 
+        Equal weight is this project's choice; benchmarks/README.md has figures for a tenth of it.
+
         Args:
             other (`Bundle`): with the same inputs in its joint group.
         """
@@ -520,7 +522,15 @@ class Bundle:
 
 
 def needed_groups(config, timesteps=JOINT, timestep_range=None, text_encoder=False):
-    """Names of the groups that a use of a bundle reads; arguments as for `Bundle.load`."""
+    """Names of the groups that a use of a bundle reads, `list[str]`; arguments as for `Bundle.load`.
+
+    Args:
+        config (`dict`): the bundle's, from `read_config`.
+
+    Raises:
+        NullSpaceError: if "nearest" is asked of a bundle that keeps no timesteps apart, or `groups_inside` refuses the
+            range.
+    """
     split = split_groups(config)
     if timesteps == "nearest" and len(split) == 1:
         raise NullSpaceError(

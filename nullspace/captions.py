@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nullspace.errors import NullSpaceError, listed
+from nullspace.prompts import encoding
 
 
 CAPTION_ENDINGS = (".txt", ".caption")  # of sd-scripts: --caption_extension, and its default
@@ -53,23 +54,25 @@ def check_text(value, where):
 
 
 def read_text(path):
-    """The text of a small file in UTF-8 or, by its byte-order mark, UTF-16.
+    """The text of a small file in UTF-8 or UTF-16.
 
     Raises:
         NullSpaceError: if it cannot be read.
     """
     try:
         data = path.read_bytes()
-        encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        return data.decode(encoding)
+        return data.decode(encoding(data[:4096]))
     except (OSError, UnicodeDecodeError) as error:
         raise NullSpaceError(f"{path} cannot be read as text ({error}); save it as UTF-8.") from error
 
 
 def caption_beside(path):
-    """(caption, its file) from the text file beside a picture, or (None, None).
+    """The caption in the text file beside a picture, that file, and whether more stands in it: (None, None, False).
 
     As sd-scripts' `read_caption` does, of several lines the first is taken, and an empty file is refused.
+
+    Raises:
+        NullSpaceError: if it cannot be read, or its first line is empty.
     """
     for ending in CAPTION_ENDINGS:
         beside = path.with_suffix(ending)
@@ -77,12 +80,16 @@ def caption_beside(path):
             lines = [line.strip() for line in read_text(beside).splitlines()]
             if not lines or not lines[0]:
                 raise NullSpaceError(f"{beside} has no caption in its first line; write one, or remove the file.")
-            return lines[0], beside
-    return None, None
+            return lines[0], beside, any(lines[1:])
+    return None, None, False
 
 
 def metadata_rows(path):
-    """The rows of a metadata file as (its name in words, dict)."""
+    """The rows of a metadata file: a list of (its place in words, dict).
+
+    Raises:
+        NullSpaceError: if it cannot be read, or a line is not a JSON object.
+    """
     text = read_text(path)
     if path.suffix == ".csv":
         return [(f"row {number} of {path}", row) for number, row in enumerate(csv.DictReader(text.splitlines()))]
@@ -164,14 +171,14 @@ def caption_pictures(paths, repeats, folder_caption, column, tell):
     found, faults, several = [], [], []
     for path in paths:
         try:
-            caption, source = caption_beside(path)
+            caption, source, has_more = caption_beside(path)
         except NullSpaceError as error:
             faults.append(str(error).rstrip("."))
             continue
         captions = [caption]
         if caption is None:
             captions, source = metadata.get(path, (None, None))
-        elif len(read_text(source).strip().splitlines()) > 1:
+        elif has_more:
             several.append(source.name)
         kind = source and (source.name if source.name in METADATA_NAMES else f"{source.suffix} files")
         if captions is None and folder_caption:

@@ -178,6 +178,7 @@ def checkpoints(folder):
 
 
 def step_of(checkpoint):
+    """The step (`int`) after which a checkpoint (`Path`) was written, by its name."""
     return int(checkpoint.name.split("-")[1])
 
 

@@ -106,11 +106,25 @@ class Checkpoint:
         return int(metadata["batches"])
 
     def remove(self):
+        """Remove it, with those of the other processes."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
-    """Draw this process's share of the prompts and return the `SecondMoments` over all processes."""
+    """Draw this process's share of the prompts and return the `SecondMoments` over all processes.
+
+    Args:
+        pipeline (`DiffusionPipeline`): of the base model, with the sampler, on the device.
+        prompts (`Prompts`): all of them; prompt i is drawn from --seed + i.
+        groups (`list[dict]`): of timesteps, from `timestep_groups`.
+        checkpoint (`Checkpoint`): from which it goes on, and which it writes.
+        state (`PartialState`): says which share is this process's.
+
+    Raises:
+        StaleError: if the checkpoint is of another build.
+        NullSpaceError: if it cannot be written.
+        Stopped: at a signal, once the checkpoint is written.
+    """
     group_of = {timestep: group["name"] for group in groups for timestep in group["timesteps"]}
     inputs = attention_inputs(pipeline.unet, args.attention)
     family = get_family(args.model_type)

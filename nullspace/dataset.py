@@ -53,6 +53,7 @@ class InstanceDataset(Dataset):
         self.processor = VaeImageProcessor(do_resize=False)
 
     def set_epoch(self, epoch):
+        """Draw what this epoch (`int`) has: crops, mirroring, captions."""
         self.epoch = epoch
 
     def __len__(self):

@@ -150,7 +150,7 @@ def write_dataset_card(license_name):
 {own_flags}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
   --output_dir lora"""
         use = f"## Train with it\n\n{code_block('bash', training)}"
-        if not get_family(config["model_type"]).is_trained:
+        if not get_family(config["model_type"]).is_trainable:
             audit = "python nullspace_utils.py audit \\\n  --nullspace <this repository> \\\n"
             audit += "  --lora <folder, file or Hub id>"
             use = f"## Audit with it\n\n{code_block('bash', audit)}"

@@ -25,7 +25,8 @@ from nullspace.collection import PRECISIONS, collect
 from nullspace.dataset_card import draw_spectra, write_dataset_card
 from nullspace.errors import NullSpaceError, StaleError, reason
 from nullspace.families import recognise
-from nullspace.fingerprints import fingerprints, hash_json
+from nullspace.fingerprints import fingerprints
+from nullspace.hashes import hash_json
 from nullspace.hub import base_license, fetch_files
 from nullspace.launch import on_main_process
 from nullspace.layers import attention_inputs, text_encoder_inputs
@@ -34,6 +35,7 @@ from nullspace.models import download_model, loading
 from nullspace.names import CONFIG_NAME, DEFAULT_THRESHOLDS, FORMAT_VERSION, JOINT
 from nullspace.prompts import length_warnings, prompts_of_model
 from nullspace.stack import read_stack, stack_of, subject_prompts
+from nullspace.system import remove_leftovers
 
 
 logger = get_logger(__name__)
@@ -169,13 +171,6 @@ def writing(cache):
         ) from error
 
 
-def remove_leftovers(folder):
-    """Remove what writes of a bundle that were stopped left beside it; only who holds its lock may."""
-    for kind in ("partial", "old"):
-        for path in folder.parent.glob(f"{folder.name}.{kind}-*"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def cached(cache):
     """The bundles in the cache, whole, unfinished or damaged: `dict[str, list[Path]]`, all that belongs to each."""
     found = {}
@@ -275,6 +270,7 @@ def _find_or_build(wanted, accelerator, args):
         cache.mkdir(parents=True, exist_ok=True)
         check_writable(folder, "--nullspace_cache_dir")
         with alone(Path(f"{folder}.lock"), logger.info):
+            remove_leftovers(cache, logger.info, folder.name)
             if in_cache(folder, fingerprint, lambda sentence: None):  # built while this run waited
                 return str(folder), None, False
             logger.info(
@@ -312,7 +308,6 @@ def build(folder, wanted, prompts, source, accelerator, args):
         pipeline = wanted.family.load_pipeline(args.base_model, **parts)
     pipeline.set_progress_bar_config(disable=True)
     scheduler = pipeline.scheduler
-    remove_leftovers(folder)
     try:
         moments, groups, config, checkpoint = collect(pipeline, prompts, args.base_model, flags, this_process)
     except StaleError as error:
@@ -324,13 +319,10 @@ def build(folder, wanted, prompts, source, accelerator, args):
         ["accelerate", "launch", "train_dreambooth_nullspace.py", "--pretrained_model_name_or_path"]
         + [args.base_model.name]
     )
-    try:
-        license_name = base_license(args.pretrained_model_name_or_path, args.hub_token)
-        extras = [draw_spectra, write_dataset_card(license_name)]  # it can be published as it is
-        bundle = Bundle.from_moments(moments, groups, config)
-        bundle.save(folder, extras, flags.nullspace_criterion, flags.nullspace_threshold)
-    finally:
-        remove_leftovers(folder)
+    license_name = base_license(args.pretrained_model_name_or_path, args.hub_token)
+    extras = [draw_spectra, write_dataset_card(license_name)]  # it can be published as it is
+    bundle = Bundle.from_moments(moments, groups, config)
+    bundle.save(folder, extras, flags.nullspace_criterion, flags.nullspace_threshold)
     checkpoint.remove()
 
 

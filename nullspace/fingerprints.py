@@ -5,13 +5,13 @@ what a bundle protects another model's.
 """
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
 
+from nullspace.hashes import hash_json
 from nullspace.layers import base_layer, find_module
 
 
@@ -63,11 +63,6 @@ def _hash_tensor(tensor):
         for piece in flat.split(PIECE):
             digest.update(rounded[: len(piece)].copy_(piece).numpy())
     return digest.hexdigest()
-
-
-def hash_json(content):
-    """Hex digest of what can be written as JSON, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _plain_schedule(config):

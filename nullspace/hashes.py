@@ -15,5 +15,9 @@ def sha256(path):
 
 def config_sha256(config):
     """Hex digest of what a configuration says, all but this digest itself."""
-    content = {key: value for key, value in config.items() if key != "sha256"}
+    return hash_json({key: value for key, value in config.items() if key != "sha256"})
+
+
+def hash_json(content):
+    """Hex digest of what can be written as JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

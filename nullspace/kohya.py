@@ -9,11 +9,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nullspace.errors import NullSpaceError
-from nullspace.names import TEXT_ENCODER, TEXT_ENCODERS
+from nullspace.names import REPORT_NAME, TEXT_ENCODER, TEXT_ENCODERS
 from nullspace.system import replacing, sort_header
 
 
-REPORT_NAME = "nullspace_report.json"
 VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of the text embeddings
 WORD = "ss_nullspace_word"  # in the metadata of an embedding, its token
 LAYERS_PER_BLOCK = 2  # of every UNet that kohya's trainer knows

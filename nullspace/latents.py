@@ -11,7 +11,10 @@ def encode_pictures(vae, pixel_values):
 
 
 def draw_noise(latents, offset, generator):
-    """Noise (batch, 4, h, w); with an offset, also one value for each whole channel (crosslabs.org, offset noise)."""
+    """Noise (batch, 4, h, w); with an offset, also that much of one value for each whole channel.
+
+    N. Guttenberg, "Diffusion with Offset Noise", 2023: https://www.crosslabs.org/blog/diffusion-with-offset-noise
+    """
     noise = torch.randn(latents.shape, generator=generator)
     if offset:
         noise = noise + offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)

@@ -79,6 +79,7 @@ class ScalarLog:
         self.skipped_steps.add(skipped, step, lr)
 
     def flush(self):
+        """Send what is pending; `DivergedError` if it shows that the training has diverged."""
         if not self.pending:
             return
         rows = torch.stack([torch.stack(list(tensors.values())).float() for *_, tensors in self.pending]).tolist()

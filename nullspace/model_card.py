@@ -10,7 +10,7 @@ from nullspace.embeddings import loading_code
 from nullspace.families import get_family
 from nullspace.hub import base_license
 from nullspace.markdown import code_span, link, plain, python_string, table_cell, utf8
-from nullspace.names import CHECKPOINTS_NAME, COMPARISON_NAME, REPORT_NAME
+from nullspace.names import CARD_NAME, CHECKPOINTS_NAME, COMPARISON_NAME, REPORT_NAME
 from nullspace.pictures import save_picture
 from nullspace.protection import describe_setting
 from nullspace.system import write_text
@@ -88,7 +88,7 @@ image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip})
 `{REPORT_NAME}` has {"how it was trained" if args.word_only else "the figures of every layer"}. Trained with \
 `train_dreambooth_nullspace.py`.
 """
-    write_text(args.output_dir / "README.md", utf8(text))
+    write_text(args.output_dir / CARD_NAME, utf8(text))
     return names
 
 

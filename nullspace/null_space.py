@@ -155,8 +155,17 @@ class NullSpace:
         return found
 
     def project_gradients(self):
-        """Project the gradients: once a step, after its last backward pass and before they are clipped."""
+        """Project the gradients: once a step, after its last backward pass and before they are clipped.
+
+        Raises:
+            NullSpaceError: if it is not attached yet.
+        """
+        self._check_attached()
         self.projector.project_gradients()
+
+    def _check_attached(self):
+        if self.projector is None:
+            raise NullSpaceError("The null space is attached to no model yet; call NullSpace.attach first.")
 
     def save(self, folder, dtype=None, training=None):
         """Write the LoRA as diffusers reads it, and `nullspace_report.json` beside it; an earlier one is replaced.
@@ -172,11 +181,10 @@ class NullSpace:
             `dict`: the report.
 
         Raises:
-            NullSpaceError: if a protected layer leaks more than `LEAKAGE_BOUNDS` allow, or the folder cannot be
-                written.
+            NullSpaceError: if it is not attached yet, a protected layer leaks more than `LEAKAGE_BOUNDS` of
+                nullspace/report.py allow, `dtype` is none of them, or the folder cannot be written.
         """
-        if not self._adapted:
-            raise NullSpaceError("The null space is attached to no model yet; call NullSpace.attach before saving.")
+        self._check_attached()
         folder = Path(folder)
         if fault := output_folder_fault(folder):
             raise NullSpaceError(fault.removeprefix("--output_dir "))

@@ -303,7 +303,11 @@ def find_protection(accelerator, family, parts, vae, args):
 
 
 def save_memory(unet, text_encoders, args):
-    """Turn on what trades time for memory."""
+    """Turn on what trades time for memory.
+
+    Raises:
+        NullSpaceError: if xformers cannot be used here.
+    """
     if args.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()

@@ -264,13 +264,3 @@ class NullSpaceProjector:
         tensor = optimizer.state.get(parameter, {}).get(AVERAGED)
         fits = torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.shape == parameter.shape
         return tensor if fits else None
-
-    @torch.no_grad()
-    def leakage(self):
-        """The largest share of any A's norm that lies in what the selected group protects: 0 is none."""
-        worst = 0.0
-        for name, item in self.groups.get(self.selected, {}).items():
-            parameter = self.parameters[name].double().cpu()
-            inside = (parameter @ item.basis[:, : item.rank].double()).norm()
-            worst = max(worst, (inside / parameter.norm().clamp_min(1e-30)).item())
-        return worst

@@ -13,7 +13,11 @@ from nullspace.word import spelled
 
 
 def load_tokenizers(args):
-    """The model's tokenizers by their names in the pipeline, or that of --tokenizer_name."""
+    """The model's tokenizers by their names in the pipeline, or that of --tokenizer_name.
+
+    Raises:
+        NullSpaceError: if they cannot be had.
+    """
     if not args.tokenizer_name:
         with loading(args.pretrained_model_name_or_path):
             return get_family(args.model_type).load_tokenizers(args.base_model)
@@ -29,7 +33,11 @@ class PromptEncoder:
     Args:
         tokenizers (`dict`), text_encoders (`dict`): by their names in the pipeline.
         captions (`list[str]`): different ones; batches name them by number.
+        device (`torch.device`): of the text encoders.
         args: --model_type, --tokenizer_max_length, --text_encoder_use_attention_mask and --clip_skip.
+
+    Raises:
+        NullSpaceError: if --tokenizer_max_length is more than a text encoder reads.
     """
 
     def __init__(self, tokenizers, text_encoders, captions, device, args):
@@ -59,6 +67,7 @@ class PromptEncoder:
             self.encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def encode(self, text_encoders, numbers):
+        """What `__call__` gives, encoded anew by the text encoders as they are now."""
         kinds = ("input_ids", "attention_mask") if self.use_mask else ("input_ids",)
         tokens = {name: {kind: each[kind][numbers] for kind in kinds} for name, each in self.tokens.items()}
         return self.family.encode(text_encoders, tokens, self.clip_skip)

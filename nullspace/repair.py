@@ -20,12 +20,16 @@ def repair_layer(layer, protected, spectrum, subject, drift_weight):
     It minimises ||(A' - A) x||^2 over the subject's inputs x plus `drift_weight` times ||A' x||^2 over the protected
     ones, each as a share of the inputs' mean square: A' = A C_s F (F^T (C_s + m C + e I) F)^-1 F^T, with F (in, f) the
     free directions, C_s and C the two second moments of trace 1, m the weight and e a ridge. B is free of it, for it
-    multiplies both from the left.
+    multiplies both from the left. The derivation is this project's: least squares in the coordinates that F gives.
 
     Args:
         layer (`LoraLayer`): without a magnitude.
         protected (`Protected`), spectrum (`Spectrum`): of its input.
         subject (`Tensor`): C_s (in, in), of any trace.
+        drift_weight (`float`): m, at least 0; 1 weighs what moves of the protected inputs as the subject's loss.
+
+    Returns:
+        `LoraLayer`: A' in float32; the rest as it was.
     """
     free = protected.basis[:, protected.rank :].double()
     subject = subject.double().cpu() / subject.double().trace().item()
@@ -48,7 +52,14 @@ def subject_moments(pipeline, bundle, prompts):
 
 
 def kept(before, after, subject):
-    """1 - ||(dW' - dW) C_s^(1/2)|| / ||dW C_s^(1/2)||: the share of its function that a layer keeps."""
+    """1 - ||(dW' - dW) C_s^(1/2)||_F / ||dW C_s^(1/2)||_F: the share of its function that a layer keeps, at most 1.
+
+    A measure of this project's: the relative RMS change of what the layer adds on the subject's inputs, from 1.
+
+    Args:
+        before (`LoraLayer`), after (`LoraLayer`): of dW and dW', without a magnitude.
+        subject (`Tensor`): C_s (in, in), of any trace.
+    """
     difference = torch.cat([before.scale * before.up.double(), -after.scale * after.up.double()], dim=1)
     both = torch.cat([before.down.double(), after.down.double()])
 
@@ -69,7 +80,8 @@ def repair(layers, bundle, subject, drift_weight, **models):
         models: the base model's `unet` and text encoders, by their names in a pipeline.
 
     Returns:
-        The layers, and `dict`s with `module`, `kept`, and `drift_before` and `drift` as `predicted_drift` gives them.
+        The layers, and `dict`s with `module`, `kept` (see there), `drift_before` and `drift` as `predicted_drift` gives
+        them, and `leakage` as `audit` does.
 
     Raises:
         NullSpaceError: if a layer is a DoRA, of another model, or not protected.

@@ -1,4 +1,4 @@
-"""What is said of a trained LoRA: what is guaranteed of it, and the figures of every layer."""
+"""Saving a trained LoRA, which is refused where it leaks, and what is said of it: its guarantee and its figures."""
 
 import json
 import math
@@ -15,17 +15,28 @@ from nullspace.names import JOINT, LORA_NAME
 from nullspace.system import put, write_text
 
 
-# How much of a layer's change may reach what is protected in a file that is saved, by what it is saved in; 16 bits
-# round it to within 2^-9 (bfloat16) of each weight.
+# The bound on leakage: the most of a layer's change that may reach what is protected, by what a file is saved in; in
+# other types none is saved. `save_audited` reads the file back and refuses more: at the end of the trainer, but for
+# --nullspace_timesteps nearest, which promises nothing, and in `NullSpace.save`. What is measured in float32 is far
+# below. 16 bits round to within 2^-9 (bfloat16) of each weight, which is why they are allowed more.
 LEAKAGE_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 
 
 def write_json(path, content):
+    """Write what can be written as JSON, whole or not at all; `NullSpaceError` if the disk takes none of it."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def audit_file(folder, bundle, adapted, criterion, threshold):
-    """Read a saved LoRA back and tell what it does to the protected inputs, see `audit`."""
+    """Read a saved LoRA back and tell what it does to the protected inputs, see `audit`.
+
+    Args:
+        folder (`Path`): with the LoRA.
+        adapted (`dict[str, Module]`): the models that have it, by name; none where only a word was trained.
+
+    Raises:
+        NullSpaceError: if the file cannot be read, or is of another model than the bundle.
+    """
     if not adapted:  # a word alone
         return summarize([])
     return audit(load_lora(folder), bundle, **adapted, criterion=criterion, threshold=threshold)
@@ -34,18 +45,24 @@ def audit_file(folder, bundle, adapted, criterion, threshold):
 def save_audited(
     folder, bundle, adapted, dtype, criterion, threshold, unprotected=None, advice=None, max_drift=None, **options
 ):
-    """Write the LoRA to a folder, read it back, and return what `audit_file` found.
+    """Write the LoRA to a folder, read it back, and refuse it if it leaks more than `LEAKAGE_BOUNDS` allow.
 
     Args:
+        folder (`Path`): that is there.
         adapted (`dict`): the models that have it, by name; none where no LoRA was trained.
+        dtype (`torch.dtype`): of the saved weights, one of `LEAKAGE_BOUNDS`.
+        criterion, threshold: what counts as protected, see `Spectrum.rank`.
         unprotected (`Path`, *optional*): where the file is moved to if it leaks; without it, any leakage is let pass.
         advice (`str`, *optional*): what to do then.
         max_drift (`float`, *optional*): the root mean square of the predicted drifts, read back, is at most that: B of
             the `adapted` is scaled by what is missing, which only the rounding to 16 bits can bring about.
         options: of `save_lora`.
 
+    Returns:
+        `dict`: what `audit` found in the file.
+
     Raises:
-        NullSpaceError: if a protected layer leaks more than `LEAKAGE_BOUNDS` allow.
+        NullSpaceError: if the file cannot be written, or, with `unprotected`, a protected layer leaks too much.
     """
     if adapted:
         save_lora(folder, **adapted, dtype=dtype, **options)
@@ -72,6 +89,7 @@ def save_audited(
 
 
 def describe_dtype(dtype):
+    """'a float32' or 'a 16-bit', as goes before 'file'."""
     return "a float32" if dtype == torch.float32 else "a 16-bit"
 
 

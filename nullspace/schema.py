@@ -40,6 +40,8 @@ class Wrong(Exception):
 
 
 def integer(low, high):
+    """A whole number from `low` to `high`."""
+
     def check(value, where):
         if type(value) is not int or not low <= value <= high:
             raise Wrong(f"{where} must be a whole number from {low} to {high}")
@@ -48,6 +50,8 @@ def integer(low, high):
 
 
 def number(low, high):
+    """A number from `low` to `high`, neither NaN nor a truth value."""
+
     def check(value, where):
         if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
             raise Wrong(f"{where} must be a number from {low} to {high}")
@@ -56,6 +60,8 @@ def number(low, high):
 
 
 def text(longest=1000, pattern=None, what="text"):
+    """Text of at most so many characters that matches a pattern; `what` is what the sentence calls it."""
+
     def check(value, where):
         if not isinstance(value, str) or len(value) > longest or (pattern and not pattern.fullmatch(value)):
             raise Wrong(f"{where} must be {what} of at most {longest} characters")
@@ -66,12 +72,15 @@ def text(longest=1000, pattern=None, what="text"):
 
 
 def name_or_path(value, where):
+    """A Hub id or a path, as file systems have them."""
     text(4096)(value, where)
     if any(len(part.encode()) > LONGEST_NAME for part in value.split("/")):
         raise Wrong(f"{where} has a name in it that is longer than {LONGEST_NAME} bytes")
 
 
 def choice(*values):
+    """One of some texts."""
+
     def check(value, where):
         if not isinstance(value, str) or value not in values:
             raise Wrong(f"{where} must be one of {', '.join(values)}")
@@ -80,6 +89,8 @@ def choice(*values):
 
 
 def optional(field):
+    """What `field` takes, or null."""
+
     def check(value, where):
         if value is not None:
             field(value, where)
@@ -88,6 +99,8 @@ def optional(field):
 
 
 def array(field, fewest, most):
+    """A list of `fewest` to `most` items that `field` takes."""
+
     def check(value, where):
         if not isinstance(value, list) or not fewest <= len(value) <= most:
             raise Wrong(f"{where} must be a list of {fewest} to {most} items")

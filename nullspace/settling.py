@@ -11,6 +11,8 @@ from nullspace.checks import check_softness, settle_threshold
 from nullspace.errors import NullSpaceError
 from nullspace.names import (
     BUILDER,
+    DEFAULT_RANK,
+    DEFAULT_RATES,
     DEFAULT_SOFTNESS,
     DEFAULT_WORD_RATE,
     JOINT,
@@ -97,7 +99,7 @@ def settle(args, parser):
         parser.error(fault)
     settle_rates(args, parser)
     if args.init_lora is None:  # which has its own
-        args.rank = args.rank or 4
+        args.rank = args.rank or DEFAULT_RANK
         args.lora_alpha = args.lora_alpha or args.rank
     if args.report_to in ("wandb", "comet_ml", "all") and args.hub_token is not None:
         parser.error(
@@ -119,7 +121,7 @@ def settle_rates(args, parser):
     if own and args.optimizer == "prodigy":
         parser.error(f"--optimizer prodigy takes one rate for all that is trained; leave --{own[0]} out.")
     if args.learning_rate is None:
-        args.learning_rate = 1.0 if args.optimizer == "prodigy" else 5e-4
+        args.learning_rate = DEFAULT_RATES[args.optimizer]
     if args.placeholder_token and args.word_learning_rate is None:
         args.word_learning_rate = args.learning_rate if args.optimizer == "prodigy" else DEFAULT_WORD_RATE
 

@@ -66,7 +66,8 @@ class Spectrum(NamedTuple):
         The others take half the bytes. More than is in float32 cannot be closed, see `Bundle.protected`.
 
         An orthonormal matrix has half as many degrees of freedom as entries, and its reflections have no more: rounded
-        to float16 they turn a direction by about 4e-4, and what is made of them is orthonormal all the same.
+        to float16 they turn a direction by 4e-4 on average and by less than 1e-3 (random bases of 320, 768 and 1280),
+        and what is made of them is orthonormal all the same.
         """
         if self.rest is not None:
             return self
@@ -102,8 +103,13 @@ class Spectrum(NamedTuple):
         return self.eigenvectors.shape[1]
 
     def distance(self, rank=None):
-        """A bound of ||U_k - V_k||_F for the leading `rank` directions, by default those that are stored in full."""
-        return None if self.distances is None else self.distances[: rank or self.exact].double().norm().item()
+        """A bound of ||U_k - V_k||_F for the leading `rank` directions, by default those that are stored in full.
+
+        None where it is not known; of no direction it is 0.
+        """
+        if self.distances is None:
+            return None
+        return self.distances[: self.exact if rank is None else rank].double().norm().item()
 
     def drift_distance(self, rank=0):
         """||(U - V) (C / tr C)^(1/2)||_F over all but the leading `rank` directions, or None where it is not known.
@@ -145,8 +151,9 @@ class Spectrum(NamedTuple):
     def orthonormal(self):
         """Eigenvectors (in, in) in float32, orthonormal to its rounding again.
 
-        Those of format 1 take one Newton-Schulz step U (3 I - U^T U) / 2, which squares the deviation that float16
-        storage left (about 5e-4), and turns no direction by more than that.
+        Those of format 1 take one Newton-Schulz step U (3 I - U^T U) / 2 (Higham, Functions of Matrices, 2008, ch. 8),
+        which squares the deviation that float16 storage left (2^-11 of each entry, so about 5e-4), and turns no
+        direction by more than that.
         """
         if self.rest is not None:
             return self._unpack()

@@ -28,8 +28,8 @@ from nullspace.prompts import prompts_of_model, spread
 from nullspace.word import vector_names
 
 
-PROMPTS = 48  # a subject, and so many at most of those that it was trained on
-TRAINED = 16
+PER_SUBJECT = 48  # prompts that are protected of a subject
+TRAINED = 16  # of them at most are those that it was trained on
 KINDS = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "a painting of {}", "a close-up photo of {}")
 PLACE = re.compile(r" (?:on|in|at|against|by|under|near|beside|behind|between) .+")
 LONGEST = 1000  # characters of a prompt, and prompts of a report: it may be a stranger's
@@ -273,7 +273,7 @@ def check_bundle(config, name, loras, flag="--nullspace_name_or_path"):
 
 
 def subject_prompts(model):
-    """The prompts to protect of a `BaseModel`'s LoRAs, up to `PROMPTS` a subject: `list[str]`.
+    """The prompts to protect of a `BaseModel`'s LoRAs, up to `PER_SUBJECT` a subject: `list[str]`.
 
     They are made of what the report says: the prompts that it was trained on; its subject by itself, in kinds of
     pictures (`KINDS`) and in the places that the model's own list of prompts names. The subject is the LoRA's word, or
@@ -281,7 +281,7 @@ def subject_prompts(model):
     """
     places = []
     if model.loras:
-        lines, _ = prompts_of_model(model.folder, 20 * PROMPTS)
+        lines, _ = prompts_of_model(model.folder, 20 * PER_SUBJECT)
         places = list(dict.fromkeys(match[0] for line in lines if (match := PLACE.search(line))))
     return [prompt for lora in model.loras for prompt in _prompts_of(lora, places)]
 
@@ -293,8 +293,8 @@ def _prompts_of(lora, places):
     subjects = [f"a {word.token}" for word in lora.words] or [subject] * bool(subject)
     kinds = [kind.format(subject) for subject in subjects for kind in KINDS]
     made = dict.fromkeys([*spread(trained, TRAINED), *kinds])
-    placed = [f"{subject}{place}" for subject in subjects for place in spread(places, PROMPTS)]
-    return list(dict.fromkeys([*made, *spread(placed, max(0, PROMPTS - len(made)))]))[:PROMPTS]
+    placed = [f"{subject}{place}" for subject in subjects for place in spread(places, PER_SUBJECT)]
+    return list(dict.fromkeys([*made, *spread(placed, max(0, PER_SUBJECT - len(made)))]))[:PER_SUBJECT]
 
 
 def unnamed_subjects(loras):

@@ -51,6 +51,7 @@ class Finding(NamedTuple):
 
     @property
     def holds(self):
+        """Whether the bundle protects what the model reads there: neither share nor energy is beyond its limit."""
         return self.measured <= self.limit and 1 / ENERGY <= self.energy <= ENERGY  # not so for NaN
 
 
@@ -167,7 +168,10 @@ def readers(pipeline, family):
 
 
 def draw(bundle, pipeline, prompts, whole, seed):
-    """Second moments of what is read at the joint group's timesteps: `dict[str, Tensor (in, in)]` by input."""
+    """Second moments of what is read at the joint group's timesteps: `dict[str, Tensor (in, in)]` by input.
+
+    Arguments as for `read`, which says what is raised.
+    """
     config, family = bundle.config, get_family(bundle.config["model_type"])
     first, last = next(group["range"] for group in config["groups"] if group["name"] == JOINT)
     inputs = inputs_of(bundle, timeless=False) | (inputs_of(bundle, timeless=True) if whole else {})

@@ -33,7 +33,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.families import stable_diffusion
 from nullspace.names import CONFIG_NAME
 from nullspace.prompts import Counted, length_warnings, prompt_warnings, read_lines, tokenizer_fault, word_warnings
-from nullspace.settling import unquoted_prompt
+from nullspace.settling import UNUSED_BY_WORD, WORD_FLAGS, unquoted_prompt
 from test_train import INSTANCES, bundle1, command_line  # noqa: F401
 
 
@@ -75,6 +75,13 @@ def test_every_number_has_a_range_that_the_help_shows(script, monkeypatch):
             assert f"({words}; default" in entry or re.search(rf"\({re.escape(str(words))}\)\.(?= |$)", entry), entry
         seen += len(numeric)
     assert seen
+
+
+def test_every_flag_of_a_word_or_a_lora_alone_is_known_as_one(monkeypatch):
+    (parser,) = parsers_of(trainer, LINES[trainer], monkeypatch)
+    groups = {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
+    assert {"placeholder_token", *WORD_FLAGS} == groups["word"]
+    assert groups["null space"] | groups["LoRA"] - {"output_kohya_format"} <= set(UNUSED_BY_WORD)
 
 
 @pytest.mark.parametrize("kind", [int, float, lambda text: int(text, 16), Fraction])

@@ -229,8 +229,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
 # ---- What is named ---------------------------------------------------------------------------------------------------
 
 
-def known_flags(capsys):
-    """Every flag in the help of doors and commands, and of benchmarks and demo by their code."""
+def helps(capsys):
+    """The help of all doors and commands."""
     lines = [["train_dreambooth_nullspace.py"], ["build_nullspace.py"]]
     lines += [
         ["nullspace_utils.py", name] for name in "audit export merge merge-loras verify repair find cache".split()
@@ -238,8 +238,13 @@ def known_flags(capsys):
     for script, *command in lines:
         with pytest.raises(SystemExit):
             DOORS[script].parse_args([*command, "--help"])
+    return capsys.readouterr().out
+
+
+def known_flags(capsys):
+    """Every flag in the help of doors and commands, and of benchmarks and demo by their code."""
     code = [path.read_text() for folder in ("benchmarks", "demo") for path in (ROOT / folder).glob("*.py")]
-    return {*re.findall(r"--\w[\w-]*", capsys.readouterr().out), *re.findall(r'"(--\w+)"', "\n".join(code))}
+    return {*re.findall(r"--\w[\w-]*", helps(capsys)), *re.findall(r'"(--\w+)"', "\n".join(code))}
 
 
 def test_flags_and_scripts_in_the_text_are_there(capsys):
@@ -254,6 +259,13 @@ def test_flags_and_scripts_in_the_text_are_there(capsys):
             for script in set(re.findall(r"\S+\.py\b", code)) - FOREIGN:
                 places = [ROOT / script, *(ROOT / folder / script for folder in ("benchmarks", "tests"))]
                 assert any(place.is_file() for place in places), f"{named(path)}: {script}"
+
+
+def test_every_flag_is_on_a_page(capsys):
+    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *DOCS))
+    flags = set(re.findall(r"^  (--[a-z]\w*)", helps(capsys), re.M))
+    assert len(flags) > 100
+    assert sorted(flags - set(re.findall(r"--[a-z]\w*", text))) == []
 
 
 def test_flags_that_others_have_are_compared_with_ours(capsys):

@@ -313,6 +313,15 @@ def test_of_two_runs_at_once_one_builds(tiny_sd1, built, tmp_path, no_drawing, c
     assert found == [(str(folder), False)]
 
 
+def test_a_bundle_that_a_killed_run_was_about_to_replace_is_put_back(tiny_sd1, built, tmp_path, no_drawing):
+    folder = copy_to(tmp_path, built)
+    folder.rename(f"{folder}.old-{2**30}")  # of a process that there is none of
+    (tmp_path / f"{folder.name}.partial-{2**30}").mkdir()
+    no_drawing()
+    assert Run(tiny_sd1, tmp_path).find() == (str(folder), False)
+    assert {path.name for path in tmp_path.iterdir()} - {f"{folder.name}.lock"} == {folder.name}
+
+
 def test_a_model_that_lacks_its_text_encoder_is_refused_before_anything_is_built(tiny_sd1, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_sd1, model)

@@ -622,6 +622,15 @@ def projected(x, item):
     return array(x) @ free * (1 if item.gains is None else array(item.gains)) @ free.T
 
 
+def worst_share(projector):
+    """The largest share of any A's norm that lies in what the joint group protects."""
+    shares = [0.0]
+    for name, item in projector.groups[JOINT].items():
+        a = array(projector.parameters[name])
+        shares.append(np.linalg.norm(a @ array(item.basis)[:, : item.rank]) / np.linalg.norm(a))
+    return max(shares)
+
+
 def down(unet, adapter="default"):
     return {name: layer.lora_A[adapter].weight for name, layer in unet.named_children()}
 
@@ -653,7 +662,7 @@ def test_initial_values_are_projected(adapter, seed, lowest):
         assert torch.equal(parameter, before[name]) == (protected[name].rank == 0)
         assert parameter.requires_grad
         assert parameter.is_leaf
-    assert projector.leakage() < 1e-6
+    assert worst_share(projector) < 1e-6
 
 
 @pytest.mark.parametrize("lowest", [None, EXACT, HALF])
@@ -712,7 +721,7 @@ def test_values_are_projected_after_each_step(make_optimizer):
             left = max(left, np.abs(expected - array(down(twin)[name])).max())
     scales_coordinates = not isinstance(optimizer, torch.optim.SGD)
     assert (left > 1e-2) == scales_coordinates  # without projection it would have left, though its gradients had not
-    assert projector.leakage() < 1e-6
+    assert worst_share(projector) < 1e-6
 
 
 @pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -734,7 +743,7 @@ def test_changes_are_held_back_after_each_step(make_optimizer):
         for name, parameter in down(unet).items():
             change = down(twin)[name].detach() - before[name]
             assert_close(parameter, array(before[name]) + projected(change, protected[name]))
-    assert projector.leakage() < 1e-6
+    assert worst_share(projector) < 1e-6
 
 
 def test_holding_back_is_the_optimizers_step_in_other_coordinates():
@@ -871,16 +880,6 @@ def test_with_several_groups_the_change_is_projected_with_the_selected_one(make_
         for name, parameter in down(unet).items():
             change = down(twin)[name].detach() - before[name]
             assert_close(parameter, array(before[name]) + projected(change, protected[name]))
-
-
-def test_the_projectors_own_leakage_is_the_worst_share_of_a_layer():
-    unet, protected = mixture()
-    projector = NullSpaceProjector(unet, {"a": protected, "b": protected})
-    shares = []
-    for name, parameter in down(unet).items():
-        inside = array(parameter) @ array(protected[name].basis)[:, : protected[name].rank]
-        shares.append(np.linalg.norm(inside) / np.linalg.norm(array(parameter)))
-    assert projector.leakage() == pytest.approx(max(shares), rel=1e-5)
 
 
 # ---- The guarantee ---------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_report_and_bundle_name_it(trained, tiny_sd1, bundle1, capsys):  # noqa:
     assert report(trained.heart)["base_model"]["loras"] == named and "loras" not in report(trained.star)["base_model"]
     bundle = Bundle.load(trained.bundle)
     assert bundle.config["base_model"]["loras"] == named
-    assert bundle.config["prompts"]["count"] == 5 + stack.PROMPTS
+    assert bundle.config["prompts"]["count"] == 5 + stack.PER_SUBJECT
     assert bundle.config["prompts"]["source"].endswith(".txt + star")
     assert "a photo of a sks-star" in bundle.config["prompts"]["examples"]
     assert report(trained.heart)["leakage"]["max"] < 1e-5
@@ -231,7 +231,7 @@ def test_prompts_of_a_subject(tmp_path):
     assert found[:2] == ["sks-dog, 0", "sks-dog, 6"] and found[16:18] == ["a sks-dog", "a photo of a sks-dog"]
     assert found[-1] == "a sks-dog in a tree, at night" and len(found) == 16 + 6 + 2
     (tmp_path / "prompts.txt").write_text("".join(f"a cat on {number}\n" for number in range(200)))
-    assert len(set(stack.subject_prompts(model))) == 2 * stack.PROMPTS
+    assert len(set(stack.subject_prompts(model))) == 2 * stack.PER_SUBJECT
     assert "No prompt of x is known" in stack.unnamed_subjects([lora, stack.Earlier("x", "0", {}, [], {})])
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from nullspace.errors import NullSpaceError, cannot_be_had
 
 
-# What --model_type calls a family, and its class in this folder: imported when it is needed, for that takes seconds.
+# What --model_type calls a family, and its class in this folder: imported when it is needed, for that takes seconds. Of
+# families with one kind of UNet the first is taken unless a later one claims the model by its scheduler.
 FAMILIES = {
     "sd": "stable_diffusion.StableDiffusion",
     "lcm": "latent_consistency.LatentConsistency",
@@ -19,7 +20,7 @@ FAMILIES = {
 
 @cache
 def get_family(name):
-    """The family that --model_type calls by this name."""
+    """The family that --model_type calls by this name: one instance for all who ask."""
     module, kind = FAMILIES[name].split(".")
     return getattr(import_module(f"nullspace.families.{module}"), kind)()
 

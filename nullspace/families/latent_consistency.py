@@ -95,7 +95,11 @@ def consistency_function(denoise, noise_scheduler, noisy, timesteps, **condition
 
 
 def latents_loss(denoise, noise_scheduler, latents, timesteps, noise, **conditions):
-    """Huber distance of the consistency function from the clean latents (batch, 4, h, w), as a scalar."""
+    """Huber distance of the consistency function from the clean latents (batch, 4, h, w), as a scalar.
+
+    It is `consistency_loss` with the clean latents in place of the answer from the earlier point, at whose timestep, 0,
+    the consistency function is the identity. That choice is this project's; it takes one pass of the model, not two.
+    """
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     answer = consistency_function(denoise, noise_scheduler, noisy, timesteps, **conditions)
     return F.smooth_l1_loss(answer, latents.float(), beta=HUBER)

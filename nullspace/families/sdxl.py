@@ -87,7 +87,7 @@ class StableDiffusionXLTurbo(StableDiffusionXL):
         "timestep_groups": JOINT,
     }
     resolution = 512
-    is_trained = False
+    is_trainable = False
 
     def claims(self, scheduler_config):
         """Euler steps that end at the last timestep, which a model that was not distilled is not drawn with.

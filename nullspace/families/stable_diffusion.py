@@ -23,18 +23,32 @@ from nullspace.stack import add_to_models, add_to_tokenizers
 class StableDiffusion:
     """How a model of the family is recognised, loaded, trained and drawn with.
 
+    Another family inherits from this one or a relative, sets the attributes that differ and overrides `recognises` and
+    the methods that differ; all others are inherited. One instance, made without arguments, serves everybody
+    (`get_family`), so it keeps nothing of a model.
+
+    Its pipeline has `unet` (a `UNet2DConditionModel`), `vae` (an `AutoencoderKL`), `scheduler`, `vae_scale_factor`, and
+    text encoders and tokenizers by the names below. When it is called, it takes what `sample` here and `draw` in
+    nullspace/validation.py give it, and "latents" is among the values of its `callback_on_step_end`.
+
     Attributes:
-        name (`str`), title (`str`): as --model_type and sentences call it.
-        evidence (`str`): what its UNet does that no other family's does.
-        marks (`tuple[str]`): classes of pipelines and schedulers that are its alone.
-        pipeline (`type`), sampler (`type`), num_inference_steps (`int`): what validation draws with.
-        pipeline_options (`dict`): what its pipeline is loaded with.
-        collection (`dict`): the builder's defaults, those of its pipeline.
-        samplers (`tuple[str]` or `None`): those that draw with it, all if None.
+        name (`str`): as --model_type and `FAMILIES` call it.
+        title (`str`): as sentences call one of its models, with the article.
+        evidence (`str`): what its UNet does that no other family's does, a verb first: "whose UNet <evidence>".
+        marks (`tuple[str]`): classes of pipelines and schedulers that are its alone; a model with one of them and the
+            UNet of another family is taken only at the user's word.
+        pipeline (`type`): of diffusers, with `from_pretrained`, and `from_single_file` where such files are to be read.
+        pipeline_options (`dict`): what the pipeline is loaded with.
+        sampler (`type`), num_inference_steps (`int`): the scheduler, and the steps, that validation draws with.
+        noise_scheduler (`type`): the scheduler that it is trained with, of which `loss` makes use.
+        collection (`dict`): the builder's defaults, by the names of its flags; as the pipeline's own. "sampler" and
+            "guidance_scale" are read from it besides, by trainings that build a bundle or need none.
+        samplers (`tuple[str]` or `None`): those of `SAMPLERS` that draw with it, all if None.
         tags (`tuple[str]`): of model cards.
-        text_encoders (`dict[str, type]`): classes, by their names in the pipeline.
+        text_encoders (`dict[str, type]`): classes, by their names in the pipeline, of which `TEXT_ENCODERS` has all.
         resolution (`int`): side of the pictures that it is trained on, in pixels.
-        is_trained (`bool`): whether the trainer has a loss for it.
+        is_trainable (`bool`): whether the trainer has a loss for it. Cards of bundles go by it; what refuses a training
+            is `settle`.
     """
 
     name = "sd"
@@ -51,23 +65,29 @@ class StableDiffusion:
     noise_scheduler = DDPMScheduler
     text_encoders = {TEXT_ENCODER: CLIPTextModel}
     resolution = 512
-    is_trained = True
+    is_trainable = True
 
     def recognises(self, unet_config):
-        """Whether a UNet, by its configuration, is one of the family."""
+        """Whether a UNet, by its configuration (`dict`), is one of the family; where several say so, see `claims`."""
         keys = ("addition_embed_type", "time_cond_proj_dim")
         return all(unet_config.get(key) is None for key in keys)
 
     def claims(self, scheduler_config):
-        """Whether a UNet that several families recognise is this one's, by the configuration of its scheduler."""
+        """Whether a UNet that several families recognise is this one's, by the configuration (`dict`) of its scheduler.
+
+        Where none claims it, it is of the first of them in `FAMILIES`.
+        """
         return False
 
     # Loading
 
     def load_tokenizers(self, model):
-        """The tokenizers of a `BaseModel`, by their names in the pipeline.
+        """The tokenizers of a `BaseModel`, by their names in the pipeline: `dict[str, CLIPTokenizer]`.
 
-        Raises OSError or ValueError, as the library does, if one is missing.
+        Whatever loads them, `add_to_tokenizers` must be called with them: without it the words of --base_lora are lost.
+
+        Raises:
+            OSError, ValueError: as the library does, if one is missing.
         """
         names = map(tokenizer_of, self.text_encoders)
         tokenizers = {name: CLIPTokenizer.from_pretrained(model.folder, subfolder=name) for name in names}
@@ -75,7 +95,9 @@ class StableDiffusion:
         return tokenizers
 
     def load_models(self, model, parts=None):
-        """Text encoders, UNet and VAE of a `BaseModel`, in float32: `dict[str, Module]`.
+        """Text encoders, UNet and VAE of a `BaseModel`, in float32: `dict[str, Module]`, as the pipeline calls them.
+
+        Whatever loads them, `add_to_models` must be called with them: without it the LoRAs of --base_lora are lost.
 
         Args:
             parts (`Iterable[str]`): which of them; all by default.
@@ -98,14 +120,14 @@ class StableDiffusion:
             return self.load_models(model, ["vae"])["vae"]
 
     def load_pipeline(self, model, **components):
-        """The pipeline of a `BaseModel`, with those components that are given."""
+        """The pipeline of a `BaseModel`, with those components that are given, by name, and the others loaded."""
         parts = {*self.text_encoders, "unet", "vae"} - components.keys()
         models = self.load_models(model, parts)
         components = self.load_tokenizers(model) | components
         return self.pipeline.from_pretrained(model.folder, **self.pipeline_options, **models, **components)
 
     def load_noise_scheduler(self, folder):
-        """The noise schedule that it is trained with."""
+        """The noise schedule that it is trained with, from a folder (`Path`) of the model."""
         return self.noise_scheduler.from_pretrained(folder, subfolder="scheduler")
 
     def needs_float32(self, vae_config):
@@ -118,7 +140,7 @@ class StableDiffusion:
         """Set the trainer's flags that are the family's own to their defaults.
 
         Raises:
-            NullSpaceError: if one is another family's.
+            NullSpaceError: if one is another family's, or models of this one are not trained.
         """
         if args.lcm_loss:
             raise NullSpaceError(
@@ -126,11 +148,14 @@ class StableDiffusion:
             )
 
     def encode(self, text_encoders, tokens, clip_skip=0):
-        """What the denoiser is told of prompts: its keyword arguments, tensors (batch, ...).
+        """What the denoiser is told of prompts: `dict[str, Tensor (batch, ...)]`, its keyword arguments.
+
+        `TEXT_INPUT` (batch, tokens, width) must be among them: what to_k and to_v of all cross-attention layers read.
 
         Args:
             text_encoders (`dict[str, Callable]`): by name, whatever they are wrapped in.
             tokens (`dict[str, dict]`): for each its `input_ids` and perhaps `attention_mask`, (batch, tokens).
+            clip_skip (`int`): as in `sample`.
         """
         return {TEXT_INPUT: encode_tokens(text_encoders[TEXT_ENCODER], **tokens[TEXT_ENCODER], clip_skip=clip_skip)}
 
@@ -139,15 +164,22 @@ class StableDiffusion:
         return clip_skip
 
     def place(self, framings):
-        """What the denoiser is told of where pictures were cut, framings (batch, 6) of `InstanceDataset`, as above."""
+        """What the denoiser is told of where pictures were cut: keyword arguments, as those of `encode`.
+
+        Args:
+            framings (`Tensor`): (batch, 6), pixels, see `InstanceDataset`.
+        """
         return {}
 
     def training_timesteps(self, noise_scheduler):
-        """The timesteps to train at, ascending."""
+        """The timesteps to train at, `Sequence[int]`, ascending."""
         return range(noise_scheduler.config.num_train_timesteps)
 
     def denoiser(self, unet, config, guidance_scale):
-        """The UNet as a function of noisy latents, timesteps and conditions.
+        """The UNet as a function that `loss` calls: (noisy, timesteps, **conditions), with the prediction as `.sample`.
+
+        Noisy latents and prediction are (batch, 4, h, w), timesteps (batch,), and the conditions those of `encode` and
+        `place`.
 
         Args:
             unet (`Callable`): the model, whatever it is wrapped in.
@@ -157,7 +189,7 @@ class StableDiffusion:
         return unet
 
     def loss(self, args):
-        """The training's loss, a function as `diffusion_loss` is."""
+        """The training's loss, a function of what `diffusion_loss` takes, but for `snr_gamma`; it gives a scalar."""
         return lambda *inputs, **conditions: diffusion_loss(*inputs, **conditions, snr_gamma=args.snr_gamma)
 
     # Drawing
@@ -207,7 +239,11 @@ def diffusion_loss(denoise, noise_scheduler, latents, timesteps, noise, snr_gamm
 
     Args:
         denoise (`Callable`): the model, of noisy latents, timesteps (batch,) and `conditions`.
+        timesteps (`Tensor`): (batch,), of the noise schedule.
         noise (`Tensor`): (batch, 4, h, w), standard normal.
+
+    Raises:
+        NullSpaceError: if the model predicts neither noise nor velocities.
     """
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     prediction = denoise(noisy, timesteps, **conditions).sample

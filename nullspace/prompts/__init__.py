@@ -279,6 +279,7 @@ def prompts_of_model(folder, count):
 
 
 def file_lines(args):
+    """The lines of --prompts_file, as they are read; `NullSpaceError` if it cannot be, see `read_lines`."""
     try:
         yield from read_lines(args.prompts_file)
     except (OSError, ValueError) as error:
@@ -286,6 +287,7 @@ def file_lines(args):
 
 
 def dataset_lines(args):
+    """The prompts of --prompts_dataset_name, as they come; `NullSpaceError` if it or its column cannot be had."""
     require("datasets", "--prompts_dataset_name")
     from datasets import load_dataset  # slow to import, and seldom needed
 

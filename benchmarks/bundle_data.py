@@ -175,7 +175,7 @@ def plot(runs, path):
         axis.plot(labels, [row["noise_drift"] for row in found], "ko-", label="predicted noise (squared)")
         for sampler in SAMPLERS:
             axis.plot(labels, [row["moved"][sampler] for row in found], ".--", label=f"pictures, {sampler}")
-        axis.plot(labels, [row["let_through"] for row in found], "x:", label="held-out energy let through")
+        axis.plot(labels, [row["let_through"] for row in found], "x:", label="energy let through")
         axis.axhline(runs[NONE]["noise_drift"], color="grey", linestyle=":", label="predicted noise, no bundle")
         axis.set(title=key, yscale="log")
     axes[0, 0].set_ylabel("change on held-out prompts")

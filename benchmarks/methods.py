@@ -110,6 +110,7 @@ TIER_TWO = {
     "textual inversion": Method(WORD | {"word_only": True}, HIGHEST),
     "plain LoRA, word": replace(PLAIN, flags=PLAIN.flags | WORD),
     "null space, word, rank 4": ours(**WORD),
+    "null space, word at half its rate": ours(**WORD, rank=16, word_learning_rate=5e-3),
     "null space, word, softness 1e-5": ours(HIGHER, **WORD, rank=16, nullspace_softness=1e-5),
     "null space, word, softness 1e-7": ours(**WORD, rank=16, nullspace_softness=1e-7),
     "null space, word, no scenes protected": ours(**WORD, rank=16, nullspace_name_or_path=True),

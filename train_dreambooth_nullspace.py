@@ -448,8 +448,10 @@ from nullspace.adapters import add_lora, lora_targets
 from nullspace.batch_loss import BatchLoss
 from nullspace.budget import hold_drift
 from nullspace.bundle import Bundle
+from nullspace.captions import distinct_captions
 from nullspace.checkpoint import check_same_run, describe_bundle, describe_models, going_on_from, write_state
 from nullspace.checkpointer import Checkpointer
+from nullspace.collection import PRECISIONS
 from nullspace.dataset import InstanceDataset, epoch_batches, make_dataloader, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
 from nullspace.initial import fill, read_initial, settle_layers, tell_cost
@@ -523,7 +525,7 @@ def train(accelerator, args):
     pictures, captions, sizes, given_prompts = read_subject(accelerator, args)
     initial = read_initial(accelerator, args)
     family, checkpoint, bundle, nearest, protected, run = find_out(accelerator, captions, pictures, initial, args)
-    prompts = list(dict.fromkeys(caption for several in captions for caption in several))
+    prompts = distinct_captions(captions)
 
     # Model: the one that the bundle and the checkpoint are of
     tokenizers, models, noise_scheduler = load_models(family, captions, given_prompts, args)
@@ -540,7 +542,8 @@ def train(accelerator, args):
         check_same_run(checkpoint, run)
     del parts
     targets = [] if args.word_only else lora_targets(unet, text_encoders, bundle, protected, args)
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    args.vae_in_float32 = False  # unless it turns out to overflow in that type
     for model in (*text_encoders.values(), vae, unet):
         model.requires_grad_(False).to(accelerator.device, weight_dtype)
     if closes_any(protected):
@@ -588,29 +591,34 @@ def train(accelerator, args):
     lr_scheduler, steps_per_epoch = make_schedule(optimizer, dataloader, accelerator, args)
     run["--max_train_steps"] = args.max_train_steps
     check_same_run(checkpoint, run)
-    models = [accelerator.prepare_model(model, evaluation_mode=not is_trained(model)) for model in learning.values()]
+    wrapped = {
+        name: accelerator.prepare_model(model, evaluation_mode=not is_trained(model))
+        for name, model in learning.items()
+    }
     optimizer, dataloader, lr_scheduler = accelerator.prepare(optimizer, dataloader, lr_scheduler)
-    text_encoders |= dict(zip(list(learning)[1:], models[1:], strict=True))
+    text_encoders |= {name: model for name, model in wrapped.items() if name in text_encoders}
     step = start_or_resume(accelerator, checkpoint, adapted, word, parameters, len(pictures), args)
 
-    # Training loop
-    batch_loss = BatchLoss(family, models[0], unet.config, noise_scheduler, vae, scaling_factor, weight_dtype, args)
+    # Training: whatever is drawn depends on seed, step and process alone, so that a resumed run draws it again
+    batch_loss = BatchLoss(
+        family, wrapped["unet"], unet.config, noise_scheduler, vae, scaling_factor, weight_dtype, args
+    )
     sampler = TimestepSampler(nearest, family.training_timesteps(noise_scheduler))
     scalars = ScalarLog(accelerator, lr_scheduler, step, args.max_train_steps)
     checkpointer = Checkpointer(accelerator, parameters, scalars, run, step if checkpoint else None, args)
     # Resumed from its last checkpoint, a run has nothing left to do, even in the middle of an epoch
     epochs = range(step // steps_per_epoch, args.num_train_epochs) if step < args.max_train_steps else ()
     for epoch in signals.noted_during(epochs):
-        for model in models:
+        for model in wrapped.values():
             model.train()
         done = (step - epoch * steps_per_epoch) * args.gradient_accumulation_steps  # batches of this epoch
         batches = epoch_batches(accelerator, dataset, dataloader, epoch, done)
         for index, (batch, numbers, framings) in enumerate(batches, done):
-            with accelerator.accumulate(*models):
+            with accelerator.accumulate(*wrapped.values()):
                 here = (args.seed, "step", epoch, index, accelerator.process_index)
                 generator = seeded(*here)
                 torch.manual_seed(seeded(*here, "dropout").initial_seed())  # dropout draws from the global generator
-                first, end, group = sampler.group(seeded(args.seed, "group", step))
+                first, end, group = sampler.draw_interval(seeded(args.seed, "group", step))
                 projector.select(group)
                 conditions = prompt_encoder(text_encoders, numbers) | family.place(framings)
                 loss, latents = batch_loss(batch, conditions, partial(sampler.draw, first, end), generator)
@@ -619,7 +627,7 @@ def train(accelerator, args):
                     accelerator.unscale_gradients()
                     norm = get_total_norm([parameter.grad for parameter in parameters])
                     projector.project_gradients()
-                    allowed_norm = clip_grad_norm_(parameters, args.max_grad_norm)
+                    projected_norm = clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
@@ -631,7 +639,7 @@ def train(accelerator, args):
                 latents=latents.float().sum(),
                 loss=loss.detach(),
                 grad_norm=norm,
-                grad_norm_projected=allowed_norm,
+                grad_norm_projected=projected_norm,
                 **({"predicted_drift": budget.predicted} if budget else {}),
             )
             if step % args.checkpointing_steps == 0:

@@ -40,7 +40,7 @@ from nullspace.timesteps import timestep_groups
 
 STAGES = 4
 SMALL_FILES = 2**20  # bytes of a bundle's card, picture and tables, more or less
-PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of --mixed_precision, as torch calls them
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 
 
 def checkpoint_folder(output_dir):
@@ -305,7 +305,7 @@ def collect(pipeline, prompts, model, args, state):
     config = describe(pipeline, prompts, model, args)
     names = get_family(args.model_type).text_encoders
     weights = weights_sha256(pipeline.unet, *(getattr(pipeline, name) for name in names))
-    pipeline.to(state.device, getattr(torch, PRECISIONS[args.mixed_precision]))
+    pipeline.to(state.device, PRECISIONS[args.mixed_precision])
     visited = []
     for steps in args.num_inference_steps:
         try:

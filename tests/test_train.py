@@ -367,7 +367,7 @@ def test_timestep_sampler_is_uniform_and_names_the_group():
     assert sampler.intervals == [
         (0, 200, "late"), (200, 700, "unprotected"), (700, 900, "early"), (900, 1000, "unprotected")
     ]  # fmt: skip
-    drawn = [sampler.group(trainer.seeded(0, step)) for step in range(2000)]
+    drawn = [sampler.draw_interval(trainer.seeded(0, step)) for step in range(2000)]
     share = sum(interval[2] == "late" for interval in drawn) / len(drawn)
     assert abs(share - 0.2) < 0.03
     assert trainer.TimestepSampler([], range(1000)).intervals == [(0, 1000, JOINT)]

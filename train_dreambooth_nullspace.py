@@ -19,10 +19,8 @@ protects: that of --nullspace_name_or_path, or one that is found or built for th
 """
 
 import argparse
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from nullspace import signals
 from nullspace.checks import (
@@ -46,11 +44,10 @@ from nullspace.names import (
     EMBEDDINGS,
     INTERPOLATION,
     JOINT,
-    UNPROTECTED_NAME,
     WORD_SOFTNESS,
 )
 from nullspace.settling import refuse_prior_preservation, settle
-from nullspace.system import quiet_imports, remove_leftovers, staging
+from nullspace.system import quiet_imports, remove_leftovers
 
 
 # All of diffusers' `SchedulerType` but piecewise_constant, which needs rules of its own.
@@ -447,9 +444,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from nullspace.adapters import add_lora, lora_targets
 from nullspace.batch_loss import BatchLoss
 from nullspace.budget import hold_drift
-from nullspace.bundle import Bundle
 from nullspace.captions import distinct_captions
-from nullspace.checkpoint import check_same_run, describe_bundle, describe_models, going_on_from, write_state
+from nullspace.checkpoint import check_same_run, describe_bundle, describe_models
 from nullspace.checkpointer import Checkpointer
 from nullspace.collection import PRECISIONS
 from nullspace.dataset import InstanceDataset, epoch_batches, make_dataloader, seeded
@@ -459,7 +455,6 @@ from nullspace.latents import encode_pictures
 from nullspace.layers import is_trained
 from nullspace.locks import alone
 from nullspace.logs import ScalarLog, log_audit, set_up_logging
-from nullspace.model_card import how_to_use
 from nullspace.optimizers import make_optimizer, make_schedule, parameter_groups
 from nullspace.preparation import (
     check_output,
@@ -473,12 +468,11 @@ from nullspace.preparation import (
 )
 from nullspace.projector import NullSpaceProjector
 from nullspace.prompt_encoder import PromptEncoder
-from nullspace.prompts import spread
 from nullspace.protection import add_extra_prompts, closes_any, log_protection, protect
-from nullspace.report import audit_file, describe_drift, save_audited
-from nullspace.results import log_files, push, put_in_place, write_results
+from nullspace.report import audit_file
+from nullspace.results import Trained, log_files, save
 from nullspace.timesteps import TimestepSampler
-from nullspace.validation import draw_checkpoints, draw_saved, validate
+from nullspace.validation import validate
 from nullspace.verify import check_against_model
 from nullspace.word import NewWord
 
@@ -490,37 +484,22 @@ logger = get_logger(__name__)
 
 @naming_what_is_left
 def main(args):
+    """Train a LoRA, a word or both, and save, show and publish them: alone in --output_dir."""
     accelerator = make_accelerator(args)
     set_up_logging(accelerator)
     check_output(args)
     with alone(args.output_dir / ".lock", logger.warning, accelerator):
         if accelerator.is_main_process:
-            for folder in (
-                args.output_dir,
-                *(args.output_dir / name for name in ("pictures", "validation", EMBEDDINGS)),
-            ):
-                remove_leftovers(folder, logger.info)
+            for name in ("", "pictures", "validation", EMBEDDINGS):
+                remove_leftovers(args.output_dir / name, logger.info)
         accelerator.wait_for_everyone()
         earlier_logs = log_files(args)
         trained = train(accelerator, args)
         save(accelerator, trained, earlier_logs, args)
 
 
-class Trained(NamedTuple):
-    """What saving needs of a training; all else that it held is freed with `train`, to make room for pictures."""
-
-    adapted: dict  # the models that have a LoRA, by name
-    word: NewWord | None
-    bundle: Bundle | None  # none where a word is trained alone
-    dtype: torch.dtype  # that the models ran in
-    lora_dtype: torch.dtype  # that the LoRA is saved in
-    step: int
-    saved: int | None  # the step of the last checkpoint
-    run: dict  # what the result depends on
-
-
 def train(accelerator, args):
-    """Train a LoRA, with checkpoints and pictures on the way."""
+    """Train a LoRA, a word or both, with checkpoints and pictures on the way: `Trained`."""
     # Arguments: what can be wrong with them is found before the work
     pictures, captions, sizes, given_prompts = read_subject(accelerator, args)
     initial = read_initial(accelerator, args)
@@ -659,46 +638,6 @@ def train(accelerator, args):
     lora_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     check_weights(parameters, step, args.learning_rate, lora_dtype)
     return Trained(adapted, word, bundle, weight_dtype, lora_dtype, step, checkpointer.saved, run)
-
-
-def save(accelerator, trained, earlier_logs, args):
-    """Save LoRA and word, read them back, show what they did, and publish them."""
-    bundle, adapted, step = trained.bundle, trained.adapted, trained.step
-    # They take their place, and that of earlier ones, only once the files and their pictures turn out sound
-    with staging(args.output_dir / "lora") if accelerator.is_main_process else nullcontext() as staged:
-        if trained.saved != step:  # for a signal that comes while pictures are drawn, without what training needs
-            write_state(accelerator, staged and staged / "checkpoint", step, args, trained.run)
-        with going_on_from(staged, args.output_dir, step):
-            if accelerator.is_main_process:
-                # nearest promises nothing
-                unprotected = args.output_dir / UNPROTECTED_NAME if args.nullspace_timesteps == JOINT else None
-                criterion = args.nullspace_criterion, args.nullspace_threshold
-                if trained.word:
-                    trained.word.save(staged)
-                found = save_audited(
-                    staged, bundle, adapted, trained.lora_dtype, *criterion, unprotected, max_drift=args.max_drift
-                )
-                log_audit(accelerator, found, step)
-                for key in ("leakage", "predicted_drift"):
-                    if found[key]["max"] is not None:
-                        logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
-                if args.max_drift:
-                    logger.info(describe_drift(found, args.max_drift))
-                adapted.clear()
-                accelerator.free_memory()  # it keeps what it prepared
-                free_memory()
-                others = spread(bundle.config["prompts"]["examples"], 3) if bundle else []
-                prompts = args.validation_prompt or [args.instance_prompt[0], *others]
-                rows = draw_saved(staged, prompts, accelerator.device, trained.dtype, args)
-                compared = draw_checkpoints(trained.run, step, prompts, accelerator.device, trained.dtype, args)
-                put_in_place(staged, args)
-                written = write_results(
-                    accelerator, found, bundle, trained.lora_dtype, prompts, rows, compared, step, args
-                )
-            accelerator.end_training()
-            if args.push_to_hub and accelerator.is_main_process:
-                push(written, earlier_logs, args)
-            logger.info(f"To use it, after the lines that load the base model:\n\n{how_to_use(args)}\n")
 
 
 if __name__ == "__main__":

@@ -244,6 +244,23 @@ def weights_sha256(*models):
     return digest.hexdigest()
 
 
+def settle_sampling(family, args):
+    """Set --model_type, and those of the builder's flags that are not given to the family's own.
+
+    Raises:
+        NullSpaceError: if the family is not drawn with --sampler.
+    """
+    if family.samplers and args.sampler not in (None, *family.samplers):
+        title = family.title[0].upper() + family.title[1:]
+        raise NullSpaceError(
+            f"{title} is drawn with --sampler {' or '.join(family.samplers)} only, not {args.sampler}."
+        )
+    args.model_type = family.name
+    for name, value in family.collection.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def load_collected(family, model, prompts, tell, args):
     """The pipeline of a `BaseModel`, whole and in float32; `tell` is called with warnings.
 

@@ -31,7 +31,7 @@ from nullspace.flags import SINGLE_FILE_CONFIG
 from nullspace.names import DEFAULT_THRESHOLDS, JOINT
 from nullspace.samplers import SAMPLERS
 from nullspace.system import quiet_imports, remove_leftovers
-from nullspace.terminal import printable, table_lines
+from nullspace.terminal import print_table, printable
 
 
 def parse_args(argv=None):
@@ -238,8 +238,7 @@ def build(state, tell, args):
         card = write_dataset_card(base_license(args.pretrained_model_name_or_path, args.hub_token))
         bundle.save(args.output_dir, [draw_spectra, card], args.nullspace_criterion, args.nullspace_threshold)
         checkpoint.remove()
-        for line in table_lines(*rank_table(bundle)):
-            print(line)
+        print_table(*rank_table(bundle))
         print(f"Wrote {args.output_dir}")
         if args.push_to_hub:
             print(push(repo_id, args))

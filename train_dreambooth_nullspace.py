@@ -551,7 +551,7 @@ def train(accelerator, args):
     numbered = [[prompts.index(caption) for caption in several] for several in captions]
     dataset = InstanceDataset(pictures, numbered, args, sizes)
     dataloader = make_dataloader(dataset, accelerator.num_processes, args)
-    scaling_factor, known = vae.config.scaling_factor, family.needs_float32(vae.config)
+    scale, known = vae.config.scaling_factor, family.needs_float32(vae.config)
     reload = partial(family.load_vae, args.base_model)
     vae = sound_vae(vae, dataset.first_epoch, reload, args.learning_rate, known)
     args.vae_in_float32 = weight_dtype != vae.dtype
@@ -570,18 +570,14 @@ def train(accelerator, args):
     lr_scheduler, steps_per_epoch = make_schedule(optimizer, dataloader, accelerator, args)
     run["--max_train_steps"] = args.max_train_steps
     check_same_run(checkpoint, run)
-    wrapped = {
-        name: accelerator.prepare_model(model, evaluation_mode=not is_trained(model))
-        for name, model in learning.items()
-    }
+    wrap = accelerator.prepare_model
+    wrapped = {name: wrap(model, evaluation_mode=not is_trained(model)) for name, model in learning.items()}
     optimizer, dataloader, lr_scheduler = accelerator.prepare(optimizer, dataloader, lr_scheduler)
     text_encoders |= {name: model for name, model in wrapped.items() if name in text_encoders}
     step = start_or_resume(accelerator, checkpoint, adapted, word, parameters, len(pictures), args)
 
     # Training: whatever is drawn depends on seed, step and process alone, so that a resumed run draws it again
-    batch_loss = BatchLoss(
-        family, wrapped["unet"], unet.config, noise_scheduler, vae, scaling_factor, weight_dtype, args
-    )
+    batch_loss = BatchLoss(family, wrapped["unet"], unet.config, noise_scheduler, vae, scale, weight_dtype, args)
     sampler = TimestepSampler(nearest, family.training_timesteps(noise_scheduler))
     scalars = ScalarLog(accelerator, lr_scheduler, step, args.max_train_steps)
     checkpointer = Checkpointer(accelerator, parameters, scalars, run, step if checkpoint else None, args)
@@ -613,14 +609,9 @@ def train(accelerator, args):
             if not accelerator.sync_gradients:
                 continue
             step += 1
-            scalars.add(
-                step,
-                latents=latents.float().sum(),
-                loss=loss.detach(),
-                grad_norm=norm,
-                grad_norm_projected=projected_norm,
-                **({"predicted_drift": budget.predicted} if budget else {}),
-            )
+            norms = {"grad_norm": norm, "grad_norm_projected": projected_norm}
+            drift = {"predicted_drift": budget.predicted} if budget else {}
+            scalars.add(step, latents=latents.float().sum(), loss=loss.detach(), **norms, **drift)
             if step % args.checkpointing_steps == 0:
                 folder = checkpointer.save(step)
                 if accelerator.trackers:

@@ -245,7 +245,7 @@ def weights_sha256(*models):
 
 
 def settle_sampling(family, args):
-    """Set --model_type, and those of the builder's flags that are not given to the family's own.
+    """Set --model_type, and those of the builder's flags that were not given, to what is the family's own.
 
     Raises:
         NullSpaceError: if the family is not drawn with --sampler.

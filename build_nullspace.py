@@ -19,9 +19,6 @@ or later:
     python build_nullspace.py --output_dir nullspace-sd15 --push_to_hub
 """
 
-import json
-import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -31,10 +28,10 @@ from nullspace.config_file import CONFIG_HELP
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES, recognise
 from nullspace.flags import SINGLE_FILE_CONFIG
-from nullspace.names import CARD_NAME, CONFIG_NAME, DEFAULT_THRESHOLDS, JOINT
+from nullspace.names import DEFAULT_THRESHOLDS, JOINT
 from nullspace.samplers import SAMPLERS
-from nullspace.system import quiet_imports, remove_leftovers, write_text
-from nullspace.terminal import printable
+from nullspace.system import quiet_imports, remove_leftovers
+from nullspace.terminal import print_table, printable
 
 
 def parse_args(argv=None):
@@ -167,90 +164,23 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from nullspace.bundle import Bundle, check_files, check_output_folder, group_file, read_config
-from nullspace.collection import checkpoint_folder, collect, load_collected
-from nullspace.dataset_card import draw_spectra, model_name, rank_table, write_dataset_card
-from nullspace.hashes import config_sha256, sha256
-from nullspace.hub import base_license, create_repository, hub_repository, linked, push_folder
+from nullspace.bundle import Bundle, check_output_folder
+from nullspace.collection import checkpoint_folder, collect, load_collected, settle_sampling
+from nullspace.dataset_card import draw_spectra, rank_table, write_dataset_card
+from nullspace.hub import base_license
 from nullspace.launch import PROCESS_TIMEOUT
 from nullspace.locks import alone, beside
 from nullspace.models import download_model
 from nullspace.prompts import read_prompts
+from nullspace.publishing import find_repository, publish, push
 from nullspace.stack import read_stack, subject_prompts, unnamed_subjects
-
-
-def print_table(header, rows):
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-
-
-# ---- Publishing ------------------------------------------------------------------------------------------------------
-
-
-def push_command(repo_id, args):
-    """The command that pushes the bundle in --output_dir later."""
-    script = Path(sys.argv[0]).name
-    words = ["python"] * script.endswith(".py") + [script, "--output_dir", str(args.output_dir), "--push_to_hub"]
-    words += ["--hub_dataset_id", repo_id] if repo_id else []
-    return shlex.join(words + ["--hub_private_repo"] * args.hub_private_repo)
-
-
-def name_repository(repo_id, folder):
-    """Write the repository's id into the card's training command, and record the card as it is now."""
-    config, card = read_config(folder), folder / CARD_NAME
-    if card.is_file():  # a bundle that was merged has none
-        text = card.read_text(encoding="utf-8")
-        text = re.sub(r"(--nullspace(?:_name_or_path)? ).*( \\\n)", rf"\g<1>{repo_id}\g<2>", text, count=1)
-        write_text(card, text)
-        config["files"][CARD_NAME] = sha256(card)
-        config["sha256"] = config_sha256(config)
-        write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
-    return config
-
-
-def check_published(folder):
-    """Raise `NullSpaceError` if one of the files that a bundle's configuration lists, all plain names, is a link."""
-    for name in read_config(folder)["files"]:
-        if linked(folder, name):
-            raise NullSpaceError(
-                f"{folder / name} is a link, which is not published: copy the bundle as files, with cp -rL, and name "
-                "the copy with --output_dir."
-            )
-
-
-def published_as(folder):
-    """The repository that a bundle's card names, or None: where it was pushed to before."""
-    card = folder / CARD_NAME
-    named = card.is_file() and re.search(r"--nullspace(?:_name_or_path)? (.+) \\\n", card.read_text(encoding="utf-8"))
-    return named[1] if named and not named[1].startswith("<") else None
-
-
-def push(repo_id, args):
-    """Upload the bundle in --output_dir in one commit.
-
-    Raises:
-        NullSpaceError: if that fails, with the command that tries again.
-    """
-    config = name_repository(repo_id, args.output_dir)
-    said = push_folder(
-        repo_id,
-        "dataset",
-        args.output_dir,
-        [CONFIG_NAME, *config["files"]],
-        f"Null-space bundle of {model_name(config)}: {config['prompts']['count']:,} prompts, "
-        f"{config['sampler']}, format {config['format_version']}",
-        push_command(repo_id, args),
-        args.hub_token,
-        outdated=group_file("timesteps-*"),  # of an earlier bundle, which may have had other groups
-    )
-    print(said)
 
 
 # ---- The job ---------------------------------------------------------------------------------------------------------
 
 
 def main(args):
+    """Build a bundle, or publish the one that is there: alone in --output_dir."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=on_cpu, timeout=PROCESS_TIMEOUT)  # as Accelerator reads it from `launch`
     for library in (transformers, diffusers):
@@ -269,78 +199,49 @@ def main(args):
             for place, name in ((folder.parent, folder.name), (folder, None), (checkpoint_folder(folder), None)):
                 remove_leftovers(place, tell, name)
         state.wait_for_everyone()
-        work(state, tell, args)
+        if args.pretrained_model_name_or_path is not None:
+            build(state, tell, args)
+        elif state.is_main_process:
+            print(publish(args))
 
 
-def work(state, tell, args):
-    # Find out all that can go wrong before the work
-    repo_id, retry, model = args.hub_dataset_id, "run this command again", args.pretrained_model_name_or_path
-    if model is not None:
-        require("matplotlib", "The picture of the spectra")
-        prompts = read_prompts(args, tell)
-        with state.main_process_first():
-            loras = read_stack(args.base_lora, args.hub_token)
-        if sentence := unnamed_subjects(loras):
-            tell(sentence)
-        if len(prompts) < state.num_processes:
-            raise NullSpaceError(
-                f"There are {len(prompts)} prompts, the empty one included, for {state.num_processes} processes; start "
-                "fewer, or give more prompts."
-            )
-        family = recognise(model, args.revision, args.hub_token, args.model_type, args.single_file_config)
-        args.model_type = family.name
-        if family.samplers and args.sampler not in (None, *family.samplers):
-            title = family.title[0].upper() + family.title[1:]
-            raise NullSpaceError(
-                f"{title} is drawn with --sampler {' or '.join(family.samplers)} only, not {args.sampler}."
-            )
-    elif (args.output_dir / CONFIG_NAME).is_file():
-        check_published(args.output_dir)
-        check_files(args.output_dir)
-        retry = f"push it with: {push_command(repo_id, args)}"
-    else:
-        raise NullSpaceError(f"{args.output_dir} holds no bundle; build one with --pretrained_model_name_or_path.")
-    if args.push_to_hub and state.is_main_process:
-        repo_id = hub_repository(repo_id, args.output_dir, "dataset", args.hub_token, retry)
-        before = None if model or args.hub_dataset_id else published_as(args.output_dir)
-        if before not in (None, repo_id):
-            raise NullSpaceError(
-                f"{args.output_dir} was pushed to {before} and would now go to {repo_id}: say to which with "
-                "--hub_dataset_id."
-            )
-        create_repository(repo_id, "dataset", args.hub_private_repo, args.hub_token, retry)
-    if model is None:
-        if state.is_main_process:
-            push(repo_id, args)
-        return
+def build(state, tell, args):
+    """Have the base model draw the prompts, write what it read as a bundle, and publish that if asked for."""
+    # What can be wrong is found before the model is fetched and draws
+    require("matplotlib", "The picture of the spectra")
+    prompts = read_prompts(args, tell)
+    if len(prompts) < state.num_processes:
+        raise NullSpaceError(
+            f"There are {len(prompts)} prompts, the empty one included, for {state.num_processes} processes; start "
+            "fewer, or give more prompts."
+        )
     with state.main_process_first():
-        base_model = download_model(
-            model,
-            args.revision,
-            args.variant,
-            args.hub_token,
-            args.single_file_config,
-            args.pretrained_vae_model_name_or_path,
+        loras = read_stack(args.base_lora, args.hub_token)
+    if sentence := unnamed_subjects(loras):
+        tell(sentence)
+    named = args.pretrained_model_name_or_path, args.revision
+    family = recognise(*named, args.hub_token, args.model_type, args.single_file_config)
+    settle_sampling(family, args)
+    if args.push_to_hub and state.is_main_process:
+        repo_id = find_repository(args)
+    with state.main_process_first():
+        model = download_model(
+            *named, args.variant, args.hub_token, args.single_file_config, args.pretrained_vae_model_name_or_path
         )._replace(loras=loras)
-    prompts = prompts.and_more(subject_prompts(base_model))
-    for name, value in family.collection.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
 
-    pipeline = load_collected(family, base_model, prompts, tell, args)
-    moments, groups, config, checkpoint = collect(pipeline, prompts, base_model, args, state)
+    prompts = prompts.and_more(subject_prompts(model))
+    pipeline = load_collected(family, model, prompts, tell, args)
+    moments, groups, config, checkpoint = collect(pipeline, prompts, model, args, state)
 
-    # Decompose, write and publish
     if state.is_main_process:
         bundle = Bundle.from_moments(moments, groups, config)
-        license_name = base_license(args.pretrained_model_name_or_path, args.hub_token)
-        stored = args.nullspace_criterion, args.nullspace_threshold
-        bundle.save(args.output_dir, [draw_spectra, write_dataset_card(license_name)], *stored)
+        card = write_dataset_card(base_license(args.pretrained_model_name_or_path, args.hub_token))
+        bundle.save(args.output_dir, [draw_spectra, card], args.nullspace_criterion, args.nullspace_threshold)
         checkpoint.remove()
         print_table(*rank_table(bundle))
         print(f"Wrote {args.output_dir}")
         if args.push_to_hub:
-            push(repo_id, args)
+            print(push(repo_id, args))
     state.wait_for_everyone()
 
 

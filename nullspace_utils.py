@@ -1,16 +1,6 @@
-"""Null-space projection for LoRA: second moments, the projection bundle, the projector and its audit.
+"""The tools beside trainer and builder, and the names to import for code of one's own.
 
-A linear layer maps inputs x (in,) to W x. Over the inputs that it sees on knowledge to keep, C = E[x x^T] says which
-directions they use. LoRA adds s * B @ A to W; with every row of A orthogonal to the leading eigenvectors of C, the
-layer answers those inputs as before, whatever B is (AlphaEdit, arXiv 2410.02355, eq. 5 to 8, for closed-form edits;
-Adam-NSCL, CVPR 2021, for training).
-
-    bundle = Bundle.load("demo/output/bundle")
-    bundle.check(unet)
-    projector = NullSpaceProjector(unet, {"joint": bundle.protected()})
-    projector.attach(optimizer)  # and call projector.project_gradients() before gradients are clipped
-
-Run as a script, it audits any LoRA, in closed form, with no GPU and no picture:
+As a script it audits any LoRA, in closed form, with no GPU and no picture:
 
     python nullspace_utils.py audit --lora lora --nullspace <your-username>/nullspace-sd15
 
@@ -21,6 +11,13 @@ and has a model tell whether a bundle protects what it reads:
 It also moves a finished LoRA into the null space (`repair`), exports LoRAs for the web UIs (`export`), puts several
 into one (`merge-loras`), adds bundles up (`merge`), lists those of a base model (`find`), and those that trainings have
 built and kept (`cache`).
+
+Imported, it has the pieces that the trainer is made of:
+
+    bundle = Bundle.load("demo/output/bundle")
+    bundle.check(unet)
+    projector = NullSpaceProjector(unet, {"joint": bundle.protected()})
+    projector.attach(optimizer)  # and call projector.project_gradients() before gradients are clipped
 """
 
 import math
@@ -29,12 +26,14 @@ import sys
 from functools import reduce
 from pathlib import Path
 
+from nullspace import signals
 from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_writable, hub_token
 from nullspace.errors import NullSpaceError, listed
 from nullspace.families import FAMILIES
 from nullspace.flags import SINGLE_FILE_CONFIG
 from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER, TEXT_ENCODERS
 from nullspace.system import quiet_imports
+from nullspace.terminal import print_table, printable
 
 
 CACHE_HELP = "Where trainings keep the bundles that they build (default: nullspace in HF_HOME, ~/.cache/huggingface)."
@@ -79,7 +78,9 @@ def parse_args(argv=None):
     )
     command.add_argument("--lora", required=True, help="Folder, file or Hub id of the LoRA.")
     command.add_argument("--format", choices=["kohya"], default="kohya", help="Of the file (default: %(default)s).")
-    command.add_argument("--output", required=True, help="The file, *.safetensors, which it replaces if there is one.")
+    command.add_argument(
+        "--output", type=Path, required=True, help="The file, *.safetensors, which it replaces if there is one."
+    )
     command = commands.add_parser(
         "merge",
         help="Add bundles of one model up: a bundle of all their prompts, as if it had been built at once.",
@@ -92,7 +93,7 @@ def parse_args(argv=None):
         type=os.path.expanduser,
         help="Folder or Hub dataset id of a bundle; give the flag for each of them.",
     )
-    command.add_argument("--output_dir", "--output", required=True, help="The folder of the new bundle.")
+    command.add_argument("--output_dir", type=Path, required=True, help="The folder of the new bundle.")
     command = commands.add_parser(
         "merge-loras",
         help="Put LoRAs into one that does what they do together, and their words into one file.",
@@ -169,7 +170,7 @@ def parse_args(argv=None):
         parser.error("merge needs --nullspace two times or more, once for each bundle.")
     if args.command == "merge-loras" and len(args.lora) < 2:
         parser.error("merge-loras needs two LoRAs or more in --lora.")
-    if args.command == "export" and Path(args.output).suffix != ".safetensors":
+    if args.command == "export" and args.output.suffix != ".safetensors":
         parser.error(f"--output {args.output} must end in .safetensors, by which the programs find it.")
     return args
 
@@ -177,9 +178,12 @@ def parse_args(argv=None):
 # Flags come before libraries, which take seconds to import: neither help nor a wrong flag needs them.
 if __name__ == "__main__":
     ARGS = parse_args()
+    signals.listen()
     quiet_imports(hidden=["bitsandbytes"])
 
+from accelerate import PartialState
 
+from nullspace.adapters import model_of, write_layers
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict
 from nullspace.bundle import Bundle, check_output_folder
 from nullspace.embeddings import bundled_tokens, loading_code, save_words
@@ -190,10 +194,12 @@ from nullspace.lora import LoraLayer, check_finite, load_lora, read_embeddings, 
 from nullspace.markdown import python_string
 from nullspace.moments import SecondMoments
 from nullspace.projector import NullSpaceProjector, Protected
+from nullspace.repair import repair, subject_moments
+from nullspace.samplers import make_scheduler
 from nullspace.spectrum import Spectrum
 from nullspace.stack import check_bundle, check_one_model, concatenated, read_stack
-from nullspace.terminal import printable
 from nullspace.timesteps import split_groups, timestep_groups
+from nullspace.verify import examples, load_verified, refuse, verify
 
 
 __all__ = [
@@ -203,9 +209,54 @@ __all__ = [
 ]  # fmt: skip
 
 
-def export(args):
+def open_bundle(args, text_encoder=True):
+    """The bundle of --nullspace, and the LoRAs of --base_lora, once it turned out to be of the model with them.
+
+    Args:
+        text_encoder (`bool`): whether to load what it protects in text encoders, too.
+    """
+    bundle = Bundle.load(args.nullspace, text_encoder=text_encoder)
+    loras = read_stack(args.base_lora)
+    check_bundle(bundle.config, args.nullspace, loras, "--nullspace")
+    return bundle, loras
+
+
+def reach_text_encoder(layers):
+    """Whether a LoRA has layers in a text encoder."""
+    return any(model_of(name) in TEXT_ENCODERS for name in layers)
+
+
+def audit_lora(args):
+    """Print what a LoRA does to what a bundle protects, and what it brings besides."""
+    layers, unknown = read_lora(args.lora)
+    check_finite(layers, args.lora)
+    if not layers:
+        print(printable(verdict({}, unknown or ["nothing that is a LoRA layer"])))
+        return
+    with_text_encoder = reach_text_encoder(layers)
+    bundle, loras = open_bundle(args, with_text_encoder)
+    base_model = args.pretrained_model_name_or_path
+    models = load_audited_models(bundle, base_model, with_text_encoder, args.single_file_config, loras)
+    found = audit(layers, bundle, **models, threshold=args.nullspace_threshold)
+
+    rows = []
+    for row in found["layers"]:
+        values = ["-" if row[key] is None else f"{row[key]:.2e}" for key in ("leakage", "predicted_drift")]
+        rows.append([row["module"], str(row["in_features"]), str(row["protected_rank"]), *values])
+    print_table(["module", "inputs", "closed", "leakage", "drift"], rows)
+    print(printable(verdict(found, unknown)))
+    if tokens := bundled_tokens(read_embeddings(args.lora)):
+        told = f"It comes with an embedding of {listed(tokens, 3)}, which changes prompts that hold it, and no others."
+        print(printable(told))
+    beneath = (read_report(args.lora) or {}).get("base_model", {}).get("loras", [])
+    if beneath and not loras:
+        shown = listed(lora["id"] for lora in beneath)
+        print(printable(f"It was trained on top of {shown}, which are to be loaded with it and are not counted here."))
+
+
+def export_lora(args):
     """Write a LoRA for the web UIs."""
-    output, lora = Path(args.output), Path(args.lora)
+    output, lora = args.output, Path(args.lora)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise NullSpaceError(f"--output {output} is no file in a folder that there is; name one.")
     if output.exists() and any(source.exists() and output.samefile(source) for source in (lora, lora / LORA_NAME)):
@@ -220,9 +271,9 @@ def export(args):
     print(printable(f"Wrote {' and '.join([f'{len(layers)} layers', *words])} to {output}"))
 
 
-def merge(args):
+def merge_bundles(args):
     """Write the bundle of all that several bundles of one model protect."""
-    output = Path(args.output_dir)
+    output = args.output_dir
     check_output_folder(output)
     for name in args.nullspace:
         if output.exists() and Path(name).exists() and output.samefile(name):
@@ -245,8 +296,6 @@ def merge(args):
 
 def merge_loras(args):
     """Write one LoRA that does what several do together, and print the code that loads it."""
-    from nullspace.adapters import write_layers
-
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise NullSpaceError(f"--output_dir {args.output_dir} holds other files; name an empty folder.")
     check_writable(args.output_dir)
@@ -269,61 +318,42 @@ def merge_loras(args):
         print(printable(f"    {line}"))
 
 
-def stack(args, bundle):
-    """The LoRAs of --base_lora, once it turned out that a bundle is of the model with them."""
-    loras = read_stack(args.base_lora)
-    check_bundle(bundle.config, args.nullspace, loras, "--nullspace")
-    return loras
-
-
 def verify_bundle(args):
     """Print what a bundle's projectors let through of what the model reads; refuse it where that is too much."""
-    from accelerate import PartialState
-
-    from nullspace.verify import examples, load_verified, refuse, verify  # imports pipelines, which takes seconds
-
-    bundle = Bundle.load(args.nullspace, text_encoder=True)
+    bundle, loras = open_bundle(args)
     shipped = len(examples(bundle))
     if args.prompts and args.prompts > shipped:
         raise NullSpaceError(
             f"--prompts {args.prompts} is more than the {shipped} that the bundle ships; choose fewer."
         )
-    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, stack(args, bundle))
+    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, loras)
     pipeline.to(PartialState().device)
     drawn = {"prompts": args.prompts, "whole": True} if args.prompts else {}
     findings = verify(bundle, pipeline, **drawn)
 
-    width = max(len(item.source) for item in findings)
-    print(f"{'':{width}}                  energy let through            energy in closed directions")
-    print(f"{'input':{width}}    size  closed   claimed  measured  at most   claimed  measured")
+    rows = []
     for item in findings:
-        shares = "".join(f"{share:10.1e}" for share in (item.claimed, item.measured, item.limit))
-        closed = "".join(f"{share:10.4f}" for share in (item.closed_claimed, item.closed_measured))
-        mark = "  <- too much" if item.measured > item.limit else f"  <- {item.energy:.0e} times the energy"
-        mark = "" if item.holds else mark
-        print(f"{item.source:{width}}{item.size:8}{item.closed:8}{shares}{closed}{mark}")
+        shares = [f"{share:.1e}" for share in (item.claimed, item.measured, item.limit)]
+        closed = [f"{share:.4f}" for share in (item.closed_claimed, item.closed_measured)]
+        mark = "<- too much" if item.measured > item.limit else f"<- {item.energy:.0e} times the energy"
+        rows.append([item.source, str(item.size), str(item.closed), *shares, *closed, "" if item.holds else mark])
+    # Shares of the energy: what is let through, and what the closed directions hold
+    let_through, in_closed = ["let through: claimed", "measured", "at most"], ["in closed: claimed", "measured"]
+    print_table(["input", "size", "closed", *let_through, *in_closed, ""], rows)
     refuse(findings)
     print(f"Verdict: on what this model read, the bundle protects what it claims at all {len(findings)} inputs.")
 
 
 def repair_lora(args):
     """Write a LoRA's counterpart in the null space, and tell what it kept and what it moves."""
-    from accelerate import PartialState
-
-    from nullspace.adapters import write_layers
-    from nullspace.repair import repair, subject_moments
-    from nullspace.samplers import make_scheduler
-    from nullspace.verify import load_verified
-
     source = Path(args.lora) / LORA_NAME if Path(args.lora).is_dir() else Path(args.lora)
     if source.exists() and source.resolve() == (args.output_dir / LORA_NAME).resolve():
         raise NullSpaceError(f"--output_dir {args.output_dir} holds the LoRA itself; name another folder.")
     check_writable(args.output_dir)
     layers = load_lora(args.lora)
     check_finite(layers, args.lora)
-    with_text_encoder = any(name.partition(".")[0] in TEXT_ENCODERS for name in layers)
-    bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
-    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, stack(args, bundle))
+    bundle, loras = open_bundle(args, reach_text_encoder(layers))
+    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, loras)
     pipeline.to(PartialState().device)
     if args.instance_prompt:
         pipeline.load_lora_weights(args.lora, **({"weight_name": LORA_NAME} if Path(args.lora).is_dir() else {}))
@@ -332,11 +362,9 @@ def repair_lora(args):
     subject = subject_moments(pipeline, bundle, args.instance_prompt)
     repaired, rows = repair(layers, bundle, subject, args.drift_weight, **models)
 
-    width = max(len(row["module"]) for row in rows)
-    print(f"{'module':{width}}    kept     drift       now   leakage")
-    for row in rows:
-        values = "".join(f"{row[key]:10.2e}" for key in ("drift_before", "drift", "leakage"))
-        print(f"{row['module']:{width}}{row['kept']:8.1%}{values}")
+    keys = ("drift_before", "drift", "leakage")
+    table = [[row["module"], f"{row['kept']:.1%}", *(f"{row[key]:.2e}" for key in keys)] for row in rows]
+    print_table(["module", "kept", "drift", "now", "leakage"], table)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_layers(args.output_dir, repaired)
     rms = {key: math.sqrt(sum(row[key] ** 2 for row in rows) / len(rows)) for key in ("drift_before", "drift")}
@@ -347,7 +375,7 @@ def repair_lora(args):
     )
 
 
-def find(args):
+def list_bundles(args):
     """List the bundles of a base model."""
     found = bundles_of_model(args, lambda sentence: print(printable(sentence), file=sys.stderr))
     for where, config in found:
@@ -361,7 +389,7 @@ def find(args):
         print("There is no bundle of this very model; a training without --nullspace_name_or_path builds one.")
 
 
-def cache(args):
+def list_cache(args):
     """List the bundles in the cache, or remove some."""
     folder = cache_folder(args.nullspace_cache_dir)
     if args.remove:
@@ -377,41 +405,19 @@ def cache(args):
 
 
 def main(args):
+    """Run a command."""
     commands = {
-        "cache": cache, "export": export, "find": find, "merge": merge, "merge-loras": merge_loras,
-        "repair": repair_lora, "verify": verify_bundle,
-    }  # fmt: skip
-    if args.command in commands:
-        return commands[args.command](args)
-    layers, unknown = read_lora(args.lora)
-    check_finite(layers, args.lora)
-    if not layers:
-        print(printable(verdict({}, unknown or ["nothing that is a LoRA layer"])))
-        return
-    with_text_encoder = any(name.partition(".")[0] in TEXT_ENCODERS for name in layers)
-    bundle = Bundle.load(args.nullspace, text_encoder=with_text_encoder)
-    base_model = args.pretrained_model_name_or_path
-    loras = stack(args, bundle)
-    models = load_audited_models(bundle, base_model, with_text_encoder, args.single_file_config, loras)
-    found = audit(layers, bundle, **models, threshold=args.nullspace_threshold)
-
-    width = max(len(row["module"]) for row in found["layers"])
-    print(f"{'module':{width}}  inputs  closed   leakage     drift")
-    for row in found["layers"]:
-        values = ["-" if row[key] is None else f"{row[key]:.2e}" for key in ("leakage", "predicted_drift")]
-        print(f"{row['module']:{width}}{row['in_features']:8}{row['protected_rank']:8}{values[0]:>10}{values[1]:>10}")
-    print(printable(verdict(found, unknown)))
-    if tokens := bundled_tokens(read_embeddings(args.lora)):
-        told = f"It comes with an embedding of {listed(tokens, 3)}, which changes prompts that hold it, and no others."
-        print(printable(told))
-    beneath = (read_report(args.lora) or {}).get("base_model", {}).get("loras", [])
-    if beneath and not loras:
-        shown = listed(lora["id"] for lora in beneath)
-        print(printable(f"It was trained on top of {shown}, which are to be loaded with it and are not counted here."))
+        "audit": audit_lora,
+        "export": export_lora,
+        "merge": merge_bundles,
+        "merge-loras": merge_loras,
+        "verify": verify_bundle,
+        "repair": repair_lora,
+        "find": list_bundles,
+        "cache": list_cache,
+    }
+    commands[args.command](args)
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except NullSpaceError as error:
-        sys.exit(f"error: {error}")
+    signals.run(main, ARGS)

@@ -19,10 +19,8 @@ protects: that of --nullspace_name_or_path, or one that is found or built for th
 """
 
 import argparse
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from nullspace import signals
 from nullspace.checks import (
@@ -46,11 +44,10 @@ from nullspace.names import (
     EMBEDDINGS,
     INTERPOLATION,
     JOINT,
-    UNPROTECTED_NAME,
     WORD_SOFTNESS,
 )
 from nullspace.settling import refuse_prior_preservation, settle
-from nullspace.system import quiet_imports, remove_leftovers, staging
+from nullspace.system import quiet_imports, remove_leftovers
 
 
 # All of diffusers' `SchedulerType` but piecewise_constant, which needs rules of its own.
@@ -447,9 +444,10 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from nullspace.adapters import add_lora, lora_targets
 from nullspace.batch_loss import BatchLoss
 from nullspace.budget import hold_drift
-from nullspace.bundle import Bundle
-from nullspace.checkpoint import check_same_run, describe_bundle, describe_models, going_on_from, write_state
+from nullspace.captions import distinct_captions
+from nullspace.checkpoint import check_same_run, describe_bundle, describe_models
 from nullspace.checkpointer import Checkpointer
+from nullspace.collection import PRECISIONS
 from nullspace.dataset import InstanceDataset, epoch_batches, make_dataloader, seeded
 from nullspace.divergence import check_weights, naming_what_is_left, sound_vae
 from nullspace.initial import fill, read_initial, settle_layers, tell_cost
@@ -457,7 +455,6 @@ from nullspace.latents import encode_pictures
 from nullspace.layers import is_trained
 from nullspace.locks import alone
 from nullspace.logs import ScalarLog, log_audit, set_up_logging
-from nullspace.model_card import how_to_use
 from nullspace.optimizers import make_optimizer, make_schedule, parameter_groups
 from nullspace.preparation import (
     check_output,
@@ -471,12 +468,11 @@ from nullspace.preparation import (
 )
 from nullspace.projector import NullSpaceProjector
 from nullspace.prompt_encoder import PromptEncoder
-from nullspace.prompts import spread
 from nullspace.protection import add_extra_prompts, closes_any, log_protection, protect
-from nullspace.report import audit_file, describe_drift, save_audited
-from nullspace.results import log_files, push, put_in_place, write_results
+from nullspace.report import audit_file
+from nullspace.results import Trained, log_files, save
 from nullspace.timesteps import TimestepSampler
-from nullspace.validation import draw_checkpoints, draw_saved, validate
+from nullspace.validation import validate
 from nullspace.verify import check_against_model
 from nullspace.word import NewWord
 
@@ -488,42 +484,27 @@ logger = get_logger(__name__)
 
 @naming_what_is_left
 def main(args):
+    """Train a LoRA, a word or both, and save, show and publish them: alone in --output_dir."""
     accelerator = make_accelerator(args)
     set_up_logging(accelerator)
     check_output(args)
     with alone(args.output_dir / ".lock", logger.warning, accelerator):
         if accelerator.is_main_process:
-            for folder in (
-                args.output_dir,
-                *(args.output_dir / name for name in ("pictures", "validation", EMBEDDINGS)),
-            ):
-                remove_leftovers(folder, logger.info)
+            for name in ("", "pictures", "validation", EMBEDDINGS):
+                remove_leftovers(args.output_dir / name, logger.info)
         accelerator.wait_for_everyone()
         earlier_logs = log_files(args)
         trained = train(accelerator, args)
         save(accelerator, trained, earlier_logs, args)
 
 
-class Trained(NamedTuple):
-    """What saving needs of a training; all else that it held is freed with `train`, to make room for pictures."""
-
-    adapted: dict  # the models that have a LoRA, by name
-    word: NewWord | None
-    bundle: Bundle | None  # none where a word is trained alone
-    dtype: torch.dtype  # that the models ran in
-    lora_dtype: torch.dtype  # that the LoRA is saved in
-    step: int
-    saved: int | None  # the step of the last checkpoint
-    run: dict  # what the result depends on
-
-
 def train(accelerator, args):
-    """Train a LoRA, with checkpoints and pictures on the way."""
+    """Train a LoRA, a word or both, with checkpoints and pictures on the way: `Trained`."""
     # Arguments: what can be wrong with them is found before the work
     pictures, captions, sizes, given_prompts = read_subject(accelerator, args)
     initial = read_initial(accelerator, args)
     family, checkpoint, bundle, nearest, protected, run = find_out(accelerator, captions, pictures, initial, args)
-    prompts = list(dict.fromkeys(caption for several in captions for caption in several))
+    prompts = distinct_captions(captions)
 
     # Model: the one that the bundle and the checkpoint are of
     tokenizers, models, noise_scheduler = load_models(family, captions, given_prompts, args)
@@ -540,7 +521,8 @@ def train(accelerator, args):
         check_same_run(checkpoint, run)
     del parts
     targets = [] if args.word_only else lora_targets(unet, text_encoders, bundle, protected, args)
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    args.vae_in_float32 = False  # unless it turns out to overflow in that type
     for model in (*text_encoders.values(), vae, unet):
         model.requires_grad_(False).to(accelerator.device, weight_dtype)
     if closes_any(protected):
@@ -569,7 +551,7 @@ def train(accelerator, args):
     numbered = [[prompts.index(caption) for caption in several] for several in captions]
     dataset = InstanceDataset(pictures, numbered, args, sizes)
     dataloader = make_dataloader(dataset, accelerator.num_processes, args)
-    scaling_factor, known = vae.config.scaling_factor, family.needs_float32(vae.config)
+    scale, known = vae.config.scaling_factor, family.needs_float32(vae.config)
     reload = partial(family.load_vae, args.base_model)
     vae = sound_vae(vae, dataset.first_epoch, reload, args.learning_rate, known)
     args.vae_in_float32 = weight_dtype != vae.dtype
@@ -588,29 +570,30 @@ def train(accelerator, args):
     lr_scheduler, steps_per_epoch = make_schedule(optimizer, dataloader, accelerator, args)
     run["--max_train_steps"] = args.max_train_steps
     check_same_run(checkpoint, run)
-    models = [accelerator.prepare_model(model, evaluation_mode=not is_trained(model)) for model in learning.values()]
+    wrap = accelerator.prepare_model
+    wrapped = {name: wrap(model, evaluation_mode=not is_trained(model)) for name, model in learning.items()}
     optimizer, dataloader, lr_scheduler = accelerator.prepare(optimizer, dataloader, lr_scheduler)
-    text_encoders |= dict(zip(list(learning)[1:], models[1:], strict=True))
+    text_encoders |= {name: model for name, model in wrapped.items() if name in text_encoders}
     step = start_or_resume(accelerator, checkpoint, adapted, word, parameters, len(pictures), args)
 
-    # Training loop
-    batch_loss = BatchLoss(family, models[0], unet.config, noise_scheduler, vae, scaling_factor, weight_dtype, args)
+    # Training: whatever is drawn depends on seed, step and process alone, so that a resumed run draws it again
+    batch_loss = BatchLoss(family, wrapped["unet"], unet.config, noise_scheduler, vae, scale, weight_dtype, args)
     sampler = TimestepSampler(nearest, family.training_timesteps(noise_scheduler))
     scalars = ScalarLog(accelerator, lr_scheduler, step, args.max_train_steps)
     checkpointer = Checkpointer(accelerator, parameters, scalars, run, step if checkpoint else None, args)
     # Resumed from its last checkpoint, a run has nothing left to do, even in the middle of an epoch
     epochs = range(step // steps_per_epoch, args.num_train_epochs) if step < args.max_train_steps else ()
     for epoch in signals.noted_during(epochs):
-        for model in models:
+        for model in wrapped.values():
             model.train()
         done = (step - epoch * steps_per_epoch) * args.gradient_accumulation_steps  # batches of this epoch
         batches = epoch_batches(accelerator, dataset, dataloader, epoch, done)
         for index, (batch, numbers, framings) in enumerate(batches, done):
-            with accelerator.accumulate(*models):
+            with accelerator.accumulate(*wrapped.values()):
                 here = (args.seed, "step", epoch, index, accelerator.process_index)
                 generator = seeded(*here)
                 torch.manual_seed(seeded(*here, "dropout").initial_seed())  # dropout draws from the global generator
-                first, end, group = sampler.group(seeded(args.seed, "group", step))
+                first, end, group = sampler.draw_interval(seeded(args.seed, "group", step))
                 projector.select(group)
                 conditions = prompt_encoder(text_encoders, numbers) | family.place(framings)
                 loss, latents = batch_loss(batch, conditions, partial(sampler.draw, first, end), generator)
@@ -619,21 +602,16 @@ def train(accelerator, args):
                     accelerator.unscale_gradients()
                     norm = get_total_norm([parameter.grad for parameter in parameters])
                     projector.project_gradients()
-                    allowed_norm = clip_grad_norm_(parameters, args.max_grad_norm)
+                    projected_norm = clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
             step += 1
-            scalars.add(
-                step,
-                latents=latents.float().sum(),
-                loss=loss.detach(),
-                grad_norm=norm,
-                grad_norm_projected=allowed_norm,
-                **({"predicted_drift": budget.predicted} if budget else {}),
-            )
+            norms = {"grad_norm": norm, "grad_norm_projected": projected_norm}
+            drift = {"predicted_drift": budget.predicted} if budget else {}
+            scalars.add(step, latents=latents.float().sum(), loss=loss.detach(), **norms, **drift)
             if step % args.checkpointing_steps == 0:
                 folder = checkpointer.save(step)
                 if accelerator.trackers:
@@ -651,46 +629,6 @@ def train(accelerator, args):
     lora_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     check_weights(parameters, step, args.learning_rate, lora_dtype)
     return Trained(adapted, word, bundle, weight_dtype, lora_dtype, step, checkpointer.saved, run)
-
-
-def save(accelerator, trained, earlier_logs, args):
-    """Save LoRA and word, read them back, show what they did, and publish them."""
-    bundle, adapted, step = trained.bundle, trained.adapted, trained.step
-    # They take their place, and that of earlier ones, only once the files and their pictures turn out sound
-    with staging(args.output_dir / "lora") if accelerator.is_main_process else nullcontext() as staged:
-        if trained.saved != step:  # for a signal that comes while pictures are drawn, without what training needs
-            write_state(accelerator, staged and staged / "checkpoint", step, args, trained.run)
-        with going_on_from(staged, args.output_dir, step):
-            if accelerator.is_main_process:
-                # nearest promises nothing
-                unprotected = args.output_dir / UNPROTECTED_NAME if args.nullspace_timesteps == JOINT else None
-                criterion = args.nullspace_criterion, args.nullspace_threshold
-                if trained.word:
-                    trained.word.save(staged)
-                found = save_audited(
-                    staged, bundle, adapted, trained.lora_dtype, *criterion, unprotected, max_drift=args.max_drift
-                )
-                log_audit(accelerator, found, step)
-                for key in ("leakage", "predicted_drift"):
-                    if found[key]["max"] is not None:
-                        logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
-                if args.max_drift:
-                    logger.info(describe_drift(found, args.max_drift))
-                adapted.clear()
-                accelerator.free_memory()  # it keeps what it prepared
-                free_memory()
-                others = spread(bundle.config["prompts"]["examples"], 3) if bundle else []
-                prompts = args.validation_prompt or [args.instance_prompt[0], *others]
-                rows = draw_saved(staged, prompts, accelerator.device, trained.dtype, args)
-                compared = draw_checkpoints(trained.run, step, prompts, accelerator.device, trained.dtype, args)
-                put_in_place(staged, args)
-                written = write_results(
-                    accelerator, found, bundle, trained.lora_dtype, prompts, rows, compared, step, args
-                )
-            accelerator.end_training()
-            if args.push_to_hub and accelerator.is_main_process:
-                push(written, earlier_logs, args)
-            logger.info(f"To use it, after the lines that load the base model:\n\n{how_to_use(args)}\n")
 
 
 if __name__ == "__main__":

@@ -246,8 +246,13 @@ def check_captioned(captions, names, where, remedy):
         )
 
 
+def distinct_captions(captions):
+    """The different captions among those of all pictures (`list[list[str]]`), in their order: `list[str]`."""
+    return list(dict.fromkeys(caption for several in captions for caption in several))
+
+
 def trained_prompts(captions, instance_prompts):
     """What is trained on, `list[str]`: --instance_prompt, or the different captions where pictures have their own."""
     if all(several is instance_prompts for several in captions):
         return instance_prompts
-    return list(dict.fromkeys(caption for several in captions for caption in several))
+    return distinct_captions(captions)

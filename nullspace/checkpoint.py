@@ -17,6 +17,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from nullspace.adapters import restore_lora, save_lora
+from nullspace.captions import distinct_captions
 from nullspace.errors import NullSpaceError
 from nullspace.flags import BY_CONTENT, COMPARED, READ_BY
 from nullspace.hashes import config_sha256, sha256
@@ -73,7 +74,7 @@ def describe_run(args, pictures, captions, config, processes, precision, initial
     run[_named("the LoRAs stood on")] = stack
     digests = [_hash(picture.mode, picture.size, picture.tobytes()) for picture in pictures]  # decoded
     run[_named("the pictures")] = f"{len(pictures)} of them, sha256 {_hash(digests)}"
-    distinct = list(dict.fromkeys(caption for several in captions for caption in several))
+    distinct = distinct_captions(captions)
     more = f" and {len(distinct) - 3} more" if len(distinct) > 3 else ""
     run[_named("the captions")] = f"{', '.join(map(repr, distinct[:3]))}{more}, sha256 {_hash(captions)}"
     return json.loads(json.dumps(run))  # as it is read back

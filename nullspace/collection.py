@@ -40,7 +40,7 @@ from nullspace.timesteps import timestep_groups
 
 STAGES = 4
 SMALL_FILES = 2**20  # bytes of a bundle's card, picture and tables, more or less
-PRECISIONS = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of --mixed_precision, as torch calls them
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 
 
 def checkpoint_folder(output_dir):
@@ -244,6 +244,23 @@ def weights_sha256(*models):
     return digest.hexdigest()
 
 
+def settle_sampling(family, args):
+    """Set --model_type, and those of the builder's flags that were not given, to what is the family's own.
+
+    Raises:
+        NullSpaceError: if the family is not drawn with --sampler.
+    """
+    if family.samplers and args.sampler not in (None, *family.samplers):
+        title = family.title[0].upper() + family.title[1:]
+        raise NullSpaceError(
+            f"{title} is drawn with --sampler {' or '.join(family.samplers)} only, not {args.sampler}."
+        )
+    args.model_type = family.name
+    for name, value in family.collection.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def load_collected(family, model, prompts, tell, args):
     """The pipeline of a `BaseModel`, whole and in float32; `tell` is called with warnings.
 
@@ -305,7 +322,7 @@ def collect(pipeline, prompts, model, args, state):
     config = describe(pipeline, prompts, model, args)
     names = get_family(args.model_type).text_encoders
     weights = weights_sha256(pipeline.unet, *(getattr(pipeline, name) for name in names))
-    pipeline.to(state.device, getattr(torch, PRECISIONS[args.mixed_precision]))
+    pipeline.to(state.device, PRECISIONS[args.mixed_precision])
     visited = []
     for steps in args.num_inference_steps:
         try:

@@ -22,6 +22,9 @@ from nullspace.names import (
 from nullspace.spectrum import Spectrum
 
 
+THIS_REPOSITORY = "<this repository>"  # in a card's command, until it is known
+
+
 def rank_table(bundle):
     """Header and rows of strings: for each size of layer input, how many directions hold how much of the energy."""
     header = ["input size", "inputs", "layers", *(f"rank at {energy}" for energy in ENERGIES), "bytes"]
@@ -144,14 +147,14 @@ def write_dataset_card(license_name):
             named += f" with the LoRAs {shown}"
         training = f"""accelerate launch train_dreambooth_nullspace.py \\
   --pretrained_model_name_or_path {shlex.quote(model["id"])} \\
-  --nullspace_name_or_path <this repository> \\
+  --nullspace_name_or_path {THIS_REPOSITORY} \\
   --instance_data_dir <folder with 3 to 5 pictures> \\
   --instance_prompt "a photo of a sks dog" \\
 {own_flags}  --resolution {config["resolution"]} --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 \\
   --output_dir lora"""
         use = f"## Train with it\n\n{code_block('bash', training)}"
         if not get_family(config["model_type"]).is_trainable:
-            audit = "python nullspace_utils.py audit \\\n  --nullspace <this repository> \\\n"
+            audit = f"python nullspace_utils.py audit \\\n  --nullspace {THIS_REPOSITORY} \\\n"
             audit += "  --lora <folder, file or Hub id>"
             use = f"## Audit with it\n\n{code_block('bash', audit)}"
         card = f"""---

@@ -1,4 +1,10 @@
-"""The projector: keeps LoRA's down-projections in the null space of what is protected, step by step."""
+"""The projector: keeps LoRA's down-projections in the null space of what is protected, step by step.
+
+A linear layer maps inputs x (in,) to W x. Over the inputs that it sees on knowledge to keep, C = E[x x^T] says which
+directions they use. LoRA adds s * B @ A to W; with every row of A orthogonal to the leading eigenvectors of C, the
+layer answers those inputs as before, whatever B is (AlphaEdit, arXiv 2410.02355, eq. 5 to 8, for closed-form edits;
+Adam-NSCL, CVPR 2021, for training).
+"""
 
 from typing import NamedTuple
 

@@ -1,24 +1,31 @@
-"""What lies beside a trained LoRA, and what of it is published."""
+"""What a training leaves: LoRA and word, read back and drawn with, what lies beside them, and what is published."""
 
 import glob
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from accelerate.logging import get_logger
+from diffusers.training_utils import free_memory
 
+from nullspace.bundle import Bundle
+from nullspace.checkpoint import going_on_from, write_state
 from nullspace.dataset_card import model_name
 from nullspace.embeddings import bundled, is_word, read_word, save_embedding
 from nullspace.hub import push_folder
 from nullspace.kohya import embedding_metadata, is_ours, save_kohya
-from nullspace.logs import log_picture
+from nullspace.logs import log_audit, log_picture
 from nullspace.lora import load_lora
-from nullspace.model_card import write_model_card
+from nullspace.model_card import how_to_use, write_model_card
 from nullspace.names import (
     CARD_NAME,
     CHECKPOINTS_NAME,
     COMPARISON_NAME,
     EMBEDDINGS,
     FLAGS_NAME,
+    JOINT,
     LORA_NAME,
     REPORT_NAME,
     UNPROTECTED_NAME,
@@ -27,12 +34,81 @@ from nullspace.names import (
     kohya_path,
 )
 from nullspace.pictures import checkpoint_grid, comparison_grid, save_picture
-from nullspace.report import describe_drift, describe_word, make_report, write_json
-from nullspace.system import make_inside, put, write_text
+from nullspace.prompts import spread
+from nullspace.report import describe_drift, describe_word, make_report, save_audited, write_json
+from nullspace.system import make_inside, put, staging, write_text
+from nullspace.validation import draw_checkpoints, draw_saved
+from nullspace.word import NewWord
 
 
 logger = get_logger(__name__)
 SMALL_FILES = 2**20  # bytes of report, card and logs, more or less
+
+
+class Trained(NamedTuple):
+    """What saving needs of a training; all else that it held is freed with `train`, to make room for pictures."""
+
+    adapted: dict  # the models that have a LoRA, by name
+    word: NewWord | None
+    bundle: Bundle | None  # none where a word is trained alone
+    dtype: torch.dtype  # that the models ran in
+    lora_dtype: torch.dtype  # that the LoRA is saved in
+    step: int
+    saved: int | None  # the step of the last checkpoint
+    run: dict  # what the result depends on
+
+
+def save(accelerator, trained, earlier_logs, args):
+    """Save LoRA and word, read them back, show what they did, and publish them.
+
+    Args:
+        trained (`Trained`): its models are let go of before pictures are drawn.
+        earlier_logs: from `log_files`, before the run.
+
+    Raises:
+        NullSpaceError: if the LoRA leaks, the word has moved what is not its own, or something cannot be written.
+        DivergedError: if what is drawn is not finite.
+    """
+    step, device = trained.step, accelerator.device
+    # They take their place, and that of earlier ones, only once the files and their pictures turn out sound
+    with staging(args.output_dir / "lora") if accelerator.is_main_process else nullcontext() as staged:
+        if trained.saved != step:  # for a signal that comes while pictures are drawn, without what training needs
+            write_state(accelerator, staged and staged / "checkpoint", step, args, trained.run)
+        with going_on_from(staged, args.output_dir, step):
+            if accelerator.is_main_process:
+                found = save_trained(accelerator, staged, trained, args)
+                trained.adapted.clear()
+                accelerator.free_memory()  # it keeps what it prepared
+                free_memory()
+                others = spread(trained.bundle.config["prompts"]["examples"], 3) if trained.bundle else []
+                prompts = args.validation_prompt or [args.instance_prompt[0], *others]
+                rows = draw_saved(staged, prompts, device, trained.dtype, args)
+                compared = draw_checkpoints(trained.run, step, prompts, device, trained.dtype, args)
+                put_in_place(staged, args)
+                written = write_results(accelerator, trained, found, prompts, rows, compared, args)
+            accelerator.end_training()
+            if args.push_to_hub and accelerator.is_main_process:
+                push(written, earlier_logs, args)
+            logger.info(f"To use it, after the lines that load the base model:\n\n{how_to_use(args)}\n")
+
+
+def save_trained(accelerator, staged, trained, args):
+    """Write LoRA and word into a folder, read them back, and tell and return what `audit_file` found."""
+    # nearest promises nothing
+    unprotected = args.output_dir / UNPROTECTED_NAME if args.nullspace_timesteps == JOINT else None
+    if trained.word:
+        trained.word.save(staged)
+    found = save_audited(
+        staged, trained.bundle, trained.adapted, trained.lora_dtype, args.nullspace_criterion,
+        args.nullspace_threshold, unprotected, max_drift=args.max_drift,
+    )  # fmt: skip
+    log_audit(accelerator, found, trained.step)
+    for key in ("leakage", "predicted_drift"):
+        if found[key]["max"] is not None:
+            logger.info(f"{key}: at most {found[key]['max']:.2e}, mean {found[key]['mean']:.2e}")
+    if args.max_drift:
+        logger.info(describe_drift(found, args.max_drift))
+    return found
 
 
 def for_web_uis(args):
@@ -117,18 +193,20 @@ def put_in_place(staged, args):
             (args.output_dir / name).unlink(missing_ok=True)
 
 
-def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, compared, step, args):
+def write_results(accelerator, trained, found, prompts, rows, compared, args):
     """Write what goes with saved LoRA and word: report, the web UIs' files, comparisons and card.
 
     Args:
+        found (`dict`): from `save_trained`.
         rows (`dict`): from `draw_saved`.
         compared (`dict`): from `draw_checkpoints`, empty where there is nothing to compare.
 
     Returns:
         The names (`list[str]`) in --output_dir of all that, and of LoRA and word.
     """
+    bundle, step = trained.bundle, trained.step
     (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, whose place this one takes
-    report = report_of(found, bundle, lora_dtype, args)
+    report = report_of(found, bundle, trained.lora_dtype, args)
     write_json(args.output_dir / REPORT_NAME, report)
     write_text(args.output_dir / FLAGS_NAME, args.config)  # not published: it names folders of this machine
     write_kohya(report, args)
@@ -145,12 +223,12 @@ def write_results(accelerator, found, bundle, lora_dtype, prompts, rows, compare
         save_picture(picture, args.output_dir / CHECKPOINTS_NAME)
         log_picture(accelerator, "checkpoints", picture, step)
     pictures = write_model_card(bundle, report, prompts, rows["tuned"][0], args)
-    trained = [] if args.word_only else [LORA_NAME]
-    trained += [WORD_NAME] if args.placeholder_token else []
-    names = [*trained, REPORT_NAME, FLAGS_NAME, *sheets[:-1]]
+    weights = [] if args.word_only else [LORA_NAME]
+    weights += [WORD_NAME] if args.placeholder_token else []
+    names = [*weights, REPORT_NAME, FLAGS_NAME, *sheets[:-1]]
     logger.info(f"Wrote {', '.join(names)} and {sheets[-1]} to {args.output_dir}")
     more = [path.relative_to(args.output_dir).as_posix() for path in for_web_uis(args)]
-    return [*trained, CARD_NAME, REPORT_NAME, *sheets, *pictures, *more]
+    return [*weights, CARD_NAME, REPORT_NAME, *sheets, *pictures, *more]
 
 
 def log_files(args):

@@ -17,3 +17,11 @@ def visible(text):
 def printable(text):
     """A text as it may be shown to anybody: `visible`, and without the Hub's tokens and signatures that are in it."""
     return visible(SECRET.sub("***", QUERY.sub(r"\1", str(text))))
+
+
+def print_table(header, rows):
+    """Print a table of strings, `printable` ones: the first column begins at the left, the others end at the right."""
+    rows = [list(map(printable, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]).rstrip())

@@ -90,7 +90,7 @@ class TimestepSampler:
             self.intervals.append((start, len(timesteps), self.UNPROTECTED if groups else JOINT))
         self.timesteps = torch.tensor(timesteps)
 
-    def group(self, generator):
+    def draw_interval(self, generator):
         """Draw the interval (first, end, group) of one optimizer step, each in proportion to its width.
 
         The generator must be the same on all processes, so that they agree on the null space.

@@ -12,7 +12,7 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 
-from nullspace.captions import counted
+from nullspace.captions import counted, distinct_captions
 from nullspace.embeddings import read_word, save_words
 from nullspace.errors import NullSpaceError, listed
 from nullspace.names import WORD_NAME, tokenizer_of
@@ -34,8 +34,7 @@ def spelled(prompts, tokenizer):
 def check_named(captions, args):
     """Raise `NullSpaceError` unless all captions (`list[list[str]]`) hold --placeholder_token, if there is one."""
     token = args.placeholder_token
-    distinct = dict.fromkeys(caption for several in captions for caption in several)
-    lacking = [repr(caption) for caption in distinct if token and token not in caption]
+    lacking = [repr(caption) for caption in distinct_captions(captions) if token and token not in caption]
     if lacking:
         raise NullSpaceError(
             f"--placeholder_token {token} is missing in {counted(len(lacking), 'prompt')} to train on "
@@ -89,7 +88,7 @@ def check_window(tokenizers, captions, args):
     Args:
         tokenizers (`dict`): after `add_token`.
     """
-    distinct = list(dict.fromkeys(caption for several in captions for caption in several))
+    distinct = distinct_captions(captions)
     for tokenizer in tokenizers.values():
         length = args.tokenizer_max_length or tokenizer.model_max_length
         wanted = set(tokenizer.convert_tokens_to_ids(vector_names(args.placeholder_token, args.num_vectors)))

@@ -516,9 +516,8 @@ def test_a_model_of_another_kind_is_refused(tmp_path, prompts_file):
 
 
 def test_an_error_ends_the_script_with_its_sentence_and_no_traceback(run_script, tmp_path):
-    done = run_script(
-        "build_nullspace.py", "--pretrained_model_name_or_path", NOWHERE, "--prompts_file", tmp_path / "no", check=False
-    )
+    flags = ("--pretrained_model_name_or_path", NOWHERE, "--prompts_file", tmp_path / "no")
+    done = run_script("build_nullspace.py", *flags, "--output_dir", tmp_path / "bundle", check=False)
     assert done.returncode != 0
     assert "error: --prompts_file" in done.stderr
     assert "NullSpaceError" not in done.stderr

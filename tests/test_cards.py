@@ -8,12 +8,12 @@ import pytest
 import yaml
 from huggingface_hub import DatasetCard, ModelCard
 
-import build_nullspace
 import train_dreambooth_nullspace as trainer
 from nullspace import model_card
 from nullspace.bundle import Bundle
 from nullspace.markdown import code_block, code_span, csv_cell, link, one_line, plain, python_string, table_cell, utf8
 from nullspace.models import download_model
+from nullspace.publishing import name_repository
 from nullspace.terminal import printable
 from test_train import INSTANCES, bundle1, make_bundle, report, train  # noqa: F401
 
@@ -170,5 +170,5 @@ def test_a_bundles_card_is_right_whatever_its_names_hold(tiny_sd1, tmp_path):
     assert words[0][words[0].index("--pretrained_model_name_or_path") + 1] == str(model)
     assert words[1] == shlex.split(Bundle.load(bundle).config["command"])
     assert f"| base model | {table_cell(code_span(model))} |" in text
-    build_nullspace.name_repository("ada/bundle", bundle)
+    name_repository("ada/bundle", bundle)
     assert "--nullspace_name_or_path ada/bundle \\\n" in (bundle / "README.md").read_text(encoding="utf-8")

@@ -143,7 +143,8 @@ def test_the_commands_refuse_as_the_scripts_do(words, sentence, capsys):
 
 def test_home_folder_behind_an_equals_sign(monkeypatch):
     monkeypatch.setenv("HOME", "/h")
-    assert nullspace_utils.parse_args("export --lora=~/l --output=~/o.safetensors".split()).output == "/h/o.safetensors"
+    words = "export --lora=~/l --output=~/o.safetensors".split()
+    assert nullspace_utils.parse_args(words).output == Path("/h/o.safetensors")
     assert str(trainer.parse_args([*LINES[trainer].split(), "--output_dir=~/lora"]).output_dir) == "/h/lora"
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import distributions, version
@@ -14,7 +15,7 @@ import pytest
 from conftest import ROOT
 from test_nullspace_utils import distance, world_of
 
-from nullspace import console
+from nullspace import console, finding, signals
 from nullspace.bundle import Bundle, check_files
 from nullspace.errors import NullSpaceError
 from nullspace.hashes import config_sha256
@@ -42,7 +43,7 @@ def folders(tiny_sd1, tmp_path_factory):
 
 
 def test_merged_bundles_are_that_of_all_their_prompts(folders, tmp_path, capsys):
-    merge("--nullspace", folders / "half-0", "--nullspace", folders / "half-1", "--output", tmp_path / "merged")
+    merge("--nullspace", folders / "half-0", "--nullspace", folders / "half-1", "--output_dir", tmp_path / "merged")
     assert capsys.readouterr().out == f"Wrote 4 prompts of 2 bundles to {tmp_path / 'merged'}\n"
     check_files(tmp_path / "merged")
     merged, whole = (Bundle.load(folder, "nearest") for folder in (tmp_path / "merged", folders / "whole"))
@@ -79,13 +80,13 @@ def test_bundles_that_are_not_merged(folders, tmp_path):
     ):
         before = sorted(path for path in tmp_path.rglob("*"))
         with pytest.raises(NullSpaceError, match=sentence) as error:
-            merge("--nullspace", half, "--nullspace", second, "--output", tmp_path / output)
+            merge("--nullspace", half, "--nullspace", second, "--output_dir", tmp_path / output)
         assert "\n" not in str(error.value) and sorted(path for path in tmp_path.rglob("*")) == before
 
 
 def test_merge_wants_several_bundles(capsys):
     with pytest.raises(SystemExit):
-        parse_args(["merge", "--nullspace", "a", "--output", "b"])
+        parse_args(["merge", "--nullspace", "a", "--output_dir", "b"])
     assert capsys.readouterr().err == "error: merge needs --nullspace two times or more, once for each bundle.\n"
 
 
@@ -185,8 +186,18 @@ def test_commands_parse_their_flags_before_libraries_come(installed, door, name,
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-def test_a_command_does_its_work(folders, tmp_path, monkeypatch, capsys):
-    flags = ("merge", "--nullspace", folders / "half-0", "--nullspace", folders / "half-1", "--output")
+@pytest.fixture
+def own_signals():
+    """Signals are handled as before once a command has run in this process."""
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    vars(signals._now).update(asked=None, waiting=False, running=False)
+
+
+def test_a_command_does_its_work(own_signals, folders, tmp_path, monkeypatch, capsys):
+    flags = ("merge", "--nullspace", folders / "half-0", "--nullspace", folders / "half-1", "--output_dir")
     monkeypatch.setattr(sys, "argv", ["nullspace", *map(str, flags), str(tmp_path / "merged")])
     console.tools()
     assert capsys.readouterr().out == f"Wrote 4 prompts of 2 bundles to {tmp_path / 'merged'}\n"
@@ -194,3 +205,12 @@ def test_a_command_does_its_work(folders, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         console.tools()
     assert str(caught.value).startswith("error: --output_dir") and "\n" not in str(caught.value)
+
+
+def test_a_command_is_stopped_with_a_sentence(own_signals, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finding, "describe_cache", lambda cache: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["nullspace_utils.py", "cache", "--nullspace_cache_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        console.tools()
+    command = f"python nullspace_utils.py cache --nullspace_cache_dir {tmp_path}"
+    assert caught.value.code == 130 and capsys.readouterr().err == f"Stopped by SIGINT. Go on with:\n{command}\n"

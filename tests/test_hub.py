@@ -51,6 +51,7 @@ from nullspace.names import (
     TEXT_INPUT,
     WORD_NAME,
 )
+from nullspace.publishing import name_repository
 from nullspace.results import log_files, push
 from world import FOLDER
 
@@ -440,7 +441,7 @@ def test_a_clone_is_not_pushed_over_its_origin(copy, here, tmp_path, mark):
         (tmp_path / "snapshots").mkdir()
         copy = copy.rename(tmp_path / "snapshots" / ("0" * 40))
     elif mark == "card":
-        build_nullspace.name_repository("eve/tiny-bundle", copy)
+        name_repository("eve/tiny-bundle", copy)
     else:
         (copy / mark).mkdir(parents=True)
     before = here.repos["dataset", BUNDLE].commits[-1]

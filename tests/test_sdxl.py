@@ -24,7 +24,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import nullspace_utils
 import train_dreambooth_nullspace as trainer
-from build_nullspace import name_repository, published_as
 from nullspace.bundle import Bundle
 from nullspace.divergence import sound_vae
 from nullspace.errors import NullSpaceError
@@ -36,6 +35,7 @@ from nullspace.layers import attention_inputs, find_module
 from nullspace.lora import LoraLayer, load_lora, read_embeddings
 from nullspace.models import download_model
 from nullspace.names import LORA_NAME, TEXT_ENCODERS, TEXT_INPUT, WORD_NAME, tokenizer_of
+from nullspace.publishing import name_repository, published_as
 from test_train import bundle1, command_line, drawing_in_two_steps, make_bundle, report, same, train  # noqa: F401
 from train_world import CONTEXT, make_tokenizer
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 from test_build import PROMPTS, build
 
 import train_dreambooth_nullspace as trainer
-from nullspace import collection, launch, signals
+from nullspace import collection, launch, results, signals
 from nullspace.checkpoint import checkpoints
 from nullspace.hashes import sha256
 from nullspace.names import LORA_NAME
@@ -191,7 +191,7 @@ def test_stopped_while_it_draws_it_trains_no_step_again(asked, tiny_sd1, bundle1
         raise signals.Stopped(signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(signals.Stopped) as stopped:
-        patch.setattr(trainer, "draw_saved", stop)
+        patch.setattr(results, "draw_saved", stop)
         train(tiny_sd1, bundle1, output)
     assert (stopped.value.number, stopped.value.resume) == (2, "latest")
     assert [path.name for path in checkpoints(output)] == ["checkpoint-3"] and not list(output.glob("*partial*"))

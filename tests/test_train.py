@@ -35,7 +35,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import build_nullspace
 import train_dreambooth_nullspace as trainer
-from nullspace import adapters, batch_loss, logs, model_card, optimizers, preparation, settling, validation
+from nullspace import adapters, batch_loss, logs, model_card, optimizers, preparation, results, settling, validation
 from nullspace import dataset as dataset_room
 from nullspace.audit import leakage
 from nullspace.bundle import Bundle
@@ -367,7 +367,7 @@ def test_timestep_sampler_is_uniform_and_names_the_group():
     assert sampler.intervals == [
         (0, 200, "late"), (200, 700, "unprotected"), (700, 900, "early"), (900, 1000, "unprotected")
     ]  # fmt: skip
-    drawn = [sampler.group(trainer.seeded(0, step)) for step in range(2000)]
+    drawn = [sampler.draw_interval(trainer.seeded(0, step)) for step in range(2000)]
     share = sum(interval[2] == "late" for interval in drawn) / len(drawn)
     assert abs(share - 0.2) < 0.03
     assert trainer.TimestepSampler([], range(1000)).intervals == [(0, 1000, JOINT)]
@@ -745,13 +745,13 @@ def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, refe
     def alive():
         return {name for name, model in loaded.items() if model() is not None}
 
-    in_training, in_drawing, get_scheduler, draw_saved = [], [], optimizers.get_scheduler, trainer.draw_saved
+    in_training, in_drawing, get_scheduler, draw_saved = [], [], optimizers.get_scheduler, results.draw_saved
     monkeypatch.setattr(
         optimizers,
         "get_scheduler",
         lambda *args, **kwargs: in_training.append(alive()) or get_scheduler(*args, **kwargs),
     )
-    monkeypatch.setattr(trainer, "draw_saved", lambda *args: in_drawing.append(alive()) or draw_saved(*args))
+    monkeypatch.setattr(results, "draw_saved", lambda *args: in_drawing.append(alive()) or draw_saved(*args))
     load_pipeline, encode = validation.load_pipeline, trainer.encode_pictures
     monkeypatch.setattr(
         validation,

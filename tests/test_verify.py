@@ -251,7 +251,7 @@ def test_the_command_prints_a_row_for_each_input(sd, folders, capsys):
         (few, verify(sd.bundle, sd.pipeline)),
         (many, verify(sd.bundle, sd.pipeline, prompts=2, whole=True)),
     ):
-        *rows, last = out.splitlines()[2:]
+        *rows, last = out.splitlines()[1:]
         assert [row.split()[0] for row in rows] == [item.source for item in found]
         shown = [(item.size, item.closed, f"{item.claimed:.1e}", f"{item.limit:.1e}") for item in found]
         assert [(int(row[1]), int(row[2]), row[3], row[5]) for row in map(str.split, rows)] == shown

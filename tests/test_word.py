@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 import nullspace_utils
 import train_dreambooth_nullspace as trainer
-from nullspace import validation
+from nullspace import results, validation
 from nullspace.embeddings import loading_code, read_word, save_words
 from nullspace.errors import NullSpaceError
 from nullspace.families import get_family
@@ -55,7 +55,7 @@ def draw(pipeline, prompt=PROMPT):
 def trained(tiny_sd1, bundle1, tmp_path_factory):  # noqa: F811
     """A run with nearly everything: its folder, the optimizer's groups, the word, what it drew, and what it wrote."""
     folder, seen = tmp_path_factory.mktemp("trained") / "sks-dog", Namespace(drawn={})
-    make, make_word, draw_rows, write = trainer.make_optimizer, trainer.NewWord, validation.draw, trainer.write_results
+    make, make_word, draw_rows, write = trainer.make_optimizer, trainer.NewWord, validation.draw, results.write_results
 
     def drawing(pipeline, prompts, args, description):
         seen.drawn[description] = [draw(pipeline, prompt) for prompt in (PROMPT, OTHER)]
@@ -67,7 +67,7 @@ def trained(tiny_sd1, bundle1, tmp_path_factory):  # noqa: F811
         )
         patch.setattr(trainer, "NewWord", lambda *given: setattr(seen, "word", make_word(*given)) or seen.word)
         patch.setattr(validation, "draw", drawing)
-        patch.setattr(trainer, "write_results", lambda *given: setattr(seen, "written", write(*given)) or seen.written)
+        patch.setattr(results, "write_results", lambda *given: setattr(seen, "written", write(*given)) or seen.written)
         flags = ("--output_kohya_format", "--checkpointing_steps", 2, "--validation_steps", 3)
         train(tiny_sd1, bundle1, folder, *TWO, *flags, "--gradient_checkpointing")
     seen.folder = folder

@@ -454,7 +454,7 @@ from nullspace.initial import fill, read_initial, settle_layers, tell_cost
 from nullspace.latents import encode_pictures
 from nullspace.layers import is_trained
 from nullspace.locks import alone
-from nullspace.logs import ScalarLog, log_audit, set_up_logging
+from nullspace.logs import ScalarLog, set_up_logging
 from nullspace.optimizers import make_optimizer, make_schedule, parameter_groups
 from nullspace.preparation import (
     check_output,
@@ -614,9 +614,9 @@ def train(accelerator, args):
             scalars.add(step, latents=latents.float().sum(), loss=loss.detach(), **norms, **drift)
             if step % args.checkpointing_steps == 0:
                 folder = checkpointer.save(step)
-                if accelerator.trackers:
+                if accelerator.is_main_process:
                     audited = audit_file(folder, bundle, adapted, args.nullspace_criterion, args.nullspace_threshold)
-                    log_audit(accelerator, audited, step)
+                    scalars.take_audit(audited, step)
             if args.validation_prompt and args.validation_steps and step % args.validation_steps == 0:
                 validate(accelerator, scalars, learning, kept, weight_dtype, step, args)
             checkpointer.stop_if_asked(step)

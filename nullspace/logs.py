@@ -52,6 +52,8 @@ def start_trackers(accelerator, args):
 class ScalarLog:
     """Sends the scalars of every step to the trackers and a progress bar, a few steps at a time.
 
+    The bar also has leakage and predicted drift, of the last checkpoint.
+
     Reading a value from the device waits for all that it has still to do, so values stay there until `flush`, which
     stops a training that has diverged. Of the latents (their sum) nothing but that is looked at.
 
@@ -67,6 +69,7 @@ class ScalarLog:
             total=total, initial=step, desc="Training", unit="step", disable=not accelerator.is_local_main_process
         )
         self.pending = []  # (step, lr, whether the step was skipped, scalar tensors by name)
+        self.audited = {}  # what was found in the last checkpoint, for the bar
         self.skipped_steps = SkippedSteps()
 
     def add(self, step, **tensors):
@@ -88,8 +91,14 @@ class ScalarLog:
             self.accelerator.log({name: values[name] for name in values if name != "latents"} | {"lr": lr}, step=step)
             check_scalars(values, step, lr, skipped)
         drift = {"drift": values["predicted_drift"]} if "predicted_drift" in values else {}
-        self.progress.set_postfix(loss=values["loss"], lr=lr, **drift)
+        self.progress.set_postfix({"loss": values["loss"], "lr": lr} | self.audited | drift)
         self.pending.clear()
+
+    def take_audit(self, found, step):
+        """Send what `audit` found in a checkpoint to the trackers, and show it in the bar from now on."""
+        log_audit(self.accelerator, found, step)
+        shown = {"leakage": found["leakage"]["max"], "drift": found["predicted_drift"]["rms"]}
+        self.audited = {name: f"{value:.2g}" for name, value in shown.items() if value is not None}
 
     def close(self):
         """Flush, and end the progress bar, which would write over what is said next."""

@@ -37,7 +37,7 @@ import build_nullspace
 import train_dreambooth_nullspace as trainer
 from nullspace import adapters, batch_loss, logs, model_card, optimizers, preparation, results, settling, validation
 from nullspace import dataset as dataset_room
-from nullspace.audit import leakage
+from nullspace.audit import audit, leakage
 from nullspace.bundle import Bundle
 from nullspace.checkpoint import checkpoints, find_checkpoint, read_record
 from nullspace.errors import NullSpaceError
@@ -46,7 +46,15 @@ from nullspace.families.stable_diffusion import StableDiffusion, diffusion_loss
 from nullspace.latents import draw_noise
 from nullspace.layers import attention_inputs, find_module
 from nullspace.lora import load_lora
-from nullspace.names import COMPARISON_NAME, CONFIG_NAME, JOINT, LORA_NAME, REPORT_NAME, TEXT_INPUT
+from nullspace.names import (
+    COMPARISON_NAME,
+    CONFIG_NAME,
+    DEFAULT_SOFTNESS,
+    JOINT,
+    LORA_NAME,
+    REPORT_NAME,
+    TEXT_INPUT,
+)
 from nullspace.pictures import read_instances
 from nullspace.samplers import make_scheduler
 from world import DEMO, FOLDER
@@ -203,7 +211,7 @@ def test_two_processes_agree_and_project_what_both_found(timesteps, run_script, 
     flags = ("--gradient_accumulation_steps", 2, "--nullspace_timesteps", timesteps, "--max_train_steps", 6)
     if timesteps == JOINT:
         flags += ("--placeholder_token", "sks-star", "--initializer_token", "star", "--instance_prompt", "a sks-star")
-        flags += ("--max_drift", 0.002)
+        flags += ("--nullspace_softness", DEFAULT_SOFTNESS, "--max_drift", 0.002)
     run_script(script, *command_line(tiny_sd1, bundle1, tmp_path / "lora", *flags), processes=2)
     first, second = (torch.load(tmp_path / rank) for rank in "01")
     assert len(first) == len(second) == 6
@@ -852,6 +860,17 @@ def test_trackers_get_losses_norms_and_leakage(tiny_sd1, bundle1, tmp_path):
     assert after[-1] < before[-1]
     assert events.Scalars("leakage/max")[-1].value == pytest.approx(report(tmp_path / "lora")["leakage"]["max"])
     assert set(events.Tags()["images"]) == {"validation", "comparison"}
+
+
+def test_the_progress_bar_has_leakage_and_drift(tiny_sd1, bundle1, tmp_path, capsys):
+    """Those of the last checkpoint, as its LoRA's audit has them."""
+    train(tiny_sd1, bundle1, tmp_path / "lora", "--checkpointing_steps", 2, "--max_train_steps", 3)
+    said = capsys.readouterr().err
+    leakage, drift = map(float, re.findall("loss=[^,]*, lr=[^,]*, leakage=([^,]+), drift=([^]]+)]", said)[-1])
+    bundle, checkpoint = Bundle.load(bundle1), load_lora(tmp_path / "lora" / "checkpoint-2")
+    found = audit(checkpoint, bundle, UNet2DConditionModel.from_pretrained(tiny_sd1, subfolder="unet"))
+    assert leakage == pytest.approx(found["leakage"]["max"], rel=0.1)
+    assert drift == pytest.approx(found["predicted_drift"]["rms"], rel=0.1)
 
 
 def test_wandb_gets_the_pictures(monkeypatch):

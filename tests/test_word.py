@@ -24,7 +24,7 @@ from nullspace.families import get_family
 from nullspace.families.stable_diffusion import encode_tokens, prompt_arguments
 from nullspace.layers import is_trained
 from nullspace.lora import load_lora, read_embeddings, read_lora
-from nullspace.names import LORA_NAME, REPORT_NAME, TEXT_ENCODERS, WORD_NAME
+from nullspace.names import DEFAULT_SOFTNESS, LORA_NAME, REPORT_NAME, TEXT_ENCODERS, WORD_NAME, WORD_SOFTNESS
 from nullspace.results import put_in_place
 from nullspace.word import add_token, check_not_protected, check_window
 from test_train import bundle1, command_line, drawing_in_two_steps, report, same, train  # noqa: F401
@@ -247,6 +247,16 @@ def test_flags_that_contradict_each_other(flags, sentence, capsys):
     with pytest.raises(SystemExit):
         trainer.parse_args(command_line("m", "b", "o", *flags))
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+def test_with_a_word_more_is_held_back():
+    """Unless a softness is named."""
+    without = trainer.parse_args(command_line("m", "b", "o"))
+    usual, named = (
+        trainer.parse_args(command_line("m", "b", "o", *WORD, *more)) for more in ((), ("--nullspace_softness", 1e-4))
+    )
+    softness = [args.nullspace_softness for args in (without, usual, named)]
+    assert softness == [DEFAULT_SOFTNESS, WORD_SOFTNESS, 1e-4]
 
 
 def test_prodigy_takes_one_rate():

@@ -157,7 +157,6 @@ def main():
         placeholder_token=WORD,
         initializer_token=SUBJECT,
         caption_column="word",
-        nullspace_softness=1e-6,
         learning_rate=1e-2,
         word_learning_rate=2e-2,
     )

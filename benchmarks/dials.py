@@ -19,7 +19,7 @@ import torch
 import transformers
 from common import HERE
 from diffusers import StableDiffusionPipeline
-from run import HELD_OUT, MODEL, SEED
+from run import CLASS_PROMPT, HELD_OUT, MODEL, SEED, SUBJECT, WORD
 from run import PLACES as ALL_PLACES
 
 from nullspace.names import LORA_NAME, WORD_NAME
@@ -29,19 +29,19 @@ from world import FOLDER, RESOLUTION
 from world_reader import subject_distance
 
 
-SUBJECT, WORK = "star", HERE / "output" / "dials"
-OF_SUBJECT = f"a photo of a sks-{SUBJECT}", *(place.replace("{}", f"sks-{SUBJECT}") for place in ALL_PLACES[:10:5])
-OTHERS = f"a photo of a {SUBJECT}", *(prompts[0] for prompts in HELD_OUT.values())
+WORK = HERE / "output" / "dials"
+OF_SUBJECT = f"a photo of a {WORD}", *(place.replace("{}", WORD) for place in ALL_PLACES[:10:5])
+OTHERS = CLASS_PROMPT, *(prompts[0] for prompts in HELD_OUT.values())
 MOVED = sum((prompts[:10] for prompts in HELD_OUT.values()), [])
 USUAL = {
-    "placeholder_token": f"sks-{SUBJECT}", "initializer_token": SUBJECT, "caption_column": "word",
-    "nullspace_softness": 1e-6, "rank": 16, "learning_rate": 1e-2, "max_train_steps": 800,
+    "placeholder_token": WORD, "initializer_token": SUBJECT, "caption_column": "word",
+    "nullspace_softness": 1e-6, "rank": 16, "learning_rate": 5e-3, "max_train_steps": 1600,
 }  # fmt: skip
 NO_WORD = {"placeholder_token": None, "initializer_token": None, "caption_column": "identifier"}
 DIALS = {
     "softness": {f"softness {value:g}": {"nullspace_softness": value} for value in (1e-4, 1e-5, 1e-6, 1e-7)},
     "rank": {f"rank {value}": {"rank": value} for value in (1, 4, 16, 64)},
-    "steps": {f"{value} steps": {"max_train_steps": value} for value in (100, 200, 400, 800)},
+    "steps": {f"{value} steps": {"max_train_steps": value} for value in (200, 400, 800, 1600)},
     "word": {
         "a word": {},
         "sks, softness 1e-6": NO_WORD,
@@ -61,11 +61,11 @@ def train(flags):
     settings |= {
         "pretrained_model_name_or_path": MODEL, "nullspace_cache_dir": WORK / "bundles", "output_dir": folder,
         "instance_data_dir": FOLDER / SUBJECT, "instance_prompt": f"a photo of a {called}", "resolution": RESOLUTION,
-        "train_batch_size": 5, "lr_scheduler": "cosine", "lr_warmup_steps": 0, "seed": SEED, "report_to": "none",
+        "train_batch_size": 5, "cache_latents": True, "seed": SEED, "report_to": "none",
         "num_validation_images": 1, "validation_epochs": 10_000, "checkpointing_steps": 10_000,
     }  # fmt: skip
     if not (folder / LORA_NAME).is_file():
-        words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+        words = [str(word) for name, value in settings.items() for word in (f"--{name}", value) if word is not True]
         subprocess.run([sys.executable, HERE.parent / "train_dreambooth_nullspace.py", *words], check=True)
     return folder
 
@@ -107,7 +107,7 @@ def main():
     (HERE / "results" / "dials").mkdir(exist_ok=True)
     for dial in args.dials:
         columns = dict(column(title, train(flags)) for title, flags in DIALS[dial].items())
-        prompts = [prompt.replace(f"sks-{SUBJECT}", "[subject]") for prompt in (*OF_SUBJECT, *OTHERS)]
+        prompts = [prompt.replace(WORD, "[subject]") for prompt in (*OF_SUBJECT, *OTHERS)]
         path = HERE / "results" / "dials" / f"{dial}.png"
         save_picture(checkpoint_grid(columns, prompts, SEED), path)
         print(f"Wrote {path.relative_to(HERE.parent)}", flush=True)

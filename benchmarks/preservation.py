@@ -201,6 +201,20 @@ def headline(rows):
     return found | {"by_subject": by_subject}
 
 
+def at_the_end(runs):
+    """Each method's scores after the last step, medians over subjects and seeds, in rows like those of `compare`."""
+    last = {}
+    for run in runs:
+        last.setdefault(run["method"], []).append(run["points"][-1])
+    return {
+        method: {
+            "runs": len(points),
+            "scores": {key: spread(point[key] for point in points) for key in points[0]},
+        }
+        for method, points in last.items()
+    }
+
+
 def rank_correlation(runs):
     """Spearman's correlation of predicted drift with measured noise drift, over every scored point of the runs.
 
@@ -351,6 +365,7 @@ def tell(results, base):
             content[name.replace("levels", "headline")] = headline(content[name]["0.9"])
             content[name.replace("levels", "headline_at_all")] = headline(content[name]["1.0"])
             print_table(content[name], [base[run["subject"]] for run in runs], f"by {likeness}")
+        content["at_the_end"] = at_the_end(runs)
         content["ranking"] = rank_correlation(runs)
     others = content.get("tier_two", {})
     if others:

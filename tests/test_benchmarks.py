@@ -99,6 +99,8 @@ def test_methods_are_compared_where_both_arrive():
     assert found["time_vs_prior"] == pytest.approx(1.3 / prior)
     assert found["class_leak_vs_prior"] == pytest.approx((1.3 - prior) * 0.1)
     assert found["drift_vs_output"] is None
+    last = preservation.at_the_end(runs)[SHIPPED]
+    assert last["runs"] == 3 and last["scores"]["noise_drift"]["median"] == pytest.approx(0.008)
     assert found["by_subject"]["heart"]["drift_vs_plain"] == drift["by_subject"]["heart"]
     at_all = table["1.0"][SHIPPED]["vs_plain"]["seconds"]["median"]  # 0.5 is at 1.5 of its points, at 2 of plain's
     assert at_all == pytest.approx(1.5 / 2)

@@ -1,5 +1,6 @@
 """The audit counts all that a file holds, or says that it does not know."""
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -83,7 +84,8 @@ def test_what_is_not_understood_is_named(dora, tmp_path, key, kohya):
         load_lora(path)
 
 
-def test_a_wrong_path_is_one_sentence(tmp_path, bundle1):  # noqa: F811
+def test_a_wrong_path_is_one_sentence(tmp_path, bundle1, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it would ask again and again
     for lora in (tmp_path / "missing", "no/such/lora", "mistyped.safetensors"):
         with pytest.raises(NullSpaceError, match="cannot be read as a LoRA") as caught:
             main(parse_args(["audit", "--lora", str(lora), "--nullspace", str(bundle1)]))

@@ -155,16 +155,16 @@ def test_settings_are_swept_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "complete", complete)
     runs, chosen = preservation.sweep(results, base, names, list(base))
     # 0.9 of the gain of the highest rate is out of reach of others on both; the highest weight drifts least
-    assert chosen == {PLAIN: {"rate": 3e-3, "weight": None}, PRIOR: {"rate": 3e-3, "weight": 3.0}}
+    assert chosen == {PLAIN: {"rate": 5e-3, "weight": None}, PRIOR: {"rate": 5e-3, "weight": 3.0}}
     rates = [(name, subject, rate, METHODS[name].weights[0]) for name in names for rate in METHODS[name].rates
              for subject in base]  # fmt: skip
     assert tried[:16] == rates and len(runs) == len(tried) == 20
-    assert tried[16:] == [(PRIOR, subject, 3e-3, weight) for weight in (0.3, 3.0) for subject in base]
+    assert tried[16:] == [(PRIOR, subject, 5e-3, weight) for weight in (0.3, 3.0) for subject in base]
 
 
 def test_every_method_is_swept_over_the_same_range():
     for method in METHODS.values():
-        assert max(method.rates) / min(method.rates) > 29 and len(method.rates) == 4
+        assert max(method.rates) / min(method.rates) == pytest.approx(10) and len(method.rates) == 4
         assert (
             len(method.weights) in (1, 3)
             and (method.weights[0] is None) == (len(method.weights) == 1)
@@ -257,14 +257,20 @@ def test_the_subject_and_all_else_are_scored_apart(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    """The base model and a bundle of a few prompts."""
+def few_prompts(tmp_path_factory):
+    """The folder of a bundle of a few prompts."""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "prompts.txt").write_text("a red star on blue\na circle on green\n")
     words = ["--pretrained_model_name_or_path", scoring.MODEL, "--prompts_file", folder / "prompts.txt"]
     words += ["--num_inference_steps", 2, "--output_dir", folder / "bundle", "--nullspace_threshold", 0.999]
     build_nullspace.main(build_nullspace.parse_args([str(word) for word in words]))
-    return scoring.Base(folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def bench(few_prompts):
+    """The base model and that bundle."""
+    return scoring.Base(few_prompts)
 
 
 def taught(bench, name, steps=2):
@@ -279,9 +285,10 @@ def taught(bench, name, steps=2):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("prior preservation", "prior prediction")
                                   and not name.endswith((f", {methods.TRAINED}", ", no captions"))])  # fmt: skip
-def test_every_method_trains(name, bench, monkeypatch):
+def test_every_method_trains(name, bench, few_prompts, monkeypatch):
     """Each moves the subject's prompts; in the null space what is closed is answered with nothing."""
     monkeypatch.setattr(scoring, "PROBED", ["a red star"])
+    monkeypatch.setattr(methods, "bundle_folder", lambda prompts: few_prompts)
     pipeline, method = taught(bench, name), METHODS[name]
     called = method.called("arrow")
     embeddings = bench.encode([f"a photo of a {called}"], pipeline)

@@ -294,7 +294,7 @@ def test_a_build_is_pushed_in_one_commit(built, hub, home):
     assert not any(WRITE.encode() in content for content in local.values())
 
 
-def test_two_processes_push_once(runs, hub, home):
+def test_two_processes_push_one_bundle(runs, hub, home):
     done = runs["build in two"].result()
     assert " 2/2 " in done.stderr  # 2 steps of a batch: the other process draws the other 2 of 4 prompts
     repo = hub.repos["dataset", "ada/secret"]
@@ -304,6 +304,9 @@ def test_two_processes_push_once(runs, hub, home):
         "Null-space bundle of tiny-sd1: 4 prompts, ddim, format 3",  # not where it lies on this machine
     ]
     assert done.stdout.count("Pushed to") == 1
+
+
+def test_two_processes_push_one_lora(runs, hub, home):
     assert "Num processes: 2" in runs["train in two"].result().stderr
     repo = hub.repos["model", "ada/pair"]
     assert [commit.message for commit in repo.commits][1:] == [f"Null-space DreamBooth LoRA of tiny-sd1: {PROMPT}"]

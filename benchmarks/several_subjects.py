@@ -34,12 +34,12 @@ from world_reader import judge, subject_distance
 
 
 MODEL, SUBJECTS = DEMO / "shapes-sd", ("star", "heart", "moon", "mushroom", "ring")
-SEEDS, STEPS, PICTURES = (0, 1, 2), 500, 15
+SEEDS, STEPS, PICTURES = (0, 1, 2), 800, 15
 PROTECTED, WRITTEN, APART = "one after the other", "one after the other, not protected", "apart"
 SETTING = {
-    "learning_rate": 1e-2, "nullspace_softness": 1e-5, "train_batch_size": 5, "lr_scheduler": "cosine",
-    "lr_warmup_steps": 0, "resolution": RESOLUTION, "num_validation_images": 1, "validation_epochs": 10_000,
-    "checkpointing_steps": 10_000, "report_to": "none",
+    "learning_rate": 5e-3, "rank": 16, "train_batch_size": 5, "cache_latents": True, "caption_column": "word",
+    "resolution": RESOLUTION, "num_validation_images": 1, "validation_epochs": 10_000, "checkpointing_steps": 10_000,
+    "report_to": "none",
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def train(model, folder, subject, seed, steps, beneath=()):
         "placeholder_token": f"sks-{subject}", "initializer_token": subject,
         "validation_prompt": prompt_of(subject), "output_dir": folder, "seed": seed, "max_train_steps": steps,
     }  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value) if word is not True]
     words += ["--base_lora", *map(str, beneath)] if beneath else []
     if not (folder / LORA_NAME).is_file():
         script = HERE.parent / "train_dreambooth_nullspace.py"

@@ -39,7 +39,9 @@ USUAL = {
 }  # fmt: skip
 NO_WORD = {"placeholder_token": None, "initializer_token": None, "caption_column": "identifier"}
 DIALS = {
-    "softness": {f"softness {value:g}": {"nullspace_softness": value} for value in (1e-4, 1e-5, 1e-6, 1e-7)},
+    "softness": {
+        f"softness {value}": {"nullspace_softness": float(value)} for value in ("1e-4", "1e-5", "1e-6", "1e-7")
+    },
     "rank": {f"rank {value}": {"rank": value} for value in (1, 4, 16, 64)},
     "steps": {f"{value} steps": {"max_train_steps": value} for value in (200, 400, 800, 1600)},
     "word": {
@@ -94,7 +96,7 @@ def column(title, folder):
     distance = subject_distance(SUBJECT, draw(pipeline, of_subject[:1] * 15, seed=SEED)).mean()
     moved = np.abs(draw(pipeline, MOVED, seed=SEED) - base()).mean()
     shown = draw(pipeline, [*of_subject, *OTHERS], seed=SEED)
-    return f"{title}\nsubject {distance:.2f}\nothers moved {moved:.3f}", pipeline.numpy_to_pil(shown)
+    return f"{title}: subject at {distance:.2f}, others moved by {moved:.3f}", pipeline.numpy_to_pil(shown)
 
 
 def main():

@@ -37,6 +37,7 @@ from nullspace.pictures import checkpoint_grid, comparison_grid, save_picture
 from nullspace.prompts import spread
 from nullspace.report import describe_drift, describe_word, make_report, save_audited, write_json
 from nullspace.system import make_inside, put, staging, write_text
+from nullspace.terminal import printable
 from nullspace.validation import draw_checkpoints, draw_saved
 from nullspace.word import NewWord
 
@@ -89,7 +90,9 @@ def save(accelerator, trained, earlier_logs, args):
             accelerator.end_training()
             if args.push_to_hub and accelerator.is_main_process:
                 push(written, earlier_logs, args)
-            logger.info(f"To use it, after the lines that load the base model:\n\n{how_to_use(args)}\n")
+            logger.info("To use it, after the lines that load the base model:")
+            if accelerator.is_main_process:  # printed, since the log escapes the ends of lines
+                print(*map(printable, how_to_use(args).splitlines()), sep="\n", flush=True)
 
 
 def save_trained(accelerator, staged, trained, args):

@@ -64,12 +64,13 @@ def test_files_that_are_refused(text, sentence, tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_a_result_has_its_flags_beside_it_and_says_how_it_is_used(tiny_sd1, bundle1, tmp_path, caplog):  # noqa: F811
+def test_a_result_has_its_flags_beside_it_and_says_how_it_is_used(tiny_sd1, bundle1, tmp_path, capsys, caplog):  # noqa: F811
     caplog.set_level("INFO")
     train(tiny_sd1, bundle1, tmp_path / "lora", "--max_train_steps", 2, "--learning_rate", 2e-3)
     again = parse("--config", tmp_path / "lora" / FLAGS_NAME)
     assert (again.max_train_steps, again.learning_rate, again.output_dir) == (2, 2e-3, tmp_path / "lora")
     assert Path(again.nullspace_name_or_path) == bundle1
-    assert caplog.messages[-1].endswith(f'\n\npipeline.load_lora_weights("{tmp_path / "lora"}")\n')
+    assert caplog.messages[-1].endswith("To use it, after the lines that load the base model:")
+    assert capsys.readouterr().out.splitlines()[-1] == f'pipeline.load_lora_weights("{tmp_path / "lora"}")'
     count = sum(tensor.numel() for tensor in load_file(tmp_path / "lora" / LORA_NAME).values())
     assert f"accumulated: {count:,} numbers" in caplog.text

@@ -273,7 +273,7 @@ def parse_args(argv=None):
         "at random, so that the subject is not tied to the words of one.",
     )
     group.add_argument("--repeats", type=int, default=1, help="Times a picture is in an epoch (default: %(default)s).")
-    group.add_argument("--resolution", type=int, help="Side of the training pictures (default: 512; XL: 1024).")
+    group.add_argument("--resolution", type=int, help="Side of the training pictures (default: the model's own).")
     group.add_argument(
         "--enable_bucket",
         action="store_true",

@@ -209,6 +209,21 @@ def output_folder_fault(output_dir, instance_dir=None, dataset=None):
     return None
 
 
+def own_resolution(unet_config, vae_config):
+    """The side of the pictures, in pixels, that a base model draws by the configurations of its UNet and VAE.
+
+    Raises:
+        NullSpaceError: if the UNet's does not say it.
+    """
+    latents = unet_config.get("sample_size")
+    if not isinstance(latents, int):
+        raise NullSpaceError(
+            "unet/config.json of the base model has no single sample_size, so that its resolution is not known; write "
+            "it there (64 for Stable Diffusion 1.5)."
+        )
+    return latents * 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
 def resolution_fault(resolution, block_out_channels):
     """What is wrong with a resolution for a VAE of as many levels as `block_out_channels`, or None.
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from nullspace import signals
-from nullspace.checks import check_clip_skip, drawing_fault, resolution_fault
+from nullspace.checks import check_clip_skip, drawing_fault, own_resolution, resolution_fault
 from nullspace.errors import NullSpaceError, StaleError, reason
 from nullspace.families import get_family
 from nullspace.fingerprints import fingerprints
@@ -318,7 +318,7 @@ def collect(pipeline, prompts, model, args, state):
         NullSpaceError: if the sampler has fewer steps than asked for, or there is another build's checkpoint.
     """
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)
-    args.resolution = args.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    args.resolution = args.resolution or own_resolution(pipeline.unet.config, pipeline.vae.config)
     config = describe(pipeline, prompts, model, args)
     names = get_family(args.model_type).text_encoders
     weights = weights_sha256(pipeline.unet, *(getattr(pipeline, name) for name in names))

@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 
 from nullspace.bundle import Bundle, check_files, read_config
-from nullspace.checks import check_writable
+from nullspace.checks import check_writable, own_resolution
 from nullspace.collection import PRECISIONS, collect
 from nullspace.dataset_card import draw_spectra, write_dataset_card
 from nullspace.errors import NullSpaceError, StaleError, reason
@@ -78,7 +78,6 @@ class Wanted:
 
     def settings(self):
         """The builder's flags that make the bundle what it is: `dict`."""
-        vae_scale = 2 ** (len(self.components["vae"].config.block_out_channels) - 1)
         criterion = self.args.nullspace_criterion
         least = DEFAULT_THRESHOLDS[criterion] if criterion == "energy" else 0  # is stored in full in any case
         return {
@@ -89,7 +88,7 @@ class Wanted:
             "num_inference_steps": STEPS,
             "guidance_scale": self.family.collection["guidance_scale"],
             "clip_skip": self.args.clip_skip,
-            "resolution": self.components["unet"].config.sample_size * vae_scale,
+            "resolution": own_resolution(self.components["unet"].config, self.components["vae"].config),
             "timestep_groups": JOINT,
             "seed": 0,
             "nullspace_criterion": criterion,

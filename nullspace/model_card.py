@@ -46,8 +46,6 @@ def write_model_card(bundle, report, prompts, pictures, args):
     drawn = f"Base model and {what}, equal seeds" if args.compare_with_base else f"What the {what} draws"
     base_shown = link(base, f"https://huggingface.co/{base}") if is_on_hub else code_span(base)
     triggers = " or ".join(map(code_span, args.instance_prompt))
-    few_steps = family.call_arguments(args.guidance_scale)
-    with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
     compared = (args.output_dir / CHECKPOINTS_NAME).is_file()
     checkpoints = f"\n![What its checkpoints draw, equal seed]({CHECKPOINTS_NAME})\n" if compared else ""
     loaded = f"DiffusionPipeline.from_pretrained({python_string(base)}, "
@@ -81,7 +79,7 @@ Use {triggers} to trigger the subject.
 
 pipeline = {loaded}torch_dtype=torch.float16).to("cuda")
 {lines}
-image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip}).images[0]
+{drawing_line(args)}
 ```
 
 {describe_figures(bundle, report, args)}
@@ -114,10 +112,17 @@ def loading_lines(pipeline, args):
     return "\n".join(["import torch", *imports]), "\n".join(lines)
 
 
+def drawing_line(args):
+    """The line that draws the subject with what was trained."""
+    few_steps = get_family(args.model_type).call_arguments(args.guidance_scale)
+    with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
+    return f"image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip}).images[0]"
+
+
 def how_to_use(args):
-    """The lines that load what was trained, to be pasted after those that load the base model."""
+    """The lines that load what was trained and draw it, to be pasted after those that load the base model."""
     imports, lines = loading_lines("DiffusionPipeline", args)
-    return "\n".join([*imports.splitlines()[2:], lines])  # torch and the class are there already
+    return "\n".join([*imports.splitlines()[2:], lines, drawing_line(args)])  # torch and the class are there already
 
 
 def shown(lora, args):

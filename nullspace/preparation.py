@@ -21,7 +21,14 @@ from nullspace.adapters import lora_targets
 from nullspace.buckets import bucket_sizes, common_multiple
 from nullspace.captions import trained_prompts
 from nullspace.checkpoint import check_same_run, describe_run, find_checkpoint, keep_checkpoints_small, read_record
-from nullspace.checks import check_clip_skip, check_writable, output_folder_fault, require, resolution_fault
+from nullspace.checks import (
+    check_clip_skip,
+    check_writable,
+    output_folder_fault,
+    own_resolution,
+    require,
+    resolution_fault,
+)
 from nullspace.errors import NullSpaceError, reason
 from nullspace.families import recognise
 from nullspace.finding import Wanted, find_or_build
@@ -81,6 +88,8 @@ def make_accelerator(args):
     except ValueError as error:  # a tracker that is not installed, a precision that the device does not have
         raise NullSpaceError(reason(error)) from error
     check_launcher(accelerator.distributed_type)
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        logger.warning("CPUs are many times slower in fp16: train with --mixed_precision no here.")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -109,7 +118,8 @@ def read_subject(accelerator, args):
     what is trained, and --resolution that of the base model where it is not given.
     """
     if args.resolution is None:
-        args.resolution = find_family(args).resolution
+        vae, unet = part_configs(args)
+        args.resolution = own_resolution(unet, vae)
     sizes = training_sizes(args)
     with accelerator.main_process_first():
         pictures, captions = read_instances(
@@ -134,10 +144,18 @@ def training_sizes(args):
     """
     if not args.enable_bucket:
         return [(args.resolution, args.resolution)]
-    kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+    multiple = common_multiple(*(config["block_out_channels"] for config in part_configs(args)))
+    return bucket_sizes(args.resolution, multiple)
+
+
+def part_configs(args):
+    """The configurations of the base model's VAE and UNet, without their weights.
+
+    Raises:
+        NullSpaceError: if the base model cannot be had.
+    """
     where = args.pretrained_model_name_or_path, args.revision, args.hub_token, args.single_file_config
-    configs = [load_config(kind, part, *where) for part, kind in kinds.items()]
-    return bucket_sizes(args.resolution, common_multiple(*(config["block_out_channels"] for config in configs)))
+    return [load_config(kind, part, *where) for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel))]
 
 
 def find_out(accelerator, captions, pictures, initial, args):

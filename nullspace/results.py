@@ -228,9 +228,9 @@ def write_results(accelerator, trained, found, prompts, rows, compared, args):
     pictures = write_model_card(bundle, report, prompts, rows["tuned"][0], args)
     weights = [] if args.word_only else [LORA_NAME]
     weights += [WORD_NAME] if args.placeholder_token else []
-    names = [*weights, REPORT_NAME, FLAGS_NAME, *sheets[:-1]]
-    logger.info(f"Wrote {', '.join(names)} and {sheets[-1]} to {args.output_dir}")
     more = [path.relative_to(args.output_dir).as_posix() for path in for_web_uis(args)]
+    names = [*weights, *more, REPORT_NAME, FLAGS_NAME, *sheets[:-1]]
+    logger.info(f"Wrote {', '.join(names)} and {sheets[-1]} to {args.output_dir}")
     return [*weights, CARD_NAME, REPORT_NAME, *sheets, *pictures, *more]
 
 

@@ -106,6 +106,7 @@ def translated(tiny_sd1, tiny_xl, tiny_lcm):  # noqa: F811
         "stabilityai/stable-diffusion-xl-base-1.0": tiny_xl,
         "SimianLuo/LCM_Dreamshaper_v7": tiny_lcm,
         "latent-consistency/lcm-lora-sdv1-5": "sks-dog",  # any LoRA of that model
+        "--lora plain-dog": "--lora sks-dog",
         "<your-username>/": "",
         "--initializer_token dog": "--initializer_token star",  # words of the tiny model
         "--initializer_token cat": "--initializer_token heart",

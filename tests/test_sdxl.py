@@ -180,10 +180,8 @@ def test_unet_and_scheduler_tell_the_family(tiny_sd1, tiny_xl, tiny_turbo, tiny_
     models = {"sd": tiny_sd1, "sdxl": tiny_xl, "sdxl-turbo": tiny_turbo, "sdxl-lcm": tiny_xl_lcm}
     assert {name: recognise(model).name for name, model in models.items()} == {name: name for name in models}
     # Where the UNet fits both, the user may know better than the scheduler
-    assert (
-        recognise(tiny_turbo, wanted="sdxl").name == "sdxl"
-        and recognise(tiny_xl, wanted="sdxl-turbo").resolution == 512
-    )
+    for name, model in (("sdxl", tiny_turbo), ("sdxl-turbo", tiny_xl)):
+        assert recognise(model, wanted=name).name == name
     with pytest.raises(NullSpaceError, match="--model_type sdxl-lcm contradicts"):
         recognise(tiny_xl, wanted="sdxl-lcm")
     with pytest.raises(NullSpaceError, match="has a LCMScheduler, but its UNet is told of the picture's size and"):
@@ -210,7 +208,7 @@ def test_the_layers_of_the_real_one():
     sizes = {source: find_module(name, unet).in_features for name, source in inputs.items()}
     assert len({name.rpartition(".attn2")[0] for name in inputs}) == 70 and len(inputs) == 280
     assert sorted(sizes.values()) == 20 * [640] + 120 * [1280] + [2048] and sizes[TEXT_INPUT] == 2048
-    assert FAMILY.recognises(unet.config) and FAMILY.resolution == 128 * 8
+    assert FAMILY.recognises(unet.config)
     names = [kohya_name(name, of_two=True) for name in inputs]
     assert len(set(names)) == 280
     blocks = {tuple(name.split("_")[2:6]) for name in names}  # as in the original code's UNet
@@ -458,14 +456,27 @@ def test_a_clip_skip_that_leaves_nothing_of_a_text_encoder_is_refused(tiny_xl, t
         make_bundle(tiny_xl, tmp_path / "bundle", "--clip_skip", 2)
 
 
-def test_the_resolution_is_the_familys_where_it_is_not_given(tiny_sd1, tiny_xl, pictures):
-    for model, side in ((tiny_sd1, 512), (tiny_xl, 1024)):
+def test_the_resolution_is_the_models_own_where_it_is_not_given(tiny_sd1, tiny_xl, pictures, tmp_path):
+    def resolved(model):
         args = trainer.parse_args(
             command_line(model, "b", "o", "--instance_data_dir", pictures, without=["--resolution"])
         )
         accelerator = Namespace(main_process_first=lambda: pytest.MonkeyPatch.context())
-        found = trainer.read_subject(accelerator, args)[0]
-        assert args.resolution == side and {min(picture.size) for picture in found} == {side}
+        sides = {min(picture.size) for picture in trainer.read_subject(accelerator, args)[0]}
+        assert sides == {args.resolution}
+        return args.resolution
+
+    for model in (tiny_sd1, tiny_xl):
+        pipeline = load(model)
+        assert resolved(model) == pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    shutil.copytree(tiny_sd1, tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"sample_size": 2 * config["sample_size"]}))
+    assert resolved(tmp_path / "model") == 2 * resolved(tiny_sd1)
+    path.write_text(json.dumps(config | {"sample_size": None}))
+    with pytest.raises(NullSpaceError, match="has no single sample_size"):
+        resolved(tmp_path / "model")
 
 
 def test_a_vae_that_is_known_to_overflow_is_run_in_float32(tiny_xl):

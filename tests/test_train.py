@@ -1091,7 +1091,7 @@ OPTIMIZERS = {
     ],
 )
 def test_every_optimizer_in_every_precision_keeps_the_guarantee(
-    optimizer, precision, tiny_sd1, bundle1, tmp_path, any_rank
+    optimizer, precision, tiny_sd1, bundle1, tmp_path, any_rank, caplog
 ):
     """UNet and text encoder, from the file; the checkpoint shows that the optimizer was that one.
 
@@ -1100,6 +1100,7 @@ def test_every_optimizer_in_every_precision_keeps_the_guarantee(
     flags = ("--mixed_precision", precision, "--train_text_encoder", "--max_train_steps", 6, "--checkpointing_steps", 6)
     output = tmp_path / "lora"
     train(tiny_sd1, bundle1, output, *flags, *OPTIMIZERS[optimizer])
+    assert ("many times slower in fp16" in caplog.text) == (precision == "fp16")
     assert worst_leakage(output, bundle1) < 1e-5
     state = torch.load(output / "checkpoint-6" / "optimizer.bin", weights_only=False)
     tensors = [leaf for leaf in tree_leaves(state["state"]) if torch.is_tensor(leaf)]

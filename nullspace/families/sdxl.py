@@ -27,7 +27,6 @@ class StableDiffusionXL(StableDiffusion):
     collection = {"sampler": "euler", "num_inference_steps": [25], "guidance_scale": 5.0, "timestep_groups": JOINT}
     tags = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
     text_encoders = dict(zip(TEXT_ENCODERS, (CLIPTextModel, CLIPTextModelWithProjection), strict=True))
-    resolution = 1024
 
     def recognises(self, unet_config):
         return unet_config.get("addition_embed_type") == "text_time" and unet_config.get("time_cond_proj_dim") is None
@@ -86,7 +85,6 @@ class StableDiffusionXLTurbo(StableDiffusionXL):
         "guidance_scale": 0.0,
         "timestep_groups": JOINT,
     }
-    resolution = 512
     is_trainable = False
 
     def claims(self, scheduler_config):

@@ -46,7 +46,6 @@ class StableDiffusion:
         samplers (`tuple[str]` or `None`): those of `SAMPLERS` that draw with it, all if None.
         tags (`tuple[str]`): of model cards.
         text_encoders (`dict[str, type]`): classes, by their names in the pipeline, of which `TEXT_ENCODERS` has all.
-        resolution (`int`): side of the pictures that it is trained on, in pixels.
         is_trainable (`bool`): whether the trainer has a loss for it. Cards of bundles go by it; what refuses a training
             is `settle`.
     """
@@ -64,7 +63,6 @@ class StableDiffusion:
     tags = ("stable-diffusion", "stable-diffusion-diffusers")
     noise_scheduler = DDPMScheduler
     text_encoders = {TEXT_ENCODER: CLIPTextModel}
-    resolution = 512
     is_trainable = True
 
     def recognises(self, unet_config):

@@ -36,7 +36,7 @@ from world_reader import subject_distance
 
 STEPS = 800
 SUBJECT, PROMPTS = TUNING_SUBJECTS[0], sum(DRAWN.values(), [])
-RATE, PLAIN_RATE = 5e-3, 1e-3  # about those that preservation.py chooses in the null space, and outside
+RATE, PLAIN_RATE = 1e-2, 2e-3  # those that preservation.py chooses in the null space, and outside
 SAMPLERS = ("ddim", "dpmpp_2m_karras", "euler_a")
 ALL = (0, 999)
 USUAL = {

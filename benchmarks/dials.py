@@ -35,9 +35,11 @@ OTHERS = CLASS_PROMPT, *(prompts[0] for prompts in HELD_OUT.values())
 MOVED = sum((prompts[:10] for prompts in HELD_OUT.values()), [])
 USUAL = {
     "placeholder_token": WORD, "initializer_token": SUBJECT, "caption_column": "word",
-    "nullspace_softness": 1e-6, "rank": 16, "learning_rate": 5e-3, "max_train_steps": 1600,
+    "num_vectors": 4, "nullspace_softness": 1e-6, "rank": 4, "learning_rate": 1e-2, "max_train_steps": 800,
 }  # fmt: skip
-NO_WORD = {"placeholder_token": None, "initializer_token": None, "caption_column": "identifier"}
+NO_WORD = {
+    "placeholder_token": None, "initializer_token": None, "num_vectors": None, "caption_column": "identifier",
+}  # fmt: skip
 DIALS = {
     "softness": {
         f"softness {value}": {"nullspace_softness": float(value)} for value in ("1e-4", "1e-5", "1e-6", "1e-7")
@@ -50,6 +52,7 @@ DIALS = {
         "sks, softness 1e-5": NO_WORD | {"nullspace_softness": 1e-5},
         "sks, no null space": NO_WORD | {"nullspace_threshold": 0, "learning_rate": 2e-3},
     },
+    "rows": {f"rows of the word: {value}": {"num_vectors": value} for value in (1, 2, 4, 8)},
     "budget": {f"budget {value:g}": {"max_drift": value} for value in (0.003, 0.01, 0.03)} | {"no budget": {}},
 }
 

@@ -201,9 +201,12 @@ def headline(rows):
     return found | {"by_subject": by_subject}
 
 
-def at_the_end(runs):
-    """Each method's scores after the last step, medians over subjects and seeds, in rows like those of `compare`."""
-    last = {}
+def at_the_end(runs, base):
+    """Each method's scores after the last step, medians over subjects and seeds, in rows like those of `compare`.
+
+    The first row is the base model's.
+    """
+    last = {"base model": [base[subject] for subject in dict.fromkeys(run["subject"] for run in runs)]}
     for run in runs:
         last.setdefault(run["method"], []).append(run["points"][-1])
     return {
@@ -365,7 +368,7 @@ def tell(results, base):
             content[name.replace("levels", "headline")] = headline(content[name]["0.9"])
             content[name.replace("levels", "headline_at_all")] = headline(content[name]["1.0"])
             print_table(content[name], [base[run["subject"]] for run in runs], f"by {likeness}")
-        content["at_the_end"] = at_the_end(runs)
+        content["at_the_end"] = at_the_end(runs, base)
         content["ranking"] = rank_correlation(runs)
     others = content.get("tier_two", {})
     if others:

@@ -83,7 +83,7 @@ def train(folder, called, **flags):
         resolution=RESOLUTION,
         train_batch_size=5,
         cache_latents=True,
-        max_train_steps=1600,
+        max_train_steps=800,
         seed=SEED,
         num_validation_images=1,
         validation_prompt=instance_prompt,
@@ -155,8 +155,8 @@ def main():
         placeholder_token=WORD,
         initializer_token=SUBJECT,
         caption_column="word",
-        rank=16,
-        learning_rate=5e-3,
+        num_vectors=4,
+        learning_rate=1e-2,
     )
     train(
         OUTPUT / "plain-lora",

@@ -99,7 +99,9 @@ def test_methods_are_compared_where_both_arrive():
     assert found["time_vs_prior"] == pytest.approx(1.3 / prior)
     assert found["class_leak_vs_prior"] == pytest.approx((1.3 - prior) * 0.1)
     assert found["drift_vs_output"] is None
-    last = preservation.at_the_end(runs)[SHIPPED]
+    rows = preservation.at_the_end(runs, BASE)
+    assert next(iter(rows)) == "base model" and rows["base model"]["scores"]["subject"]["median"] == 0.9
+    last = rows[SHIPPED]
     assert last["runs"] == 3 and last["scores"]["noise_drift"]["median"] == pytest.approx(0.008)
     assert found["by_subject"]["heart"]["drift_vs_plain"] == drift["by_subject"]["heart"]
     at_all = table["1.0"][SHIPPED]["vs_plain"]["seconds"]["median"]  # 0.5 is at 1.5 of its points, at 2 of plain's
@@ -356,7 +358,8 @@ def test_the_methods_have_the_trainers_own_defaults():
     assert args.nullspace_softness == DEFAULT_SOFTNESS and args.nullspace_threshold == DEFAULT_THRESHOLDS["energy"]
     assert args.rank == 4 and args.learning_rate == 3e-3 and args.placeholder_token is None
     word = methods.trainer_args(METHODS[SHIPPED], "star", 3e-3)
-    assert word.placeholder_token == "sks-star" and word.initializer_token == "star" and word.rank == 16
+    assert word.placeholder_token == "sks-star" and word.initializer_token == "star"
+    assert word.num_vectors == 4 and word.rank == 4
     assert word.nullspace_softness == WORD_SOFTNESS and word.word_learning_rate == DEFAULT_WORD_RATE
     alone = methods.trainer_args(METHODS["textual inversion"], "star", 3e-3)
     assert alone.word_only and alone.word_learning_rate == 3e-3

@@ -83,7 +83,7 @@ def train(folder, called, **flags):
         resolution=RESOLUTION,
         train_batch_size=5,
         cache_latents=True,
-        max_train_steps=800,
+        max_train_steps=1600,
         seed=SEED,
         num_validation_images=1,
         validation_prompt=instance_prompt,

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 sys.path.insert(0, str(ROOT))
 from nullspace.adapters import add_lora  # noqa: E402
 from nullspace.audit import predicted_drift  # noqa: E402
+from nullspace.budget import hold_drift  # noqa: E402
 from nullspace.bundle import Bundle  # noqa: E402
 from nullspace.captions import read_metadata  # noqa: E402
 from nullspace.layers import base_layer  # noqa: E402
@@ -30,7 +31,7 @@ from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT  # noqa: E402
 from nullspace.optimizers import make_optimizer, parameter_groups  # noqa: E402
 from nullspace.projector import NullSpaceProjector  # noqa: E402
 from nullspace.prompt_encoder import PromptEncoder  # noqa: E402
-from nullspace.protection import closes_any, joint, moments_of, protect  # noqa: E402
+from nullspace.protection import joint, moments_of, protect  # noqa: E402
 from nullspace.samplers import make_scheduler  # noqa: E402
 from nullspace.word import NewWord  # noqa: E402
 from train_dreambooth_nullspace import parse_args  # noqa: E402
@@ -328,8 +329,8 @@ def captions_of(method, subject):
     return captions
 
 
-def protections(base, args):
-    """The bundle's `protect`, with the prompts of --nullspace_extra_prompts as the trainer adds them."""
+def protecting(base, args):
+    """The bundle, with the prompts of --nullspace_extra_prompts as the trainer adds them."""
     bundle = Bundle.load(args.nullspace_name_or_path) if args.nullspace_name_or_path else base.bundle
     if args.nullspace_extra_prompts:
         pipeline, groups = base.tuned(), [joint(bundle)]
@@ -338,7 +339,7 @@ def protections(base, args):
             args.nullspace_extra_prompts, bundle, groups, pipeline, args.train_batch_size, "Extra prompts", disable=True
         )
         bundle = bundle.emphasize(Bundle.from_moments(moments, groups, bundle.config))
-    return protect(bundle, [], args)
+    return bundle
 
 
 def train(base, method, subject, seed, rate, weight, marks):
@@ -372,10 +373,12 @@ def train(base, method, subject, seed, rate, weight, marks):
     groups = parameter_groups({} if args.word_only else {"unet": unet}, word, args)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = make_optimizer(groups, args)
-    projector, protected = None, protections(base, args) if method.protects else {}
-    if closes_any(protected):
-        projector = NullSpaceProjector(unet, protected)
+    projector = None
+    if method.protects:
+        bundle = protecting(base, args)
+        projector = NullSpaceProjector(unet, protect(bundle, [], args))
         projector.attach(optimizer)
+        hold_drift(optimizer, bundle, list(base.weights), {"unet": unet}, args)
     args.model_type = "sd"
     prompt_encoder = PromptEncoder({"tokenizer": tokenizer}, {TEXT_ENCODER: text_encoder}, prompts, "cpu", args)
     loss = Loss(base, unet, method, weight, subject, seed, random_numbers)

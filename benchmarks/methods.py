@@ -83,6 +83,7 @@ RATES, HIGHER, HIGHEST = (5e-4, 1e-3, 2e-3, 5e-3), (1e-3, 2e-3, 5e-3, 1e-2), (2e
 WEIGHTS = (1.0, 0.3, 3.0)
 ONE_ROW = {"placeholder_token": True, "initializer_token": True}  # both of the subject's name
 WORD = ONE_ROW | {"num_vectors": 4}
+LAUNCHED = WORD | {"max_drift": 0.05}
 PLAIN = Method({"nullspace_threshold": 0, "rank": 8}, RATES)
 OUTPUT = replace(PLAIN, keeps="class prompt", weights=WEIGHTS)
 OURS = Method({}, HIGHER)  # the trainer's defaults
@@ -93,7 +94,8 @@ TIER_ONE = {
     REFERENCES["prior"]: replace(PLAIN, keeps="class pictures", weights=WEIGHTS),
     REFERENCES["output"]: OUTPUT,
     "null space": OURS,
-    SHIPPED: replace(OURS, flags=WORD, rates=HIGHEST),
+    "null space, word, no budget": replace(OURS, flags=WORD, rates=HIGHEST),
+    SHIPPED: replace(OURS, flags=LAUNCHED, rates=HIGHEST),
 }
 
 
@@ -111,16 +113,17 @@ TIER_TWO = {
     "DoRA": replace(PLAIN, adapter="dora"),
     "textual inversion": Method(WORD | {"word_only": True}, HIGHEST),
     "plain LoRA, word": replace(PLAIN, flags=PLAIN.flags | WORD),
-    "null space, word of one row": ours(**ONE_ROW),
-    "null space, word of one row, rank 16": ours(**ONE_ROW, rank=16),
-    "null space, word of eight rows": ours(**ONE_ROW, num_vectors=8),
-    "null space, word, rank 16": ours(**WORD, rank=16),
-    "null space, word at half its rate": ours(**WORD, word_learning_rate=5e-3),
-    "null space, word, softness 1e-5": ours(HIGHER, **WORD, nullspace_softness=1e-5),
-    "null space, word, softness 1e-7": ours(**WORD, nullspace_softness=1e-7),
-    "null space, word, no scenes protected": ours(**WORD, nullspace_name_or_path=True),
-    "null space, word, class prompt protected": ours(**WORD, nullspace_extra_prompts=True),
-    "null space, word, output preservation": replace(ours(**WORD), keeps="class prompt", weights=WEIGHTS),
+    "null space, word of one row": ours(**LAUNCHED | {"num_vectors": 1}),
+    "null space, word of eight rows": ours(**LAUNCHED | {"num_vectors": 8}),
+    "null space, word of one row, rank 16, no budget": ours(**ONE_ROW, rank=16),
+    "null space, word, rank 16": ours(**LAUNCHED, rank=16),
+    "null space, word at half its rate": ours(**LAUNCHED, word_learning_rate=5e-3),
+    "null space, word, half of the budget": ours(**LAUNCHED | {"max_drift": 0.025}),
+    "null space, word, softness 1e-5": ours(HIGHER, **LAUNCHED, nullspace_softness=1e-5),
+    "null space, word, softness 1e-7": ours(**LAUNCHED, nullspace_softness=1e-7),
+    "null space, word, no scenes protected": ours(**LAUNCHED, nullspace_name_or_path=True),
+    "null space, word, class prompt protected": ours(**LAUNCHED, nullspace_extra_prompts=True),
+    "null space, word, output preservation": replace(ours(**LAUNCHED), keeps="class prompt", weights=WEIGHTS),
     "null space, softness 1e-6, rank 16": ours(nullspace_softness=1e-6, rank=16),
     "null space, class prompt protected": ours(HIGHER, nullspace_extra_prompts=True),
     "null space, nothing held back, energy 0.999": ours(HIGHER, nullspace_softness=math.inf, nullspace_threshold=0.999),

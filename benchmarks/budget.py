@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/budget.py            # 3 subjects, 6 budgets
     OMP_NUM_THREADS=1 python benchmarks/budget.py --quick    # one subject, two budgets, few steps; writes no result
 
-On the demo's world the trainer teaches each subject as the README's launch line does, with a word, without a budget and
+On the demo's world the trainer teaches each subject with a word, as the README's launch line does, without a budget and
 with each of the budgets, from one seed. The LoRA without one is then scaled down to the predicted drift of each of the
 others. Measured of all: the change of the noise that is predicted on held-out prompts, the training loss at fixed noise
 and timesteps, and the distance of pictures to the subject. Writes `results/budget.json` and `results/budget.png`.

@@ -35,10 +35,12 @@ OTHERS = CLASS_PROMPT, *(prompts[0] for prompts in HELD_OUT.values())
 MOVED = sum((prompts[:10] for prompts in HELD_OUT.values()), [])
 USUAL = {
     "placeholder_token": WORD, "initializer_token": SUBJECT, "caption_column": "word",
-    "num_vectors": 4, "nullspace_softness": 1e-6, "rank": 4, "learning_rate": 1e-2, "max_train_steps": 800,
+    "num_vectors": 4, "nullspace_softness": 1e-6, "rank": 4, "max_drift": 0.05, "learning_rate": 1e-2,
+    "max_train_steps": 800,
 }  # fmt: skip
 NO_WORD = {
-    "placeholder_token": None, "initializer_token": None, "num_vectors": None, "caption_column": "identifier",
+    "placeholder_token": None, "initializer_token": None, "num_vectors": None, "max_drift": None,
+    "caption_column": "identifier",
 }  # fmt: skip
 DIALS = {
     "softness": {
@@ -53,7 +55,8 @@ DIALS = {
         "sks, no null space": NO_WORD | {"nullspace_threshold": 0, "learning_rate": 2e-3},
     },
     "rows": {f"rows of the word: {value}": {"num_vectors": value} for value in (1, 2, 4, 8)},
-    "budget": {f"budget {value:g}": {"max_drift": value} for value in (0.003, 0.01, 0.03)} | {"no budget": {}},
+    "budget": {f"budget {value:g}": {"max_drift": value} for value in (0.01, 0.03, 0.05)}
+    | {"no budget": {"max_drift": None}},
 }
 
 

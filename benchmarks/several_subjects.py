@@ -37,7 +37,8 @@ MODEL, SUBJECTS = DEMO / "shapes-sd", ("star", "heart", "moon", "mushroom", "rin
 SEEDS, STEPS, PICTURES = (0, 1, 2), 800, 15
 PROTECTED, WRITTEN, APART = "one after the other", "one after the other, not protected", "apart"
 SETTING = {
-    "learning_rate": 1e-2, "num_vectors": 4, "train_batch_size": 5, "cache_latents": True, "caption_column": "word",
+    "learning_rate": 1e-2, "num_vectors": 4, "max_drift": 0.05, "train_batch_size": 5, "cache_latents": True,
+    "caption_column": "word",
     "resolution": RESOLUTION, "num_validation_images": 1, "validation_epochs": 10_000, "checkpointing_steps": 10_000,
     "report_to": "none",
 }  # fmt: skip

@@ -156,6 +156,7 @@ def main():
         initializer_token=SUBJECT,
         caption_column="word",
         num_vectors=4,
+        max_drift=0.05,
         learning_rate=1e-2,
     )
     train(

@@ -359,7 +359,7 @@ def test_the_methods_have_the_trainers_own_defaults():
     assert args.rank == 4 and args.learning_rate == 3e-3 and args.placeholder_token is None
     word = methods.trainer_args(METHODS[SHIPPED], "star", 3e-3)
     assert word.placeholder_token == "sks-star" and word.initializer_token == "star"
-    assert word.num_vectors == 4 and word.rank == 4
+    assert (word.num_vectors, word.max_drift, word.rank) == (4, 0.05, 4)
     assert word.nullspace_softness == WORD_SOFTNESS and word.word_learning_rate == DEFAULT_WORD_RATE
     alone = methods.trainer_args(METHODS["textual inversion"], "star", 3e-3)
     assert alone.word_only and alone.word_learning_rate == 3e-3

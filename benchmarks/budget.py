@@ -169,7 +169,10 @@ def measure(size):
 
 
 def summarize(rows):
-    """By budget: what was predicted and measured, and loss and distance of both ways to meet it, means of subjects."""
+    """By budget: what was predicted and measured, and loss and distance of both ways to meet it, means of subjects.
+
+    Also for how many subjects the LoRA that was held to it came nearer, and had the lower loss.
+    """
     table = {}
     for budget in sorted({row["budget"] for row in rows} - {None}):
         held, scaled = ([row for row in rows if (row["method"], row["budget"]) == (m, budget)] for m in (HELD, SCALED))
@@ -182,7 +185,8 @@ def summarize(rows):
                 for key in ("loss", "distance")
                 for suffix, of_method in (("", held), ("_scaled_down", scaled))
             },
-            "learned_more": sum(a["loss"] < b["loss"] for a, b in zip(held, scaled, strict=True)),
+            "nearer": sum(a["distance"] < b["distance"] for a, b in zip(held, scaled, strict=True)),
+            "lower_loss": sum(a["loss"] < b["loss"] for a, b in zip(held, scaled, strict=True)),
             "subjects": len(held),
         }
     return table

@@ -3,11 +3,11 @@
     python benchmarks/bundle_data.py
 
 Bundles of the demo's model are built with one thing varied at a time: the number of prompts, the pictures drawn of
-each, the sampler, its steps, its guidance scale, the resolution and the precision; and from the first timesteps of
-sampling only. Of each the cost of the build is measured, and the share of the energy of held-out prompts that it lets
-through. A LoRA is trained with each, from the same seeds, and scored on held-out prompts: the change of the predicted
-noise, and of pictures drawn with three samplers. Goes on where it stopped; writes `results/bundle_data.json` and
-`results/bundle_data.png`.
+each, the sampler, its steps, its guidance scale, the resolution and the precision; from the first timesteps of
+sampling only; and with the eigenvectors stored in the ways of `bundle_size.py`. Of each the cost of the build is
+measured, its bytes, and the share of the energy of held-out prompts that it lets through. A LoRA is trained with each,
+from the same seeds, and scored on held-out prompts: the change of the predicted noise, and of pictures drawn with three
+samplers. Goes on where it stopped; writes `results/bundle_data.json` and `results/bundle_data.png`.
 """
 
 import json
@@ -22,6 +22,7 @@ from statistics import mean, median
 
 import numpy as np
 import torch
+from bundle_size import BUNDLES, WAYS
 from methods import METHODS, SHIPPED, train
 from preservation import SEEDS, make_base
 from resumable import Results, describe_machine
@@ -30,6 +31,7 @@ from tqdm.auto import tqdm
 
 from nullspace.bundle import Bundle
 from nullspace.names import JOINT, WORD_SOFTNESS
+from nullspace.spectrum import Spectrum
 from world import TUNING_SUBJECTS, general_prompts
 from world_reader import subject_distance
 
@@ -41,7 +43,7 @@ SAMPLERS = ("ddim", "dpmpp_2m_karras", "euler_a")
 ALL = (0, 999)
 USUAL = {
     "prompts": 300, "samples": 1, "steps": 25, "sampler": "ddim", "guidance": 7.5, "resolution": 64, "precision": "no",
-    "range": ALL,
+    "range": ALL, "stored": BUNDLES,
 }  # fmt: skip
 VARIED = {
     "prompts": (30, 100, 300, 1000, 3000),
@@ -52,6 +54,7 @@ VARIED = {
     "resolution": (32, 64, 128),
     "precision": ("no", "bf16"),
     "range": ((781, 999), (581, 999), ALL),  # the first 5 and 10 of 25 steps, and all
+    "stored": tuple(WAYS),
 }
 NONE = "no bundle"
 
@@ -71,7 +74,7 @@ def settings():
 
 def folder_of(setting):
     """Where the bundle with these settings is; ranges of the timesteps share one that keeps its steps apart."""
-    names = [str(value) for key, value in setting.items() if key != "range"]
+    names = [str(value) for key, value in setting.items() if key not in ("range", "stored")]
     return WORK / f"bundle_data-{world_hash()}" / "-".join([*names, "joint" if setting["range"] == ALL else "steps"])
 
 
@@ -94,7 +97,18 @@ def build(setting, prompts, folder):
 
 
 def load(setting):
-    return Bundle.load(folder_of(setting), timestep_range=setting["range"])
+    """The bundle with these settings, and the bytes of its tensors.
+
+    What another way to store them than that of bundles loses is measured from the moment that the bundle gives.
+    """
+    bundle, stored = Bundle.load(folder_of(setting), timestep_range=setting["range"]), 0
+    for spectra in bundle.spectra.values():
+        for source, item in spectra.items():
+            size = sum(part.nbytes for _, part in item.parts())
+            if setting["stored"] != BUNDLES:
+                spectra[source], size = WAYS[setting["stored"]](Spectrum.from_sum(item.sum(), item.tokens))
+            stored += size
+    return bundle, stored
 
 
 def let_through(bundle, moments):
@@ -123,9 +137,11 @@ def measure_bundles(results):
             prompts = general_prompts(setting["prompts"]) * setting["samples"]  # each drawn from a seed of its own
             costs[folder.name] = build(setting, prompts, folder)
         if name not in measured:
+            bundle, stored = load(setting)
             measured[name] = {
                 "cpu_seconds": costs[folder.name],
-                "let_through": let_through(load(setting), moments),
+                "bytes": stored,
+                "let_through": let_through(bundle, moments),
             }
         results.save()
 
@@ -149,7 +165,7 @@ def measure(base, job):
     if setting is None:
         method, rate = replace(method, flags=method.flags | {"nullspace_threshold": 0}), PLAIN_RATE
     else:
-        base.bundle = load(setting)
+        base.bundle, _ = load(setting)
     ((_, _, pipeline),) = train(base, method, SUBJECT, seed, rate, None, (STEPS,))
     subject = base.draw(pipeline, prompts_of(SUBJECT, method.called(SUBJECT))["subject"], seed=0)
     return {
@@ -162,13 +178,13 @@ def measure(base, job):
 
 
 def plot(runs, path):
-    """A panel for each thing varied: drift, and the change of pictures by each sampler, as medians over seeds."""
+    """A panel for each thing varied: what moved, what was learned and what is let through, medians over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(VARIED) // 2, figsize=(18, 8), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(3, len(VARIED) // 3, figsize=(16, 12), layout="constrained", sharey=True)
     for axis, (key, values) in zip(axes.flat, VARIED.items(), strict=True):
         labels = [str(value) for value in values]
         found = [runs[name_of(USUAL | {key: value})] for value in values]
@@ -176,9 +192,11 @@ def plot(runs, path):
         for sampler in SAMPLERS:
             axis.plot(labels, [row["moved"][sampler] for row in found], ".--", label=f"pictures, {sampler}")
         axis.plot(labels, [row["let_through"] for row in found], "x:", label="energy let through")
+        axis.plot(labels, [row["subject"] for row in found], "^-", label="distance to the subject")
         axis.axhline(runs[NONE]["noise_drift"], color="grey", linestyle=":", label="predicted noise, no bundle")
+        axis.tick_params(axis="x", labelrotation=20 if key == "stored" else 0)
         axis.set(title=key, yscale="log")
-    axes[0, 0].set_ylabel("change on held-out prompts")
+    axes[0, 0].set_ylabel("change on held-out prompts; distance")
     axes[0, 0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -214,10 +232,15 @@ def main():
     results.save()
     plot(table, HERE / "results" / "bundle_data.png")
     print(
-        f"{'':110}{'CPU s':>7}{'let thr.':>10}{'drift':>9}{'subject':>9}" + "".join(f"{each:>17}" for each in SAMPLERS)
+        f"{'':110}{'CPU s':>7}{'MB':>7}{'let thr.':>10}{'drift':>9}{'subject':>9}"
+        + "".join(f"{each:>17}" for each in SAMPLERS)
     )
     for name, row in table.items():
-        built = f"{row['cpu_seconds']:7.0f}{row['let_through']:10.6f}" if name != NONE else " " * 17
+        built = (
+            f"{row['cpu_seconds']:7.0f}{row['bytes'] / 1e6:7.2f}{row['let_through']:10.6f}"
+            if name != NONE
+            else " " * 24
+        )
         moved = "".join(f"{row['moved'][sampler]:17.4f}" for sampler in SAMPLERS)
         print(f"{name:110}{built}{row['noise_drift']:9.5f}{row['subject']:9.3f}{moved}")
 

@@ -75,7 +75,7 @@ def synthetic_bundle(unet, spectra):
     return Bundle(config, held)
 
 
-# ---- Ways to store eigenvectors: each gives those that are read again, and the bytes ---------------------------------
+# ---- Ways to store eigenvectors: each gives the spectrum that is read again, and the bytes of its tensors -----------
 
 
 def in_8_bits(matrix):
@@ -84,62 +84,68 @@ def in_8_bits(matrix):
     return (matrix / scale).round() * scale, matrix.numel() + 4 * matrix.shape[1]
 
 
-def format_2(full, packed):
-    return full.eigenvectors, full.eigenvectors.nbytes
+def in_16_bits(matrix):
+    return matrix.half().float(), 2 * matrix.numel()
 
 
-def format_3(full, packed):
-    return packed.orthonormal(), sum(part.nbytes for _, part in packed.parts())
+def format_2(full):
+    return full, full.eigenvectors.nbytes
 
 
-def reflections_in_8_bits(full, packed):
+def format_3(full):
+    packed = full.pack()
+    return full._replace(eigenvectors=packed.orthonormal()), sum(part.nbytes for _, part in packed.parts())
+
+
+def reflections_in_8_bits(full):
+    packed = full.pack()
     size = len(full.eigenvalues) - packed.exact
     below = torch.ones(size, size, dtype=torch.bool).tril(-1)
     reflections = torch.zeros(size, size)
     reflections[below] = packed.rest.float()
-    rounded = in_8_bits(reflections)[0][below]
-    stored = packed._replace(rest=rounded.half())  # which adds little
-    return stored.orthonormal(), packed.eigenvectors.nbytes + packed.rest.nbytes // 2 + 4 * size
+    rounded = packed._replace(rest=in_8_bits(reflections)[0][below].half())  # which adds little
+    stored = packed.eigenvectors.nbytes + packed.rest.nbytes // 2 + 4 * size
+    return full._replace(eigenvectors=rounded.orthonormal()), stored
 
 
 def columns(rounded):
     """The others rounded as columns, and orthogonal to the leading ones again."""
 
-    def way(full, packed):
-        leading, others = packed.eigenvectors, full.eigenvectors[:, packed.exact :]
-        others, stored = rounded(others)
+    def way(full):
+        leading = full.pack().eigenvectors
+        others, stored = rounded(full.eigenvectors[:, leading.shape[1] :])
         others = others - leading @ (leading.T @ others)
-        return torch.cat((leading, others), 1), leading.nbytes + stored
+        return full._replace(eigenvectors=torch.cat((leading, others), 1)), leading.nbytes + stored
 
     return way
 
 
-def mean_of_the_others(full, packed):
+def leading_alone(full):
     """None of the others, all of them held back by their mean: any basis of what is left will do."""
-    basis = torch.linalg.qr(packed.eigenvectors.double(), mode="complete").Q.float()
-    return torch.cat((packed.eigenvectors, basis[:, packed.exact :]), 1), packed.eigenvectors.nbytes
+    leading, eigenvalues = full.pack().eigenvectors, full.eigenvalues.clone()
+    exact = leading.shape[1]
+    basis = torch.linalg.qr(leading.double(), mode="complete").Q.float()
+    eigenvalues[exact:] = eigenvalues[exact:].mean()
+    return full._replace(
+        eigenvalues=eigenvalues, eigenvectors=torch.cat((leading, basis[:, exact:]), 1)
+    ), leading.nbytes
 
 
-WAYS = {
-    "format 2: all in float32": format_2,
-    "format 3: the leading in float32, reflections of the others in float16": format_3,
-    "the leading in float32, reflections of the others in 8 bits": reflections_in_8_bits,
-    "the leading in float32, the others in float16": columns(
-        lambda others: (others.half().float(), 2 * others.numel())
-    ),
-    "the leading in float32, the others in 8 bits": columns(in_8_bits),
-    "the leading in float32, none of the others": mean_of_the_others,
+BUNDLES = "16-bit reflections"  # the way of bundles today, format 3
+WAYS = {  # the leading directions are in float32 in all of them
+    "float32": format_2,
+    BUNDLES: format_3,
+    "8-bit reflections": reflections_in_8_bits,
+    "16-bit columns": columns(in_16_bits),
+    "8-bit columns": columns(in_8_bits),
+    "leading alone": leading_alone,
 }
 
 
-def drift(vectors, full, exact, softness, mean):
-    """That of a LoRA that is free but for what these vectors close and hold back."""
-    gains = full.gains(softness)
-    if mean:
-        share = full.shares()[exact:].mean()
-        gains = torch.full_like(gains, (1 + share / softness).rsqrt())
-    others = vectors[:, exact:]
-    let_through = (others * gains[exact:]) @ (others.T @ (full.eigenvectors * full.eigenvalues.sqrt()))
+def drift(stored, full, exact, softness):
+    """That of a LoRA that is free but for the `exact` directions closed, and what a stored spectrum holds back."""
+    others = stored.eigenvectors[:, exact:]
+    let_through = (others * stored.gains(softness)[exact:]) @ (others.T @ (full.eigenvectors * full.eigenvalues.sqrt()))
     return let_through.norm().item()
 
 
@@ -161,14 +167,13 @@ def main():
     for way, store in WAYS.items():
         row = {"bytes": dict.fromkeys(counts, 0), "drift": {}}
         for size in sizes:
-            _, stored = store(full[size], packed[size])
+            _, stored = store(full[size])
             for name, count in counts.items():
                 row["bytes"][name] += count[size] * stored
-        vectors, _ = store(steep, steep.pack())
+        again, _ = store(steep)
         for softness in SOFTNESSES:
-            found = drift(vectors, steep, steep.pack().exact, softness, store is mean_of_the_others)
-            found /= drift(steep.eigenvectors, steep, steep.pack().exact, softness, False)
-            row["drift"][str(softness)] = found
+            found = drift(again, steep, steep.pack().exact, softness)
+            row["drift"][str(softness)] = found / drift(steep, steep, steep.pack().exact, softness)
         ways[way] = row
         print(way, row)
 

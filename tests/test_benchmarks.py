@@ -28,6 +28,7 @@ from world import DEMO, FOLDER, protected_prompts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bundle_data
+import bundle_size
 import methods
 import preservation
 import real_model
@@ -482,7 +483,8 @@ def test_bundles_differ_in_one_thing_at_a_time():
     settings = bundle_data.settings()
     assert len(settings) == sum(len(values) - 1 for values in bundle_data.VARIED.values()) + 1  # that is usual
     folders = {name: bundle_data.folder_of(setting) for name, setting in settings.items()}
-    assert len(set(folders.values())) == len(settings) - 1  # two ranges share one
+    once = len(bundle_data.VARIED["stored"]) - 1  # built, and stored in so many other ways
+    assert len(set(folders.values())) == len(settings) - once - 1  # two ranges share one
     for setting in settings.values():
         assert sum(setting[key] != usual for key, usual in bundle_data.USUAL.items()) <= 1
 
@@ -499,7 +501,7 @@ def test_bundles_are_tried_anew_where_training_changed(tmp_path, monkeypatch, ca
     (tmp_path / "results").mkdir()
     for name, value in {"HERE": tmp_path, "WORK": tmp_path, "build_bundle": lambda: None}.items():
         monkeypatch.setattr(bundle_data, name, value)
-    built = dict.fromkeys(bundle_data.settings(), {"cpu_seconds": 1.0, "let_through": 0.001})
+    built = dict.fromkeys(bundle_data.settings(), {"cpu_seconds": 1.0, "bytes": 1000, "let_through": 0.001})
     monkeypatch.setattr(bundle_data, "measure_bundles", lambda results: results.content.update(bundles=built))
     monkeypatch.setattr(bundle_data, "plot", lambda *_: None)
     monkeypatch.setattr(resumable.Results, "complete", complete)
@@ -518,7 +520,7 @@ def test_bundles_are_tried_anew_where_training_changed(tmp_path, monkeypatch, ca
         raise Stopped
 
     monkeypatch.setattr(bundle_data, "train", train)
-    monkeypatch.setattr(bundle_data.Bundle, "load", lambda *_, **__: None)
+    monkeypatch.setattr(bundle_data, "load", lambda _: (None, 0))
     for setting in (None, bundle_data.USUAL):
         with pytest.raises(Stopped):
             bundle_data.measure(SimpleNamespace(), (setting, 0))
@@ -540,9 +542,24 @@ def test_bundles_are_compared_by_medians_over_seeds(tmp_path):
     assert list(table) == names and table[names[1]]["noise_drift"] == pytest.approx(0.04)
     assert table[bundle_data.NONE]["moved"] == dict.fromkeys(bundle_data.SAMPLERS, 0.02)
     for name in names[1:]:
-        table[name] |= {"cpu_seconds": 1.0, "let_through": 0.001}
+        table[name] |= {"cpu_seconds": 1.0, "bytes": 1000, "let_through": 0.001}
     bundle_data.plot(table, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 1000
+
+
+def test_bundles_are_stored_in_ways_that_let_ever_more_through():
+    """What is closed is the same in all of them."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q
+    full = bundle_size.Spectrum(torch.logspace(0, -6, 64), basis.float(), 1000)
+    exact, drifts, sizes = full.pack().exact, {}, {}
+    for way, store in bundle_size.WAYS.items():
+        stored, sizes[way] = store(full)
+        assert torch.equal(stored.eigenvectors[:, :exact], full.eigenvectors[:, :exact])
+        drifts[way] = bundle_size.drift(stored, full, exact, 1e-6)
+    assert sorted(sizes, key=sizes.get)[0] == "leading alone" and max(sizes, key=sizes.get) == "float32"
+    assert drifts["float32"] < drifts["8-bit reflections"] < drifts["leading alone"]
+    assert drifts[bundle_size.BUNDLES] == pytest.approx(drifts["float32"], rel=1e-3)
 
 
 # ---- Real weights ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import sys
 import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import diffusers
@@ -29,9 +30,11 @@ from transformers import CLIPTextConfig
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from nullspace import budget as budget_room  # noqa: E402
 from nullspace import moments as moments_room  # noqa: E402
 from nullspace import projector as projector_room  # noqa: E402
 from nullspace.adapters import add_lora  # noqa: E402
+from nullspace.budget import DriftBudget  # noqa: E402
 from nullspace.families import get_family  # noqa: E402
 from nullspace.families.stable_diffusion import diffusion_loss  # noqa: E402
 from nullspace.latents import encode_pictures  # noqa: E402
@@ -41,6 +44,8 @@ from nullspace.names import JOINT  # noqa: E402
 from nullspace.optimizers import make_optimizer  # noqa: E402
 from nullspace.preparation import save_memory  # noqa: E402
 from nullspace.projector import NullSpaceProjector, Protected  # noqa: E402
+from nullspace.spectrum import Spectrum  # noqa: E402
+from nullspace.word import WordEmbedding  # noqa: E402
 from train_dreambooth_nullspace import parse_args  # noqa: E402
 
 
@@ -85,10 +90,13 @@ SCHEDULER = DDPMScheduler()
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 FP16 = {"mixed_precision": "fp16"}
+WORD = {"placeholder_token": "sks-dog", "initializer_token": "dog", "num_vectors": 4}
+LAUNCHED = FP16 | WORD | {"cache_latents": True, "max_drift": 0.05}
 FREED = {"pre_compute_text_embeddings": True, "cache_latents": True}  # the text encoder and the VAE go before training
 SETTINGS = {
     "float32": {},
     "float32, batch 4": {"train_batch_size": 4},
+    "launch line": LAUNCHED,
     "fp16": FP16,
     "fp16, models freed": FP16 | FREED,
     "fp16, models freed, checkpointing": FP16 | FREED | {"gradient_checkpointing": True},
@@ -99,6 +107,7 @@ SETTINGS = {
     "fp16, batch 16": FP16 | {"train_batch_size": 16},
 }
 XL_SETTINGS = {
+    "launch line": LAUNCHED | {"gradient_checkpointing": True},
     "fp16": FP16,
     "fp16, models freed": FP16 | FREED,
     "fp16, checkpointing": FP16 | {"gradient_checkpointing": True},
@@ -187,11 +196,27 @@ def tell(family, text_encoders, batch):
     return family.encode(text_encoders, tokens) | family.place(torch.zeros(batch, 6))
 
 
+def add_rows(text_encoder, count):
+    """Give a text encoder the rows of a word, which are returned."""
+    known = text_encoder.get_input_embeddings()
+    embedding = WordEmbedding(known, known.num_embeddings, torch.empty(count, known.embedding_dim))
+    text_encoder.set_input_embeddings(embedding)
+    return embedding.added.weight
+
+
+def bundle_of(sources, items):
+    """What a budget asks of a bundle with such bases (`dict[str, Protected]`, by input), on no device to begin with."""
+    with torch.device("cpu"):
+        spectra = {source: Spectrum(torch.ones(len(item.basis)), item.basis, 1) for source, item in items.items()}
+    modules = {name: {"input": source} for name, source in sources.items()}
+    return SimpleNamespace(group=lambda _: spectra, modules=modules)
+
+
 def memory(setting, family, projected=True):
     """Bytes (`dict`): the `models` that stay, the projector among them, and the peaks of each kind of work."""
     flags = {"rank": RANK, "train_batch_size": 1, "mixed_precision": "no", **setting}
     line = ["--pretrained_model_name_or_path", "m", "--nullspace_name_or_path", "b", "--instance_data_dir", "d"]
-    line += ["--instance_prompt", "p"]
+    line += ["--instance_prompt", "a sks-dog"]
     for name, value in flags.items():
         line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     args = parse_args(line)
@@ -201,7 +226,8 @@ def memory(setting, family, projected=True):
 
     with LiveBytes() as live, torch.device("meta"):
         unet, vae, text_encoders = make_models(family, dtype)
-        side, scale = family.resolution, 2 ** (len(vae.config.block_out_channels) - 1)
+        scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        side = unet.config.sample_size * scale
         for model in (*text_encoders.values(), vae, unet):
             model.requires_grad_(False)
         adapted, sources = {"unet": unet}, attention_inputs(unet)
@@ -211,6 +237,8 @@ def memory(setting, family, projected=True):
                 sources |= text_encoder_inputs(text_encoder, name)
             del text_encoder
         parameters = add_lora(adapted, list(sources), args)
+        if args.placeholder_token:
+            parameters += [add_rows(text_encoder, args.num_vectors) for text_encoder in text_encoders.values()]
         save_memory(unet, text_encoders.values(), args)
         optimizer = make_optimizer(parameters, args)
         items = {}
@@ -224,6 +252,9 @@ def memory(setting, family, projected=True):
         projector = NullSpaceProjector(unet, protected, **text_encoders)
         held = live.now - before
         projector.attach(optimizer)
+        if args.max_drift:
+            DriftBudget(args.max_drift, bundle_of(sources, items), list(sources), adapted).attach(optimizer)
+        budget = live.now - before - held
 
         denoise = family.denoiser(unet, unet.config, None)
         live.peak = live.now
@@ -250,7 +281,8 @@ def memory(setting, family, projected=True):
             latents, _ = moments.chunk(2, dim=1)
             timesteps = torch.zeros(batch, dtype=torch.long)
             with as_on_a_gpu(autocast):
-                told = tell(family, text_encoders, batch) if args.train_text_encoder else conditions
+                learned = args.train_text_encoder or args.placeholder_token
+                told = tell(family, text_encoders, batch) if learned else conditions
                 noise = torch.empty_like(latents)
                 loss = diffusion_loss(denoise, SCHEDULER, latents, timesteps, noise, **told)
                 loss.backward()  # in it, since checkpointing computes again what it did before
@@ -258,7 +290,8 @@ def memory(setting, family, projected=True):
             optimizer.step()
             optimizer.zero_grad()
             del loss, told
-        return {"models": models, "projector": held, "encoding": encoding, "training": live.peak, "drawing": drawing}
+        held = {"projector": held, "budget": budget}
+        return {"models": models, **held, "encoding": encoding, "training": live.peak, "drawing": drawing}
 
 
 def memory_of_building(batch, family, dtype=torch.float16):
@@ -283,17 +316,15 @@ def memory_of_building(batch, family, dtype=torch.float16):
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     diffusers.utils.logging.set_verbosity_error()
-    for room in (moments_room, projector_room):
+    for room in (budget_room, moments_room, projector_room):
         room.tf32 = lambda *_: nullcontext()  # which the meta device has no autocast for, and no arithmetic
     NullSpaceProjector._check_state = lambda *_, **__: None  # reads values, and there are none
     sd, xl = get_family("sd"), get_family("sdxl")
     jobs = {name: (setting, sd) for name, setting in SETTINGS.items()}
     jobs |= {f"SDXL, {name}": (setting, xl) for name, setting in XL_SETTINGS.items()}
-    jobs["SDXL, fp16, models freed, checkpointing, unprotected"] = (
-        FP16 | FREED | {"gradient_checkpointing": True},
-        xl,
-        False,
-    )
+    unprotected = FP16 | FREED, {"gradient_checkpointing": True}
+    jobs["fp16, models freed, unprotected"] = unprotected[0], sd, False
+    jobs["SDXL, fp16, models freed, checkpointing, unprotected"] = unprotected[0] | unprotected[1], xl, False
     results = {name: memory(*job) for name, job in tqdm(jobs.items(), desc="Settings")}
     results |= {f"build, fp16, batch {batch}": memory_of_building(batch, sd) for batch in (1, 8)}
     results |= {f"SDXL, build, fp16, batch {batch}": memory_of_building(batch, xl) for batch in (1, 8)}

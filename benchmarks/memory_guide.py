@@ -13,10 +13,11 @@ import gc
 import json
 import sys
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -179,6 +180,16 @@ def as_on_a_gpu(dtype=None):
             setattr(F, name, function)
 
 
+@contextmanager
+def without_values():
+    """Let the library work on tensors that have shapes alone: the meta device has no autocast, and nothing to check."""
+    with ExitStack() as patches:
+        for room in (budget_room, moments_room, projector_room):
+            patches.enter_context(patch.object(room, "tf32", lambda *_: nullcontext()))
+        patches.enter_context(patch.object(NullSpaceProjector, "_check_state", lambda *_, **__: None))
+        yield
+
+
 def make_models(family, dtype):
     """UNet, VAE and text encoders (`dict`) of a family, as the trainer and the builder hold them."""
     sizes = MODELS[family.name]
@@ -316,18 +327,16 @@ def memory_of_building(batch, family, dtype=torch.float16):
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     diffusers.utils.logging.set_verbosity_error()
-    for room in (budget_room, moments_room, projector_room):
-        room.tf32 = lambda *_: nullcontext()  # which the meta device has no autocast for, and no arithmetic
-    NullSpaceProjector._check_state = lambda *_, **__: None  # reads values, and there are none
     sd, xl = get_family("sd"), get_family("sdxl")
     jobs = {name: (setting, sd) for name, setting in SETTINGS.items()}
     jobs |= {f"SDXL, {name}": (setting, xl) for name, setting in XL_SETTINGS.items()}
     unprotected = FP16 | FREED, {"gradient_checkpointing": True}
     jobs["fp16, models freed, unprotected"] = unprotected[0], sd, False
     jobs["SDXL, fp16, models freed, checkpointing, unprotected"] = unprotected[0] | unprotected[1], xl, False
-    results = {name: memory(*job) for name, job in tqdm(jobs.items(), desc="Settings")}
-    results |= {f"build, fp16, batch {batch}": memory_of_building(batch, sd) for batch in (1, 8)}
-    results |= {f"SDXL, build, fp16, batch {batch}": memory_of_building(batch, xl) for batch in (1, 8)}
+    with without_values():
+        results = {name: memory(*job) for name, job in tqdm(jobs.items(), desc="Settings")}
+        results |= {f"build, fp16, batch {batch}": memory_of_building(batch, sd) for batch in (1, 8)}
+        results |= {f"SDXL, build, fp16, batch {batch}": memory_of_building(batch, xl) for batch in (1, 8)}
     for name, row in results.items():
         print(f"{name:52}", *(f"{key} {value / 2**30:.2f} GiB" for key, value in row.items()))
     (HERE / "results").mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and the wiring of those that are meant for real weights."""
 
+import importlib
 import json
 import math
 import sys
@@ -29,6 +30,7 @@ from world import DEMO, FOLDER, protected_prompts
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bundle_data
 import bundle_size
+import memory_guide
 import methods
 import preservation
 import real_model
@@ -39,6 +41,7 @@ from methods import METHODS, TIER_ONE
 import build_nullspace
 import world
 from nullspace.errors import NullSpaceError
+from nullspace.families import get_family
 from nullspace.names import DEFAULT_SOFTNESS, DEFAULT_THRESHOLDS, DEFAULT_WORD_RATE, WORD_SOFTNESS
 
 
@@ -560,6 +563,29 @@ def test_bundles_are_stored_in_ways_that_let_ever_more_through():
     assert sorted(sizes, key=sizes.get)[0] == "leading alone" and max(sizes, key=sizes.get) == "float32"
     assert drifts["float32"] < drifts["8-bit reflections"] < drifts["leading alone"]
     assert drifts[bundle_size.BUNDLES] == pytest.approx(drifts["float32"], rel=1e-3)
+
+
+# ---- All of them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((DEMO.parent / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_find_what_they_import(path):
+    """Those that take hours are not run by any test: a name that has moved must show all the same."""
+    importlib.import_module(path.stem)
+
+
+# ---- What fits on a card ---------------------------------------------------------------------------------------------
+
+
+def test_memory_is_counted_without_a_gpu():
+    """Of Stable Diffusion 1.5 as the README launches it, and without protection."""
+    family = get_family("sd")
+    with memory_guide.without_values():
+        launched = memory_guide.memory(memory_guide.LAUNCHED, family)
+        plain = memory_guide.memory(memory_guide.FP16 | memory_guide.FREED, family, projected=False)
+    assert plain["projector"] == plain["budget"] == 0
+    assert 50e6 < launched["projector"] < launched["budget"] < 110e6
+    assert launched["projector"] + launched["budget"] < launched["training"] - plain["training"] < 600e6
 
 
 # ---- Real weights ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from nullspace.adapters import restore_lora, save_lora
 from nullspace.captions import distinct_captions
-from nullspace.errors import NullSpaceError
+from nullspace.errors import NullSpaceError, UnsoundError
 from nullspace.flags import BY_CONTENT, COMPARED, READ_BY
 from nullspace.hashes import config_sha256, sha256
 from nullspace.names import CARD_NAME
@@ -260,9 +260,27 @@ def going_on_from(staged, output_dir, step):
     try:
         yield
     except Stopped as stopped:
-        if staged is not None and (staged / "checkpoint").is_dir():
-            put(staged / "checkpoint", output_dir / f"checkpoint-{step}")
+        _put_checkpoint(staged, output_dir, step)
         raise Stopped(stopped.number, *how_to_go_on(output_dir, step)) from None
+
+
+@contextmanager
+def keeping_what_was_learned(staged, output_dir, step):
+    """As `going_on_from`, in the main process, where something fails within the block; not if the result is unsound."""
+    try:
+        yield
+    except UnsoundError:
+        raise
+    except Exception:
+        _put_checkpoint(staged, output_dir, step)
+        written, name = how_to_go_on(output_dir, step)
+        logger.warning(f"{written} Once this is mended, go on from there with --resume_from_checkpoint {name}.")
+        raise
+
+
+def _put_checkpoint(staged, output_dir, step):
+    if staged is not None and (staged / "checkpoint").is_dir():
+        put(staged / "checkpoint", output_dir / f"checkpoint-{step}")
 
 
 def find_checkpoint(args):

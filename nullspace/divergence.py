@@ -9,7 +9,7 @@ import torch
 from accelerate.logging import get_logger
 
 from nullspace.checkpoint import checkpoints, damage
-from nullspace.errors import NullSpaceError
+from nullspace.errors import UnsoundError
 from nullspace.names import LORA_NAME, WORD_NAME
 
 
@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 MOST_SKIPPED = 20  # steps in a row that fp16's loss scaling may skip: from 2^16 it is down to 1 after 16
 
 
-class DivergedError(NullSpaceError):
+class DivergedError(UnsoundError):
     """A training has come to numbers that are not finite, and there is nothing to save of it."""
 
 

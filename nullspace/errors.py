@@ -13,6 +13,10 @@ class NullSpaceError(ValueError):
         return printable(super().__str__())
 
 
+class UnsoundError(NullSpaceError):
+    """What was trained is not fit for use."""
+
+
 class DamagedError(NullSpaceError):
     """A file of a bundle is not what it was when the bundle was built."""
 

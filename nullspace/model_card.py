@@ -17,7 +17,7 @@ from nullspace.system import write_text
 
 
 def write_model_card(bundle, report, prompts, pictures, args):
-    """Write the model card, and the pictures that it shows, one for each prompt; return the names of those."""
+    """Write the model card, and the pictures that it shows, one for each prompt or none; return the names of those."""
     names = [f"pictures/{index}.png" for index in range(len(pictures))]
     for name, picture in zip(names, pictures, strict=True):
         save_picture(picture, args.output_dir / name)
@@ -40,14 +40,15 @@ def write_model_card(bundle, report, prompts, pictures, args):
         ],
         widget=[
             {"text": prompt, "output": {"url": name}} for prompt, name in zip(prompts, names, strict=True)
-        ],
+        ] if names else None,
     )  # fmt: skip
     kind, what = ("textual inversion", "word") if args.word_only else ("DreamBooth LoRA", "LoRA")
     drawn = f"Base model and {what}, equal seeds" if args.compare_with_base else f"What the {what} draws"
     base_shown = link(base, f"https://huggingface.co/{base}") if is_on_hub else code_span(base)
     triggers = " or ".join(map(code_span, args.instance_prompt))
-    compared = (args.output_dir / CHECKPOINTS_NAME).is_file()
-    checkpoints = f"\n![What its checkpoints draw, equal seed]({CHECKPOINTS_NAME})\n" if compared else ""
+    alternatives = {COMPARISON_NAME: drawn, CHECKPOINTS_NAME: "What its checkpoints draw, equal seed"}
+    sheets = [f"![{text}]({name})\n\n" for name, text in alternatives.items() if (args.output_dir / name).is_file()]
+    gallery = "\n<Gallery />\n" if names else ""
     loaded = f"DiffusionPipeline.from_pretrained({python_string(base)}, "
     if model.file:
         loaded = f"{family.pipeline.__name__}.from_single_file({python_string(base)}, "
@@ -61,14 +62,10 @@ def write_model_card(bundle, report, prompts, pictures, args):
 # {plain(args.output_dir.resolve().name)}
 
 {report["guarantee"]}
-
-<Gallery />
-
+{gallery}
 A {kind} for {base_shown}. {describe_training(bundle, report, args)}
 
-![{drawn}]({COMPARISON_NAME})
-{checkpoints}
-## Trigger words
+{"".join(sheets)}## Trigger words
 
 Use {triggers} to trigger the subject.
 

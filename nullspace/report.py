@@ -9,7 +9,7 @@ import torch
 from nullspace.adapters import save_lora, scale_lora
 from nullspace.audit import audit, summarize
 from nullspace.budget import RESERVE
-from nullspace.errors import NullSpaceError
+from nullspace.errors import UnsoundError
 from nullspace.lora import load_lora
 from nullspace.names import JOINT, LORA_NAME
 from nullspace.system import put, write_text
@@ -62,7 +62,8 @@ def save_audited(
         `dict`: what `audit` found in the file.
 
     Raises:
-        NullSpaceError: if the file cannot be written, or, with `unprotected`, a protected layer leaks too much.
+        NullSpaceError: if the file cannot be written.
+        UnsoundError: with `unprotected`, if a protected layer leaks too much.
     """
     if adapted:
         save_lora(folder, **adapted, dtype=dtype, **options)
@@ -79,7 +80,7 @@ def save_audited(
         name = max(leaking, key=lambda name: math.inf if math.isnan(leaking[name]) else leaking[name])
         if advice is None:
             advice = "report it with your command line" if dtype == torch.float32 else "pass --upcast_before_saving"
-        raise NullSpaceError(
+        raise UnsoundError(
             f"The LoRA breaks its promise: {leaking[name]:.1e} of what it changes in {name} reaches what is protected, "
             f"and {bound:g} is the bound of {describe_dtype(dtype)} file ({len(leaking)} of {len(found['layers'])} "
             f"layers are above it); it was written to {unprotected} only, without a card, and should not be used: "

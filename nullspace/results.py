@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import free_memory
 
 from nullspace.bundle import Bundle
-from nullspace.checkpoint import going_on_from, write_state
+from nullspace.checkpoint import going_on_from, keeping_what_was_learned, write_state
 from nullspace.dataset_card import model_name
 from nullspace.embeddings import bundled, is_word, read_word, save_embedding
 from nullspace.hub import push_folder
@@ -77,15 +77,15 @@ def save(accelerator, trained, earlier_logs, args):
             write_state(accelerator, staged and staged / "checkpoint", step, args, trained.run)
         with going_on_from(staged, args.output_dir, step):
             if accelerator.is_main_process:
-                found = save_trained(accelerator, staged, trained, args)
-                trained.adapted.clear()
-                accelerator.free_memory()  # it keeps what it prepared
-                free_memory()
-                others = spread(trained.bundle.config["prompts"]["examples"], 3) if trained.bundle else []
-                prompts = args.validation_prompt or [args.instance_prompt[0], *others]
-                rows = draw_saved(staged, prompts, device, trained.dtype, args)
-                compared = draw_checkpoints(trained.run, step, prompts, device, trained.dtype, args)
-                put_in_place(staged, args)
+                with keeping_what_was_learned(staged, args.output_dir, step):
+                    found = save_trained(accelerator, staged, trained, args)
+                    trained.adapted.clear()
+                    accelerator.free_memory()  # it keeps what it prepared
+                    free_memory()
+                    others = spread(trained.bundle.config["prompts"]["examples"], 3) if trained.bundle else []
+                    prompts = args.validation_prompt or [args.instance_prompt[0], *others]
+                    rows, compared = draw_results(staged, trained, prompts, device, args)
+                    put_in_place(staged, args)
                 written = write_results(accelerator, trained, found, prompts, rows, compared, args)
             accelerator.end_training()
             if args.push_to_hub and accelerator.is_main_process:
@@ -93,6 +93,19 @@ def save(accelerator, trained, earlier_logs, args):
             logger.info("To use it, after the lines that load the base model:")
             if accelerator.is_main_process:  # printed, since the log escapes the ends of lines
                 print(*map(printable, how_to_use(args).splitlines()), sep="\n", flush=True)
+
+
+def draw_results(staged, trained, prompts, device, args):
+    """What `draw_saved` and `draw_checkpoints` give, both empty where memory does not suffice for it.
+
+    Drawing can take more than training did, and nothing that was trained is lost for want of its pictures.
+    """
+    try:
+        rows = draw_saved(staged, prompts, device, trained.dtype, args)
+        return rows, draw_checkpoints(trained.run, trained.step, prompts, device, trained.dtype, args)
+    except torch.OutOfMemoryError:
+        logger.warning("Memory does not suffice for drawing: what was trained is saved without pictures of it.")
+        return {}, {}
 
 
 def save_trained(accelerator, staged, trained, args):
@@ -201,8 +214,7 @@ def write_results(accelerator, trained, found, prompts, rows, compared, args):
 
     Args:
         found (`dict`): from `save_trained`.
-        rows (`dict`): from `draw_saved`.
-        compared (`dict`): from `draw_checkpoints`, empty where there is nothing to compare.
+        rows, compared (`dict`): from `draw_results`; either may be empty.
 
     Returns:
         The names (`list[str]`) in --output_dir of all that, and of LoRA and word.
@@ -213,24 +225,24 @@ def write_results(accelerator, trained, found, prompts, rows, compared, args):
     write_json(args.output_dir / REPORT_NAME, report)
     write_text(args.output_dir / FLAGS_NAME, args.config)  # not published: it names folders of this machine
     write_kohya(report, args)
-    picture = comparison_grid(rows, prompts, args.seed, step)
-    save_picture(picture, args.output_dir / COMPARISON_NAME)
-    log_picture(accelerator, "comparison", picture, step)
-    sheets = [COMPARISON_NAME]
-    (args.output_dir / CHECKPOINTS_NAME).unlink(missing_ok=True)
+    sheets = {}
+    if rows:
+        sheets[COMPARISON_NAME] = comparison_grid(rows, prompts, args.seed, step)
     if compared:
-        sheets.append(CHECKPOINTS_NAME)
         columns = {"base": rows["base"][0]} if "base" in rows else {}
         columns |= {**compared, f"step {step}, the result": rows["tuned"][0]}
-        picture = checkpoint_grid(columns, prompts, args.seed)
-        save_picture(picture, args.output_dir / CHECKPOINTS_NAME)
-        log_picture(accelerator, "checkpoints", picture, step)
-    pictures = write_model_card(bundle, report, prompts, rows["tuned"][0], args)
+        sheets[CHECKPOINTS_NAME] = checkpoint_grid(columns, prompts, args.seed)
+    for name in (COMPARISON_NAME, CHECKPOINTS_NAME):
+        (args.output_dir / name).unlink(missing_ok=True)
+    for name, picture in sheets.items():
+        save_picture(picture, args.output_dir / name)
+        log_picture(accelerator, Path(name).stem, picture, step)
+    pictures = write_model_card(bundle, report, prompts, rows["tuned"][0] if rows else [], args)
     weights = [] if args.word_only else [LORA_NAME]
     weights += [WORD_NAME] if args.placeholder_token else []
     more = [path.relative_to(args.output_dir).as_posix() for path in for_web_uis(args)]
-    names = [*weights, *more, REPORT_NAME, FLAGS_NAME, *sheets[:-1]]
-    logger.info(f"Wrote {', '.join(names)} and {sheets[-1]} to {args.output_dir}")
+    *names, last = [*weights, *more, REPORT_NAME, FLAGS_NAME, *sheets]
+    logger.info(f"Wrote {', '.join(names)} and {last} to {args.output_dir}")
     return [*weights, CARD_NAME, REPORT_NAME, *sheets, *pictures, *more]
 
 

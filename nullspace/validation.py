@@ -2,6 +2,7 @@
 
 import torch
 from accelerate.logging import get_logger
+from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
 from nullspace import signals
@@ -67,6 +68,8 @@ def draw(pipeline, prompts, args, description, count=None):
 def validate(accelerator, scalars, adapted, kept, dtype, step, args):
     """Draw the validation prompts, save the picture and send it to the trackers; a signal cuts that short.
 
+    Where memory does not suffice for it the training goes on without.
+
     Args:
         scalars (`ScalarLog`): flushed first, so that nothing is drawn by a training that has diverged.
         adapted (`dict`): the models in training, by name, with a LoRA or without.
@@ -76,27 +79,35 @@ def validate(accelerator, scalars, adapted, kept, dtype, step, args):
     if accelerator.is_main_process and not signals.asked():
         scalars.flush()
         with signals.cut_short():
-            picture = draw_in_training(accelerator, adapted, kept, dtype, step, args)
+            try:
+                picture = draw_in_training(accelerator, adapted, kept, dtype, step, args)
+            except torch.OutOfMemoryError:
+                logger.warning(f"Memory does not suffice for drawing at step {step}; the training goes on.")
+                free_memory()
+                return
             save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
             log_picture(accelerator, "validation", picture, step)
 
 
 def draw_in_training(accelerator, adapted, kept, dtype, step, args):
     """Draw the validation prompts with the models in training, and without their LoRA: one picture."""
-    for model in adapted.values():
-        model.eval()
     components, rows = {**kept, **adapted}, {}
     pipeline = base = load_pipeline(args, dtype, accelerator.device, **components)
     if args.placeholder_token and args.compare_with_base:  # the base model does not know the token
         base = load_pipeline(args, dtype, accelerator.device, **{**components, **load_tokenizers(args)})
-    with accelerator.autocast():
-        if args.compare_with_base:
-            enable_lora(adapted, False)
-            rows["base"] = draw(base, args.validation_prompt, args, "Validating, base")
-            enable_lora(adapted, True)
-        rows["tuned"] = draw(pipeline, args.validation_prompt, args, "Validating")
     for model in adapted.values():
-        model.train()
+        model.eval()
+    try:
+        with accelerator.autocast():
+            if args.compare_with_base:
+                enable_lora(adapted, False)
+                rows["base"] = draw(base, args.validation_prompt, args, "Validating, base")
+                enable_lora(adapted, True)
+            rows["tuned"] = draw(pipeline, args.validation_prompt, args, "Validating")
+    finally:
+        enable_lora(adapted, True)
+        for model in adapted.values():
+            model.train()
     return comparison_grid(rows, args.validation_prompt, args.seed, step)
 
 

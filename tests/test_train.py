@@ -522,6 +522,42 @@ def test_validation_does_not_disturb_training(precision, tiny_sd1, bundle1, tmp_
     assert all(tensor.dtype == torch.float32 for tensor in validated.values())
 
 
+def test_nothing_that_was_learned_is_lost_for_want_of_memory_to_draw(
+    tiny_sd1, bundle1, reference, tmp_path, monkeypatch, caplog
+):
+    """Neither in training nor at the end; report and card are there, without pictures."""
+    output = tmp_path / "lora"
+    train(tiny_sd1, bundle1, output, "--max_train_steps", 1)
+    assert (output / COMPARISON_NAME).exists()
+
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(validation, "draw", no_room)
+    assert same(train(tiny_sd1, bundle1, output, "--validation_epochs", 1), reference)
+    assert "Memory does not suffice for drawing at step" in caplog.text and "saved without pictures" in caplog.text
+    assert not (output / COMPARISON_NAME).exists() and (output / REPORT_NAME).exists()
+    card = (output / "README.md").read_text()
+    assert "![" not in card and "Gallery" not in card and "widget" not in card and "# lora\n" in card
+
+
+def test_what_was_learned_is_kept_where_its_pictures_fail(tiny_sd1, bundle1, reference, tmp_path, monkeypatch, caplog):
+    """A checkpoint of the last step is there, and drawing is all that is left to do from it."""
+    output, steps = tmp_path / "lora", []
+
+    def fail(*args, **kwargs):
+        raise OSError("a library's own fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "draw", fail)
+        with pytest.raises(OSError, match="a library's own fault"):
+            train(tiny_sd1, bundle1, output, without=["--validation_prompt"])
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-3"] and not (output / LORA_NAME).exists()
+    assert "checkpoint-3 is written. Once this is mended, go on from there with" in caplog.text
+    monkeypatch.setattr(stable_diffusion, "diffusion_loss", lambda *args, **kwargs: steps.append(1))
+    assert same(train(tiny_sd1, bundle1, output, "--resume_from_checkpoint", "latest"), reference) and not steps
+
+
 def test_pictures_are_drawn_in_25_steps_as_the_bundle_was(tiny_sd1, tmp_path, monkeypatch):
     monkeypatch.setattr(StableDiffusion, "num_inference_steps", SD_STEPS)
     drawn, call = [], StableDiffusionPipeline.__call__

@@ -23,7 +23,16 @@ import sys
 from pathlib import Path
 
 from nullspace import signals
-from nullspace.checks import HelpFormatter, Parser, hub_token, launched, listed_thresholds, require, settle_threshold
+from nullspace.checks import (
+    HelpFormatter,
+    Parser,
+    hub_token,
+    launched,
+    listed_thresholds,
+    refuse_unread,
+    require,
+    settle_threshold,
+)
 from nullspace.config_file import CONFIG_HELP
 from nullspace.errors import NullSpaceError
 from nullspace.families import FAMILIES, recognise
@@ -149,6 +158,12 @@ def parse_args(argv=None):
         parser.error("--pretrained_model_name_or_path is needed to build a bundle.")
     if args.pretrained_model_name_or_path and (args.prompts_file is None) == (args.prompts_dataset_name is None):
         parser.error("give the prompts as either --prompts_file or --prompts_dataset_name.")
+    refuse_unread(
+        args,
+        parser,
+        **dict.fromkeys(("prompts_dataset_config_name", "prompts_split", "prompt_column"), "prompts_dataset_name"),
+        **dict.fromkeys(("hub_dataset_id", "hub_private_repo"), "push_to_hub"),
+    )
     settle_threshold(args, parser)
     return args
 

@@ -257,6 +257,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.dest.rpartition("_")[2].upper()
 
 
+def refuse_unread(args, parser, **readers):
+    """Refuse flags that nothing reads without another one, which was not given: `hub_model_id="push_to_hub"`."""
+    for name, reader in readers.items():
+        if getattr(args, name) != parser.get_default(name) and not getattr(args, reader):
+            parser.error(f"--{name} is read with --{reader} alone; give that too, or leave it out.")
+
+
 def check_threshold(criterion, threshold):
     """Raise `NullSpaceError` unless the threshold lies in the criterion's range; see `Spectrum.rank`."""
     valid = {

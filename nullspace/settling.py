@@ -7,7 +7,7 @@ import argparse
 import math
 import shlex
 
-from nullspace.checks import check_softness, settle_threshold
+from nullspace.checks import check_softness, refuse_unread, settle_threshold
 from nullspace.errors import NullSpaceError
 from nullspace.names import (
     BUILDER,
@@ -52,6 +52,11 @@ def refuse_prior_preservation(parser):
         parser.add_argument(flag, action=Replaced, nargs="*", help=argparse.SUPPRESS)
 
 
+READ_WITH = {
+    **dict.fromkeys(("dataset_config_name", "image_column", "cache_dir"), "dataset_name"),
+    **dict.fromkeys(("hub_model_id", "hub_private_repo"), "push_to_hub"),
+    "text_encoder_lr": "train_text_encoder",
+}
 WORD_FLAGS = ("initializer_token", "num_vectors", "word_learning_rate", "word_only")
 # What is of a LoRA alone
 UNUSED_BY_WORD = (
@@ -67,6 +72,7 @@ def settle(args, parser):
     """Refuse flags that contradict each other, and set those that were not given and depend on others."""
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         parser.error("give the pictures as either --instance_data_dir or --dataset_name.")
+    refuse_unread(args, parser, **READ_WITH)
     if args.output_kohya_format and kohya_path(args.output_dir).name.endswith((LORA_NAME, WORD_NAME)):
         name = kohya_path(args.output_dir).name
         parser.error(f"--output_kohya_format writes a file named after --output_dir, beside {name}: rename it.")
@@ -116,8 +122,6 @@ def settle(args, parser):
 def settle_rates(args, parser):
     """Set the learning rates that were not given; refuse those that nothing would be trained with."""
     own = [name for name in ("text_encoder_lr", "word_learning_rate") if getattr(args, name) is not None]
-    if args.text_encoder_lr is not None and not args.train_text_encoder:
-        parser.error("--text_encoder_lr is for --train_text_encoder; pass that too, or leave it out.")
     if own and args.optimizer == "prodigy":
         parser.error(f"--optimizer prodigy takes one rate for all that is trained; leave --{own[0]} out.")
     if args.learning_rate is None:

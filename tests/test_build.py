@@ -491,6 +491,8 @@ def test_a_damaged_model_is_refused(tiny_sd1, tmp_path, prompts_file):
         (["--num_inference_steps", "0"], "--num_inference_steps must be at least 1"),
         (["--nullspace_threshold", "1"], "--nullspace_threshold 1.0 is out of range"),
         (["--prompts_dataset_name", "also"], "either --prompts_file or --prompts_dataset_name"),
+        (["--prompt_column", "caption"], "--prompt_column is read with --prompts_dataset_name alone"),
+        (["--hub_dataset_id", "me/bundle"], "--hub_dataset_id is read with --push_to_hub alone"),
     ],
 )
 def test_bad_flags(flags, message, capsys):

@@ -231,7 +231,10 @@ def test_a_word_alone(trained, tiny_sd1, tmp_path, monkeypatch):
         ([*WORD, "--pre_compute_text_embeddings"], "--pre_compute_text_embeddings frees the text encoder, through"),
         ([*WORD, "--nullspace_extra_prompts", "a Sks-star"], "--nullspace_extra_prompts protects 'a Sks-star', which"),
         ([*WORD, "--word_only"], "--word_only trains no LoRA, which --nullspace_name_or_path is for"),
-        (["--text_encoder_lr", 1], "--text_encoder_lr is for --train_text_encoder"),
+        (
+            ["--text_encoder_lr", 1],
+            "--text_encoder_lr is read with --train_text_encoder alone; give that too, or leave",
+        ),
         (
             [*TWO, "--optimizer", "prodigy"],
             "--optimizer prodigy takes one rate for all that is trained; leave --text_e",

@@ -559,7 +559,7 @@ def train(accelerator, args):
     if args.pre_compute_text_embeddings:
         tokenizers, text_encoders = {}, {}
     if args.cache_latents:
-        dataset.cache(lambda pixel_values: encode_pictures(vae, pixel_values).to(weight_dtype))
+        dataset.cache(partial(encode_pictures, vae))
         vae = None
     kept = {**tokenizers, **text_encoders} | ({} if vae is None else {"vae": vae})  # what validation need not load
     del models

@@ -8,6 +8,9 @@ from nullspace.latents import draw_noise, encode_pictures
 class BatchLoss:
     """The loss of a batch: latents and noise are drawn, and the family says what the denoiser made of them.
 
+    The denoiser is given its own type; latents and noise are float32 all along, for 16 bits have no noise levels as
+    low as those of the first timesteps.
+
     Args:
         family: of the model.
         unet (`Callable`): the model in training, whatever it is wrapped in.
@@ -19,9 +22,10 @@ class BatchLoss:
     """
 
     def __init__(self, family, unet, config, noise_scheduler, vae, scaling_factor, dtype, args):
-        self.denoise = family.denoiser(unet, config, args.guidance_scale)
+        denoise = family.denoiser(unet, config, args.guidance_scale)
+        self.denoise = lambda noisy, *rest, **conditions: denoise(noisy.to(dtype), *rest, **conditions)
         self.noise_scheduler, self.loss = noise_scheduler, family.loss(args)
-        self.vae, self.scaling_factor, self.dtype, self.noise_offset = vae, scaling_factor, dtype, args.noise_offset
+        self.vae, self.scaling_factor, self.noise_offset = vae, scaling_factor, args.noise_offset
 
     def __call__(self, batch, conditions, draw_timesteps, generator):
         """The loss, and the latents (batch, 4, h, w) as they are without noise.
@@ -32,8 +36,8 @@ class BatchLoss:
             draw_timesteps (`Callable`): gives so many timesteps.
             generator (`torch.Generator`): draws everything else.
         """
-        moments = batch if self.vae is None else encode_pictures(self.vae, batch).to(self.dtype)
-        mean, std = moments.chunk(2, dim=1)
+        posterior = batch if self.vae is None else encode_pictures(self.vae, batch)
+        mean, std = posterior.chunk(2, dim=1)
         latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
         latents = latents * self.scaling_factor
         timesteps = draw_timesteps(len(latents), generator).to(latents.device)

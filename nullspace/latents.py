@@ -5,9 +5,9 @@ import torch
 
 @torch.no_grad()
 def encode_pictures(vae, pixel_values):
-    """Mean and standard deviation (batch, 8, h, w), stacked, of the latents of pictures (batch, 3, H, W)."""
+    """Mean and standard deviation (batch, 8, h, w) float32, stacked, of the latents of pictures (batch, 3, H, W)."""
     latents = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist
-    return torch.cat([latents.mean, latents.std], dim=1)
+    return torch.cat([latents.mean, latents.std], dim=1).float()
 
 
 def draw_noise(latents, offset, generator):

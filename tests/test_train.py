@@ -824,6 +824,27 @@ def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, refe
     assert in_drawing == [set()] * 4
 
 
+@pytest.mark.parametrize("flags", [[], ["--cache_latents"]], ids=["encoded", "cached"])
+def test_noise_levels_are_not_rounded_to_16_bits(flags, tiny_sd1, bundle1, tmp_path, monkeypatch):
+    """In bfloat16 the first timesteps would have no noise at all."""
+    seen, denoised, loss = [], [], stable_diffusion.diffusion_loss
+
+    def record(denoise, noise_scheduler, latents, timesteps, noise, **others):
+        seen.append({latents.dtype, noise.dtype})
+        return loss(denoise, noise_scheduler, latents, timesteps, noise, **others)
+
+    def look(unet, given, *rest, original=UNet2DConditionModel.forward, **others):
+        denoised.append(given.dtype)
+        return original(unet, given, *rest, **others)
+
+    monkeypatch.setattr(stable_diffusion, "diffusion_loss", record)
+    monkeypatch.setattr(UNet2DConditionModel, "forward", look)
+    monkeypatch.setattr(results, "draw_saved", lambda *args: {})
+    line = ("--mixed_precision", "bf16", "--max_train_steps", 1)
+    train(tiny_sd1, bundle1, tmp_path / "lora", *line, *flags, without=["--validation_prompt"])
+    assert seen == [{torch.float32}] and denoised == [torch.bfloat16]
+
+
 def test_local_rank_stands_in_for_the_environments(monkeypatch):
     def stop(**kwargs):
         raise ValueError("far enough")

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,12 @@ def test_a_family_is_named_in_its_own_room():
 def test_every_room_says_what_it_is():
     for path in LIBRARY:
         assert ast.get_docstring(ast.parse(Path(path).read_text(encoding="utf-8"))), path
+
+
+def test_what_is_tracked_is_small():
+    """A clone is no larger than it must be: the largest files are the demo's models."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("no checkout")
+    paths = [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
+    assert max(path.stat().st_size for path in paths) < 8e6 and sum(path.stat().st_size for path in paths) < 60e6

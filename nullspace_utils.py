@@ -31,8 +31,8 @@ from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parse
 from nullspace.errors import NullSpaceError, listed
 from nullspace.families import FAMILIES
 from nullspace.flags import SINGLE_FILE_CONFIG
-from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER, TEXT_ENCODERS
-from nullspace.system import quiet_imports
+from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER, TEXT_ENCODERS, embedding_path
+from nullspace.system import make_inside, quiet_imports
 from nullspace.terminal import print_table, printable
 
 
@@ -186,9 +186,9 @@ from accelerate import PartialState
 from nullspace.adapters import model_of, write_layers
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict
 from nullspace.bundle import Bundle, check_output_folder
-from nullspace.embeddings import bundled_tokens, loading_code, save_words
+from nullspace.embeddings import bundled_tokens, holds, loading_code, save_embedding, save_words, unbundled
 from nullspace.finding import bundles_of_model, cache_folder, cached, describe_cache, remove_from_cache
-from nullspace.kohya import read_report, save_kohya
+from nullspace.kohya import embedding_metadata, read_report, save_kohya
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
 from nullspace.lora import LoraLayer, check_finite, load_lora, read_embeddings, read_lora
 from nullspace.markdown import python_string
@@ -255,10 +255,12 @@ def audit_lora(args):
 
 
 def export_lora(args):
-    """Write a LoRA for the web UIs."""
+    """Write a LoRA for the web UIs, and its word, if it has one, beside it: some read that from a file of its own."""
     output, lora = args.output, Path(args.lora)
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise NullSpaceError(f"--output {output} is no file in a folder that there is; name one.")
+    if output.is_dir():
+        raise NullSpaceError(f"--output {output} is a folder; name a file.")
+    if not output.absolute().parent.is_dir():
+        raise NullSpaceError(f"--output {output} lies in a folder that is not there; make it, or name another.")
     if output.exists() and any(source.exists() and output.samefile(source) for source in (lora, lora / LORA_NAME)):
         raise NullSpaceError(f"--output {output} is the LoRA itself; name another file.")
     layers = load_lora(args.lora)
@@ -266,9 +268,20 @@ def export_lora(args):
     if any(layer.magnitude is not None for layer in layers.values()):
         raise NullSpaceError(f"{args.lora} is a DoRA, which is not exported; give the programs the file itself.")
     embeddings = read_embeddings(args.lora)
+    words = {embedding_path(output.parent, word.token): word for word in unbundled(embeddings)}
+    for path, word in words.items():
+        if path.exists() and not holds(path, word):
+            raise NullSpaceError(
+                f"--output {output} brings its word to {path}, where another is, perhaps that of another step; name an "
+                "--output in another folder."
+            )
     save_kohya(output, layers, read_report(args.lora), embeddings)
-    words = [f"the embedding of {token}" for token in bundled_tokens(embeddings)]
-    print(printable(f"Wrote {' and '.join([f'{len(layers)} layers', *words])} to {output}"))
+    told = [f"the embedding of {token}" for token in bundled_tokens(embeddings)]
+    print(printable(f"Wrote {' and '.join([f'{len(layers)} layers', *told])} to {output}"))
+    for path, word in words.items():
+        make_inside(path.parent)
+        save_embedding(path, word, embedding_metadata(word.token))
+        print(printable(f"Wrote the embedding of {word.token} to {path}, for ComfyUI and Forge"))
 
 
 def merge_bundles(args):

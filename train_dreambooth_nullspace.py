@@ -184,7 +184,7 @@ def parse_args(argv=None):
         metavar="LORA",
         help="Go on from this LoRA: a folder, a file or a Hub id, in diffusers' or kohya's format. What it changes in "
         "directions that are closed is removed first, which a line tells; what it changes in those that are held back "
-        "stays. Rank, alpha and layers are its own.",
+        "stays. Rank, alpha and layers are its own; of its word, too, where that is --placeholder_token.",
     )
     group.add_argument("--rank", type=int, help=f"Rank of the LoRA (default: {DEFAULT_RANK}, or that of --init_lora).")
     group.add_argument(
@@ -535,8 +535,8 @@ def train(accelerator, args):
     # LoRA, and a projector that keeps its optimizer in the null space; a word, which nothing protected reads
     adapted = {} if args.word_only else {"unet": unet} | (text_encoders if args.train_text_encoder else {})
     add_lora(adapted, targets, args)
-    fill(adapted, initial)
     word = NewWord(tokenizers, text_encoders, args) if args.placeholder_token else None
+    fill(adapted, word, initial)
     save_memory(unet, text_encoders.values(), args)
     groups = parameter_groups(adapted, word, args)
     parameters = [parameter for group in groups for parameter in group["params"]]

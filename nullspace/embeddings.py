@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nullspace.errors import NullSpaceError, reason
 from nullspace.markdown import python_string
@@ -170,9 +170,29 @@ def bundled(word):
     return {f"{BUNDLED}{word.token}.{key}": rows for key, rows in _tensors(word, OF_BUNDLED).items()}
 
 
+def unbundled(tensors):
+    """The words, `list[Word]`, that `bundled` gave tensors of; embeddings that others have bundled are left out."""
+    words = []
+    for token in bundled_tokens(tensors):
+        for names, keys in ((TEXT_ENCODERS[:1], [OF_BUNDLED]), (TEXT_ENCODERS, OF_TWO.values())):
+            rows = [tensors.get(f"{BUNDLED}{token}.{key}") for key in keys]
+            if all(each is not None and each.dim() == 2 for each in rows):
+                words.append(Word(token, dict(zip(names, rows, strict=True))))
+    return words
+
+
 def bundled_tokens(keys):
     """The tokens of the embeddings that a LoRA's file bundles, by its keys (`Iterable[str]`), sorted."""
     return sorted({key.removeprefix(BUNDLED).partition(".")[0] for key in keys if key.startswith(BUNDLED)})
+
+
+def holds(path, word):
+    """Whether a file is what `save_embedding` writes of a word, but for metadata."""
+    try:
+        found, tensors = load_file(path), _tensors(word, OF_COMFYUI)
+    except (OSError, SafetensorError):
+        return False
+    return found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
 
 
 def save_embedding(path, word, metadata):

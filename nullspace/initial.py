@@ -1,20 +1,31 @@
-"""--init_lora: a LoRA that a training goes on from, projected first."""
+"""--init_lora: a LoRA that a training goes on from, projected first, and its word."""
+
+from typing import NamedTuple
 
 import torch
 from accelerate.logging import get_logger
 
 from nullspace.adapters import check_layers, kinds_of, layers_to_train, lora_modules, model_of, set_lora
+from nullspace.captions import counted
+from nullspace.embeddings import Word, unbundled
 from nullspace.errors import NullSpaceError, listed
 from nullspace.hub import patiently
-from nullspace.lora import check_finite, digest, load_lora
+from nullspace.lora import check_finite, digest_with_words, load_lora, read_embeddings
 from nullspace.names import JOINT, TEXT_ENCODERS
 
 
 logger = get_logger(__name__)
 
 
+class Initial(NamedTuple):
+    """What a training goes on from: layers, `dict[str, LoraLayer]`, and the `Word` that is trained on, or None."""
+
+    layers: dict
+    word: Word | None
+
+
 def read_initial(accelerator, args):
-    """The layers of --init_lora, `dict[str, LoraLayer]`, None without it; settles --rank and --lora_alpha, its own.
+    """What --init_lora is, `Initial`, None without it; settles --rank and --lora_alpha, its own.
 
     Raises:
         NullSpaceError: if it cannot be had or gone on from, or contradicts a flag.
@@ -25,6 +36,7 @@ def read_initial(accelerator, args):
     try:
         with accelerator.main_process_first():
             layers = patiently(lambda: load_lora(args.init_lora, args.hub_token), f"LoRA {args.init_lora}")
+            words = {word.token: word for word in unbundled(read_embeddings(args.init_lora))}
     except NullSpaceError as error:
         raise NullSpaceError(f"--init_lora: {error}") from error
     if all(model_of(name) in TEXT_ENCODERS for name in layers):
@@ -52,23 +64,31 @@ def read_initial(accelerator, args):
     if has_text_encoder != args.train_text_encoder:
         has, remedy = ("has", "pass") if has_text_encoder else ("has no", "leave out")
         raise NullSpaceError(f"{where} {has} layers of the text encoder; {remedy} --train_text_encoder.")
-    return layers
+    word = words.pop(args.placeholder_token, None)
+    if word and (count := len(next(iter(word.rows.values())))) != args.num_vectors:
+        raise NullSpaceError(f"{where} has {counted(count, 'row')} of {word.token}; pass --num_vectors {count}.")
+    if words:
+        logger.warning(
+            f"{where} was trained with {listed(words, 3)}, which is not taken along: the LoRA alone may not draw its "
+            f"subject. Pass --placeholder_token {min(words)} to train that on."
+        )
+    return Initial(layers, word)
 
 
-def describe_initial(layers):
+def describe_initial(initial):
     """What a run's result depends on of --init_lora: its weights, whatever the file is called; None without it."""
-    return None if layers is None else f"sha256 {digest(layers)}"
+    return initial and f"sha256 {digest_with_words(initial.layers, [initial.word] if initial.word else [])}"
 
 
-def settle_layers(layers, unet, text_encoders, args):
+def settle_layers(initial, unet, text_encoders, args):
     """Set --lora_layers, where it is not given, to the layers of --init_lora.
 
     Raises:
         NullSpaceError: if it is of another model, or its layers are not those that are trained.
     """
-    if layers is None:
+    if initial is None:
         return
-    where = f"--init_lora {args.init_lora}"
+    where, layers = f"--init_lora {args.init_lora}", initial.layers
     check_layers(where, layers, args.pretrained_model_name_or_path, unet, text_encoders)
     remedy = "leave out --lora_layers, which takes its own"
     if args.lora_layers is None:
@@ -82,10 +102,12 @@ def settle_layers(layers, unet, text_encoders, args):
         raise NullSpaceError(f"{where} has other layers than are trained: {' and '.join(faults)}; {remedy}.")
 
 
-def fill(adapted, layers):
-    """Give the LoRA of the adapted models, by name, the weights of --init_lora."""
-    if layers is not None:
-        set_lora(lora_modules(**adapted), layers)
+def fill(adapted, word, initial):
+    """Give the LoRA of the adapted models, by name, and the `NewWord`, if there is one, what --init_lora has."""
+    if initial is not None:
+        set_lora(lora_modules(**adapted), initial.layers)
+    if initial is not None and initial.word:
+        word.take(initial.word, "--init_lora")
 
 
 def removed_shares(layers, parameters):
@@ -104,12 +126,12 @@ def removed_shares(layers, parameters):
     return shares
 
 
-def tell_cost(layers, projector, args):
+def tell_cost(initial, projector, args):
     """Say in a line what the projector, which has just been made, took from --init_lora."""
-    if layers is None:
+    if initial is None:
         return
     closed = {name for name, item in projector.groups.get(JOINT, {}).items() if item.rank}
-    shares = removed_shares(layers, {name: projector.parameters[name] for name in closed}).values()
+    shares = removed_shares(initial.layers, {name: projector.parameters[name] for name in closed}).values()
     if not shares:
         logger.info(f"Going on from {args.init_lora} as it is: nothing is closed to it at all timesteps.")
         return

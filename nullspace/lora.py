@@ -102,6 +102,16 @@ def _split_kohya(state_dict):
     return known, magnitudes, sorted(unknown)
 
 
+def digest_with_words(layers, words):
+    """As `digest`, of the layers and the words, `list[Word]`, that come with them."""
+    whole = hashlib.sha256(digest(layers).encode())
+    for word in words:
+        for encoder, rows in sorted(word.rows.items()):
+            whole.update(f"{word.token} {encoder} {tuple(rows.shape)}".encode())
+            whole.update(rows.float().contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
 def _fetch(name_or_path, token=None):
     """The tensors of a LoRA's file, and peft's configuration in it, if any: of the name that diffusers gives it first.
 
@@ -139,7 +149,9 @@ def read_embeddings(name_or_path):
         NullSpaceError: if those beside it cannot be had.
     """
     tensors = {key: tensor for key, tensor in _fetch(name_or_path)[0].items() if key.startswith(BUNDLED)}
-    words = [] if tensors or Path(name_or_path).is_file() else words_beside(name_or_path)
+    path, words = Path(name_or_path), []
+    if not tensors and (path.name == LORA_NAME or not path.is_file()):
+        words = words_beside(path.parent if path.is_file() else name_or_path)
     return tensors | {key: rows for word in words for key, rows in bundled(word).items()}
 
 

@@ -162,7 +162,7 @@ def find_out(accelerator, captions, pictures, initial, args):
     """Meet all that can go wrong before the work, and settle the flags that depend on model, bundle and checkpoint.
 
     Args:
-        initial (`dict` or `None`): from `read_initial`.
+        initial (`Initial` or `None`): from `read_initial`.
 
     Returns:
         The family, the checkpoint to go on from or None, the bundle, its groups of timesteps to draw from, what each

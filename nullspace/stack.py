@@ -8,7 +8,6 @@ that of the model alone: what the layers read depends on all weights. One that i
 what was taught earlier joins what is kept.
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -22,7 +21,7 @@ from nullspace.embeddings import read_words
 from nullspace.errors import NullSpaceError, cannot_be_had, listed
 from nullspace.fingerprints import fingerprints
 from nullspace.hub import patiently
-from nullspace.lora import LoraLayer, check_finite, digest, load_lora, read_embeddings
+from nullspace.lora import LoraLayer, check_finite, digest_with_words, load_lora, read_embeddings
 from nullspace.names import LORA_NAME, REPORT_NAME, TEXT_ENCODERS, WORD_NAME, tokenizer_of
 from nullspace.prompts import prompts_of_model, spread
 from nullspace.word import vector_names
@@ -125,12 +124,7 @@ def _read(name, token, flag):
     if any(layer.magnitude is not None for layer in layers.values()):
         raise NullSpaceError(f"{flag} {name} is a DoRA, which does not add up with others; give a plain LoRA.")
     check_finite(layers, f"{flag} {name}")
-    whole = hashlib.sha256(digest(layers).encode())
-    for each in words:
-        for encoder, rows in sorted(each.rows.items()):
-            whole.update(f"{each.token} {encoder} {tuple(rows.shape)}".encode())
-            whole.update(rows.float().contiguous().numpy().tobytes())
-    return Earlier(str(name), whole.hexdigest(), layers, words, report)
+    return Earlier(str(name), digest_with_words(layers, words), layers, words, report)
 
 
 def _fetch(name, token):

@@ -163,17 +163,22 @@ class NewWord:
                 )
         save_words(folder, [self])
 
-    @torch.no_grad()
     def restore(self, folder):
-        """Go on from the rows that a checkpoint has.
+        """Go on from the rows that a checkpoint has, see `take`."""
+        self.take(read_word(folder / WORD_NAME), folder)
+
+    @torch.no_grad()
+    def take(self, word, source):
+        """Go on from the rows of a `Word`; `source` is where that is from.
 
         Raises:
-            NullSpaceError: if they are another word's.
+            NullSpaceError: if it is another, or of a model of other sizes.
         """
-        word = read_word(folder / WORD_NAME)
         shapes = [(each.token, {name: rows.shape for name, rows in each.rows.items()}) for each in (self, word)]
         if shapes[0] != shapes[1]:
-            raise NullSpaceError(f"The word in {folder} does not fit; resume with the flags that it was made with.")
+            raise NullSpaceError(
+                f"The word of {source} does not fit; go on with the flags and the model that it was made with."
+            )
         for name, rows in self.rows.items():
             rows.copy_(word.rows[name])
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from nullspace.bundle import Bundle
 from nullspace.errors import NullSpaceError
 from nullspace.lora import load_lora
-from nullspace.names import LORA_NAME
+from nullspace.names import LORA_NAME, WORD_NAME
 from test_train import bundle1, command_line, drawing_in_two_steps, report, same, train, worst_leakage  # noqa: F401
 from train_dreambooth_nullspace import main, parse_args
 
@@ -97,6 +97,22 @@ def test_one_of_the_null_space_loses_nothing(ours, tiny_sd1, bundle1, tmp_path, 
     before = load_file(ours / LORA_NAME)
     assert before.keys() == after.keys()
     assert all(near(after[key], before[key], 1e-6) for key in before)
+
+
+def test_its_word_is_taken_along_or_missed_aloud(tiny_sd1, bundle1, tmp_path, caplog):  # noqa: F811
+    flags = ("--placeholder_token", "sks-star", "--initializer_token", "star", "--instance_prompt", "a sks-star")
+    flags += ("--validation_prompt", "a sks-star", "--num_vectors", 2)
+    first, still = tmp_path / "first", (*STILL, "--word_learning_rate", 1e-12)
+    train(tiny_sd1, bundle1, first, *flags, "--output_kohya_format", "--max_train_steps", 2)
+    rows = load_file(first / WORD_NAME)["sks-star"]
+    for lora in (first, first / LORA_NAME, first / "first.safetensors"):
+        go_on(tiny_sd1, bundle1, tmp_path / "lora", lora, *flags, *still)
+        assert near(load_file(tmp_path / "lora" / WORD_NAME)["sks-star"], rows)
+    assert "not taken along" not in caplog.text
+    with pytest.raises(NullSpaceError, match="has 2 rows of sks-star; pass --num_vectors 2."):
+        go_on(tiny_sd1, bundle1, tmp_path / "lora", first, *flags, "--num_vectors", 1)
+    go_on(tiny_sd1, bundle1, tmp_path / "lora", first, *STILL)
+    assert "was trained with sks-star, which is not taken along" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_export_refusals(trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         export("--lora", trained, "--output", tmp_path / "lora.bin")
     assert "must end in .safetensors" in capsys.readouterr().err
-    with pytest.raises(NullSpaceError, match="no file in a folder"):
+    with pytest.raises(NullSpaceError, match="lies in a folder that is not there"):
         export("--lora", trained, "--output", tmp_path / "missing" / "lora.safetensors")
     with pytest.raises(NullSpaceError, match="is the LoRA itself"):
         export("--lora", trained, "--output", trained / LORA_NAME)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_kohya import assert_same_lora
 from tokenizers import AddedToken
 from transformers import CLIPTokenizer
@@ -148,11 +148,16 @@ def test_files_for_web_uis(trained, bundle1, tmp_path, capsys):  # noqa: F811
     layers, unknown = read_lora(kohya)
     assert not unknown and list(read_embeddings(kohya)) == [key] and torch.equal(read_embeddings(kohya)[key], rows)
     assert_same_lora(layers, load_lora(trained.folder))
-    for source in (trained.folder, kohya):
+    for source in (trained.folder, kohya, trained.folder / LORA_NAME):
         args = ["export", "--lora", source, "--output", tmp_path / "sks-dog.safetensors"]
         nullspace_utils.main(nullspace_utils.parse_args(list(map(str, args))))
-        assert "layers and the embedding of sks-star to" in capsys.readouterr().out
+        shown, beside = capsys.readouterr().out, tmp_path / "embeddings" / "sks-star.safetensors"
+        assert "layers and the embedding of sks-star to" in shown and f"sks-star to {beside}, for ComfyUI" in shown
         assert same(load_file(tmp_path / "sks-dog.safetensors"), load_file(kohya))
+        assert same(load_file(beside), embedding)
+    save_file({"emb_params": rows + 1}, beside)
+    with pytest.raises(NullSpaceError, match="where another is, perhaps that of another step"):
+        nullspace_utils.main(nullspace_utils.parse_args(list(map(str, args))))
     args = ["audit", "--lora", str(kohya), "--nullspace", str(bundle1)]
     nullspace_utils.main(nullspace_utils.parse_args(args))
     shown = capsys.readouterr().out

@@ -10,7 +10,7 @@ from nullspace.embeddings import loading_code
 from nullspace.families import get_family
 from nullspace.hub import base_license
 from nullspace.markdown import code_span, link, plain, python_string, table_cell, utf8
-from nullspace.names import CARD_NAME, CHECKPOINTS_NAME, COMPARISON_NAME, REPORT_NAME
+from nullspace.names import CARD_NAME, CHECKPOINTS_NAME, COMPARISON_NAME, EMBEDDINGS, REPORT_NAME, kohya_path
 from nullspace.pictures import save_picture
 from nullspace.protection import describe_setting
 from nullspace.system import write_text
@@ -21,7 +21,6 @@ def write_model_card(bundle, report, prompts, pictures, args):
     names = [f"pictures/{index}.png" for index in range(len(pictures))]
     for name, picture in zip(names, pictures, strict=True):
         save_picture(picture, args.output_dir / name)
-    family = get_family(args.model_type)
     model, source = args.base_model, args.nullspace_name_or_path
     base, is_on_hub = model.name, model.revision is not None
     data = ModelCardData(
@@ -34,7 +33,7 @@ def write_model_card(bundle, report, prompts, pictures, args):
         tags=[
             "text-to-image", "diffusers", "diffusers-training",
             *([] if args.word_only else ["lora", "template:sd-lora"]),
-            *family.tags,
+            *get_family(args.model_type).tags,
             *(["textual_inversion"] if args.placeholder_token else []),
             *([] if args.word_only else ["dreambooth", "null-space"]),
         ],
@@ -45,16 +44,12 @@ def write_model_card(bundle, report, prompts, pictures, args):
     kind, what = ("textual inversion", "word") if args.word_only else ("DreamBooth LoRA", "LoRA")
     drawn = f"Base model and {what}, equal seeds" if args.compare_with_base else f"What the {what} draws"
     base_shown = link(base, f"https://huggingface.co/{base}") if is_on_hub else code_span(base)
-    triggers = " or ".join(map(code_span, args.instance_prompt))
+    triggers = " or ".join(map(code_span, [args.placeholder_token] if args.placeholder_token else args.instance_prompt))
     alternatives = {COMPARISON_NAME: drawn, CHECKPOINTS_NAME: "What its checkpoints draw, equal seed"}
     sheets = [f"![{text}]({name})\n\n" for name, text in alternatives.items() if (args.output_dir / name).is_file()]
     gallery = "\n<Gallery />\n" if names else ""
-    loaded = f"DiffusionPipeline.from_pretrained({python_string(base)}, "
-    if model.file:
-        loaded = f"{family.pipeline.__name__}.from_single_file({python_string(base)}, "
-    elif args.revision:
-        loaded += f"revision={python_string(model.revision)}, "
-    imports, lines = loading_lines(loaded.partition(".")[0], args)
+    elsewhere = [f"- {line}\n" for line in in_web_uis(args)]
+    elsewhere = f"\n## Use it in web UIs\n\n{''.join(elsewhere)}" if elsewhere else ""
     text = f"""---
 {data.to_yaml()}
 ---
@@ -72,19 +67,56 @@ Use {triggers} to trigger the subject.
 ## Use it with diffusers
 
 ```py
-{imports}
-
-pipeline = {loaded}torch_dtype=torch.float16).to("cuda")
-{lines}
-{drawing_line(args)}
+{usage_code("cuda", args)}
 ```
-
+{elsewhere}
 {describe_figures(bundle, report, args)}
 `{REPORT_NAME}` has {"how it was trained" if args.word_only else "the figures of every layer"}. Trained with \
 `train_dreambooth_nullspace.py`.
 """
     write_text(args.output_dir / CARD_NAME, utf8(text))
     return names
+
+
+def usage_code(device, args):
+    """Python that loads base model, LoRA and word on a device, and draws the subject."""
+    model = args.base_model
+    loaded = f"DiffusionPipeline.from_pretrained({python_string(model.name)}, "
+    if model.file:
+        pipeline = get_family(args.model_type).pipeline.__name__
+        loaded = f"{pipeline}.from_single_file({python_string(model.name)}, "
+    elif args.revision:
+        loaded += f"revision={python_string(model.revision)}, "
+    imports, lines = loading_lines(loaded.partition(".")[0], args)
+    dtype = "float32" if device == "cpu" else "float16"
+    loaded = f'pipeline = {loaded}torch_dtype=torch.{dtype}).to("{device}")'
+    return f"{imports}\n\n{loaded}\n{lines}\n{drawing_line(args)}"
+
+
+def in_web_uis(args):
+    """A line for each program on where the files go that --output_kohya_format wrote, and what to type there."""
+    if not args.output_kohya_format:
+        return []
+    prompt, token, name = args.instance_prompt[0], args.placeholder_token, kohya_path(args.output_dir).name
+    with_lora = prompt if args.word_only else f"{prompt} <lora:{Path(name).stem}:1>"
+    bundled = not args.word_only  # which AUTOMATIC1111 and SD.Next alone read
+    programs = [  # where LoRAs go, where embeddings go, and the prompt
+        (
+            "ComfyUI",
+            "models/loras",
+            "models/embeddings",
+            prompt.replace(token, f"embedding:{token}") if token else prompt,
+        ),
+        ("Forge", "models/Lora", "embeddings", with_lora),
+        ("AUTOMATIC1111, SD.Next", "models/Lora", None if bundled else "embeddings", with_lora),
+    ]
+    lines = []
+    for program, loras, embeddings, shown in programs:
+        placed = {} if args.word_only else {name: loras}
+        placed |= {f"{EMBEDDINGS}/{token}.safetensors": embeddings} if token and embeddings else {}
+        files = ", ".join(f"{code_span(file)} into {code_span(folder)}" for file, folder in placed.items())
+        lines.append(f"{program}: {files}; prompt {code_span(shown)}")
+    return lines
 
 
 def loading_lines(pipeline, args):
@@ -114,12 +146,6 @@ def drawing_line(args):
     few_steps = get_family(args.model_type).call_arguments(args.guidance_scale)
     with_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
     return f"image = pipeline({python_string(args.instance_prompt[0])}{few_steps}{with_skip}).images[0]"
-
-
-def how_to_use(args):
-    """The lines that load what was trained and draw it, to be pasted after those that load the base model."""
-    imports, lines = loading_lines("DiffusionPipeline", args)
-    return "\n".join([*imports.splitlines()[2:], lines, drawing_line(args)])  # torch and the class are there already
 
 
 def shown(lora, args):

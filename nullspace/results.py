@@ -18,7 +18,7 @@ from nullspace.hub import push_folder
 from nullspace.kohya import embedding_metadata, is_ours, save_kohya
 from nullspace.logs import log_audit, log_picture
 from nullspace.lora import load_lora
-from nullspace.model_card import how_to_use, write_model_card
+from nullspace.model_card import in_web_uis, usage_code, write_model_card
 from nullspace.names import (
     CARD_NAME,
     CHECKPOINTS_NAME,
@@ -90,9 +90,8 @@ def save(accelerator, trained, earlier_logs, args):
             accelerator.end_training()
             if args.push_to_hub and accelerator.is_main_process:
                 push(written, earlier_logs, args)
-            logger.info("To use it, after the lines that load the base model:")
-            if accelerator.is_main_process:  # printed, since the log escapes the ends of lines
-                print(*map(printable, how_to_use(args).splitlines()), sep="\n", flush=True)
+            if accelerator.is_main_process:
+                tell_how_to_use(device, compared, args)
 
 
 def draw_results(staged, trained, prompts, device, args):
@@ -106,6 +105,17 @@ def draw_results(staged, trained, prompts, device, args):
     except torch.OutOfMemoryError:
         logger.warning("Memory does not suffice for drawing: what was trained is saved without pictures of it.")
         return {}, {}
+
+
+def tell_how_to_use(device, compared, args):
+    """Print what to paste and where to put files: not logged, since the log escapes the ends of lines."""
+    told = ["", "To use it:", "", *usage_code(device.type, args).splitlines(), "", *in_web_uis(args)]
+    if compared:
+        told.append(
+            f"An earlier step: load {args.output_dir / list(compared)[-1]} in place of {args.output_dir}; for web UIs "
+            f"nullspace_utils.py export --lora {args.output_dir / list(compared)[-1]} --output ..."
+        )
+    print(*map(printable, told), sep="\n", flush=True)
 
 
 def save_trained(accelerator, staged, trained, args):

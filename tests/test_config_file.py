@@ -70,9 +70,17 @@ def test_a_result_has_its_flags_beside_it_and_says_how_it_is_used(tiny_sd1, bund
     again = parse("--config", tmp_path / "lora" / FLAGS_NAME)
     assert (again.max_train_steps, again.learning_rate, again.output_dir) == (2, 2e-3, tmp_path / "lora")
     assert Path(again.nullspace_name_or_path) == bundle1
-    assert caplog.messages[-1].endswith("To use it, after the lines that load the base model:")
-    loaded, drawn = capsys.readouterr().out.splitlines()[-2:]
-    assert loaded == f'pipeline.load_lora_weights("{tmp_path / "lora"}")'
-    assert drawn == 'image = pipeline("a photo of a sks star").images[0]'
+    told = capsys.readouterr().out.rstrip().partition("To use it:\n\n")[2].splitlines()
+    assert told == [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipeline = DiffusionPipeline.from_pretrained("{tiny_sd1}", torch_dtype=torch.float32).to("cpu")',
+        f'pipeline.load_lora_weights("{tmp_path / "lora"}")',
+        'image = pipeline("a photo of a sks star").images[0]',
+    ]
+    place = {}
+    exec("\n".join(told), place)
+    assert place["image"].width == 32
     count = sum(tensor.numel() for tensor in load_file(tmp_path / "lora" / LORA_NAME).values())
     assert f"accumulated: {count:,} numbers" in caplog.text

@@ -140,6 +140,18 @@ def test_loaders_give_the_pictures_of_the_training(trained, tiny_sd1):
     assert torch.equal(prompt_arguments(ours, PROMPT, 1)["prompt_embeds"], expected)
 
 
+def test_the_card_says_where_files_go_in_web_uis(trained):
+    card = (trained.folder / "README.md").read_text()
+    assert "Use `sks-star` to trigger the subject." in card
+    embedding, lora = "`embeddings/sks-star.safetensors` into", "`sks-dog.safetensors` into"
+    for line in (
+        f"- ComfyUI: {lora} `models/loras`, {embedding} `models/embeddings`; prompt `a photo of a embedding:sks-star`",
+        f"- Forge: {lora} `models/Lora`, {embedding} `embeddings`; prompt `a photo of a sks-star <lora:sks-dog:1>`",
+        f"- AUTOMATIC1111, SD.Next: {lora} `models/Lora`; prompt `a photo of a sks-star <lora:sks-dog:1>`",
+    ):
+        assert line in card.splitlines()
+
+
 def test_files_for_web_uis(trained, bundle1, tmp_path, capsys):  # noqa: F811
     kohya, rows = trained.folder / "sks-dog.safetensors", load_file(trained.folder / WORD_NAME)["sks-star"]
     key = "bundle_emb.sks-star.string_to_param.*"

@@ -131,7 +131,10 @@ def read_metadata(folder, column, tell):
     if column is None or column not in names:
         if column is not None:
             raise NullSpaceError(f"{path} has no '{column}'; choose a --caption_column of {', '.join(names)}.")
-        tell(f"{path} is passed over: none of its columns {', '.join(names)} is named {', '.join(CAPTION_COLUMNS)}.")
+        tell(
+            f"{path} is passed over: none of its columns {', '.join(names)} is named {', '.join(CAPTION_COLUMNS)}; if "
+            "one has captions, name it in --caption_column."
+        )
         return {}
     captions, absent = {}, []
     for where, row in rows:

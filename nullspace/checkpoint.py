@@ -230,6 +230,7 @@ def save_checkpoint(accelerator, step, args, run):
         for path in found[: -args.checkpoints_total_limit]:
             shutil.rmtree(path)
     accelerator.wait_for_everyone()
+    logger.info(f"Saved {final.name}")
     return final
 
 

@@ -106,8 +106,11 @@ def is_word(path):
         return False
 
 
-def words_beside(lora):
+def words_beside(lora, token=None):
     """The words, `list[Word]`, that were trained along with a LoRA, given as its folder or Hub id.
+
+    Args:
+        token (`str`, *optional*): of the Hub.
 
     Raises:
         NullSpaceError: if there are some that cannot be had.
@@ -115,7 +118,7 @@ def words_beside(lora):
     path = Path(lora) / WORD_NAME
     if not Path(lora).exists():
         try:
-            path = hf_hub_download(str(lora), WORD_NAME)
+            path = hf_hub_download(str(lora), WORD_NAME, token=token)
         except LocalEntryNotFoundError as error:
             raise NullSpaceError(f"Whether {lora} comes with a word cannot be asked now ({reason(error)}).") from error
         except EntryNotFoundError:

@@ -1,5 +1,7 @@
 """What is raised where a user must do something: the scripts end with its sentence and exit code 1."""
 
+from pathlib import Path
+
 from nullspace.terminal import printable
 
 
@@ -94,10 +96,16 @@ def way_on(error):
     return None
 
 
+def named(name):
+    """A name that was given for a folder, a file or a Hub id, and that there is nothing of that name here, if so."""
+    return f"{name}" if Path(name).exists() else f"{name}, no folder or file here,"
+
+
 def cannot_be_had(model, error, kind="base model"):
     """The sentence on a model that the Hub, or its folder, does not give."""
     what = way_on(error)
-    return f"The {kind} {model} cannot be had ({reason(error)}){f'; {what}' if what else ''}."
+    shown = named(model) if kinds(error) & NETWORK and status(error) is None else model  # the Hub has not been asked
+    return f"The {kind} {shown} cannot be had ({reason(error)}){f'; {what}' if what else ''}."
 
 
 LONGEST = 200  # characters that are shown of a name

@@ -36,7 +36,7 @@ def read_initial(accelerator, args):
     try:
         with accelerator.main_process_first():
             layers = patiently(lambda: load_lora(args.init_lora, args.hub_token), f"LoRA {args.init_lora}")
-            words = {word.token: word for word in unbundled(read_embeddings(args.init_lora))}
+            words = {word.token: word for word in unbundled(read_embeddings(args.init_lora, args.hub_token))}
     except NullSpaceError as error:
         raise NullSpaceError(f"--init_lora: {error}") from error
     if all(model_of(name) in TEXT_ENCODERS for name in layers):

@@ -30,7 +30,8 @@ def set_up_logging(accelerator):
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.INFO)
-    for name in ("httpx", "httpx2"):  # the Hub client's: they log each address, upload signatures included
+    # The Hub client's log each address, upload signatures included; accelerate's each file of a checkpoint
+    for name in ("httpx", "httpx2", "accelerate.accelerator", "accelerate.checkpointing"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logger.info(f"{accelerator.state}".replace("\n", ", "), main_process_only=False)
     for library in (transformers, diffusers):

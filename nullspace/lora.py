@@ -12,7 +12,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from nullspace.embeddings import BUNDLED, bundled, words_beside
-from nullspace.errors import NullSpaceError, kinds, listed, reason
+from nullspace.errors import NullSpaceError, kinds, listed, named, reason
 from nullspace.kohya import LAYERS_PER_BLOCK, kohya_names
 from nullspace.names import LORA_NAME, TEXT_ENCODERS
 
@@ -140,7 +140,7 @@ def _fetch(name_or_path, token=None):
     return fetch(weight_name=None)[:2]
 
 
-def read_embeddings(name_or_path):
+def read_embeddings(name_or_path, token=None):
     """The embeddings that come with a LoRA, bundled in its file or beside it, as `embeddings.bundled` gives them.
 
     Call it after `read_lora`, which says what is wrong with a file.
@@ -148,10 +148,10 @@ def read_embeddings(name_or_path):
     Raises:
         NullSpaceError: if those beside it cannot be had.
     """
-    tensors = {key: tensor for key, tensor in _fetch(name_or_path)[0].items() if key.startswith(BUNDLED)}
+    tensors = {key: tensor for key, tensor in _fetch(name_or_path, token)[0].items() if key.startswith(BUNDLED)}
     path, words = Path(name_or_path), []
     if not tensors and (path.name == LORA_NAME or not path.is_file()):
-        words = words_beside(path.parent if path.is_file() else name_or_path)
+        words = words_beside(path.parent if path.is_file() else name_or_path, token)
     return tensors | {key: rows for word in words for key, rows in bundled(word).items()}
 
 
@@ -184,7 +184,7 @@ def read_lora(name_or_path, token=None):
         lora_state_dict = partial(StableDiffusionPipeline.lora_state_dict, unet_config=unet_config)
         state_dict, alphas = lora_state_dict(tensors) if tensors else ({}, {})
     except Exception as error:  # whatever diffusers and the HTTP library raise for a wrong path or a strange file
-        raise NullSpaceError(f"{name_or_path} cannot be read as a LoRA: {reason(error)}") from error
+        raise NullSpaceError(f"{named(name_or_path)} cannot be read as a LoRA: {reason(error)}") from error
     read, layers = (state_dict, alphas, config_of_file), {}
     models = ("unet", *TEXT_ENCODERS)
     unknown += sorted(key for key in state_dict if key.partition(".")[0] not in models)

@@ -3,9 +3,15 @@
 import math
 
 import torch
+from accelerate.logging import get_logger
 from diffusers.optimization import get_scheduler
 
+from nullspace.captions import counted
 from nullspace.names import TEXT_ENCODERS
+
+
+logger = get_logger(__name__)
+FEW = 50  # steps that teach nothing
 
 
 def parameter_groups(adapted, word, args):
@@ -52,6 +58,11 @@ def make_schedule(optimizer, dataloader, accelerator, args):
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     if args.max_train_steps is None:
         args.max_train_steps = args.num_train_epochs * steps_per_epoch
+        if args.max_train_steps < FEW:
+            logger.warning(
+                f"--num_train_epochs {args.num_train_epochs} is {counted(args.max_train_steps, 'step')} here; "
+                "--max_train_steps 800 is usual."
+            )
     args.num_train_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
     schedule = get_scheduler(
         args.lr_scheduler,

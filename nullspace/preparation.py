@@ -19,8 +19,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from nullspace.adapters import lora_targets
 from nullspace.buckets import bucket_sizes, common_multiple
-from nullspace.captions import trained_prompts
-from nullspace.checkpoint import check_same_run, describe_run, find_checkpoint, keep_checkpoints_small, read_record
+from nullspace.captions import counted, trained_prompts
+from nullspace.checkpoint import (
+    check_same_run,
+    checkpoints,
+    describe_run,
+    find_checkpoint,
+    keep_checkpoints_small,
+    read_record,
+)
 from nullspace.checks import (
     check_clip_skip,
     check_writable,
@@ -29,7 +36,7 @@ from nullspace.checks import (
     require,
     resolution_fault,
 )
-from nullspace.errors import NullSpaceError, reason
+from nullspace.errors import NullSpaceError, listed, reason
 from nullspace.families import recognise
 from nullspace.finding import Wanted, find_or_build
 from nullspace.hub import create_repository, hub_repository
@@ -136,6 +143,17 @@ def read_subject(accelerator, args):
     return pictures, captions, sizes, given
 
 
+def unusual_resolution(args):
+    """A sentence on a --resolution that the base model is hardly made for, or None."""
+    vae, unet = part_configs(args)
+    if not isinstance(unet.get("sample_size"), int):
+        return None
+    own = own_resolution(unet, vae)
+    if own / 2 < args.resolution < own * 2:
+        return None
+    return f"--resolution {args.resolution} is far from the {own} that the base model draws at; left out, it is that."
+
+
 def training_sizes(args):
     """The sizes that pictures are trained at, (width, height) each: --resolution, or the buckets of its area.
 
@@ -204,6 +222,8 @@ def find_out(accelerator, captions, pictures, initial, args):
             args.single_file_config,
             args.pretrained_vae_model_name_or_path,
         )._replace(loras=loras)
+    if sentence := unusual_resolution(args):
+        logger.warning(sentence)
     if sentence := unnamed_subjects(loras):
         logger.warning(sentence)
     settle_seed(accelerator, checkpoint, args)
@@ -367,6 +387,10 @@ def start_or_resume(accelerator, checkpoint, adapted, word, parameters, count, a
         )
     space = needed_space(parameters, step, args)
     check_space(args.output_dir, space, "what this run will write")
+    if not checkpoint and (left := [path.name for path in checkpoints(args.output_dir)]):
+        logger.warning(
+            f"{args.output_dir} holds {listed(left, 3)} of an earlier run, which stay until this one has them."
+        )
     if checkpoint:
         try:
             accelerator.load_state(checkpoint)
@@ -378,10 +402,13 @@ def start_or_resume(accelerator, checkpoint, adapted, word, parameters, count, a
                 "--resume_from_checkpoint."
             ) from error
         logger.info(f"Resuming from {checkpoint} at step {step}")
+    if step >= args.max_train_steps:
+        logger.info("Nothing is left to train: what is drawn and written at the end is so again.")
     logger.info(
-        f"Training on {count} pictures for {args.max_train_steps} steps, {args.num_train_epochs} epochs, "
+        f"Training on {counted(count, 'picture')} for {counted(args.max_train_steps, 'step')}, "
+        f"{counted(args.num_train_epochs, 'epoch')}, "
         f"batch {args.train_batch_size} x {accelerator.num_processes} processes x "
-        f"{args.gradient_accumulation_steps} accumulated: {sum(each.numel() for each in parameters):,} numbers, and at "
-        f"most {in_bytes(space)} on the disk, on the way"
+        f"{args.gradient_accumulation_steps} accumulated: {sum(each.numel() for each in parameters):,} trained "
+        f"parameters; up to {in_bytes(space)} are written"
     )
     return step

@@ -83,4 +83,4 @@ def test_a_result_has_its_flags_beside_it_and_says_how_it_is_used(tiny_sd1, bund
     exec("\n".join(told), place)
     assert place["image"].width == 32
     count = sum(tensor.numel() for tensor in load_file(tmp_path / "lora" / LORA_NAME).values())
-    assert f"accumulated: {count:,} numbers" in caplog.text
+    assert f"accumulated: {count:,} trained parameters" in caplog.text

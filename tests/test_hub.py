@@ -610,7 +610,8 @@ def test_a_base_model_that_cannot_be_had(hub, tmp_path, pauses, monkeypatch, nam
         errors = [refused(action, name, revision) for action in (recognise, download_model)]
     hub.faults.clear()
     for error in errors:
-        assert error.startswith(f"The base model {name} cannot be had (") and said in error, errors
+        assert re.match(f"The base model {name}(, no folder or file here,)? cannot be had ", error), errors
+        assert said in error and ("no folder" in error) == ("check the network" in said), errors
     assert set(pauses) >= set(waited)
 
 
@@ -871,7 +872,7 @@ def test_the_lora_is_published_without_checkpoints_or_token(runs, hub, home):
     assert (home / "sks-star" / "checkpoint-1").is_dir() and not any("checkpoint" in name for name in files)
     logs = [name for name in files if name.startswith("logs/")]
     assert any("tfevents" in name for name in logs) and not set(files) & NOT_OURS
-    assert runs["train"].result().stdout.splitlines()[-2] == f'pipeline.load_lora_weights("{LORA}")'
+    assert f'pipeline.load_lora_weights("{LORA}")' in runs["train"].result().stdout.splitlines()
     said = runs["train"].result().stderr
     assert re.search("Pushed to .*not published from .*links: 2 .*, hidden: 4 .*, other files: [0-9]+ ", said), said
     for name in files:
@@ -931,16 +932,16 @@ def test_a_lora_is_read_by_its_id(hub, tmp_path, pauses):
     content = save({f"{name}.down.weight": torch.ones(2, 32), f"{name}.up.weight": torch.ones(32, 2)})
     seed(hub, "model", "ada/private-lora", {LORA_NAME: content, "another.safetensors": b"x"}, private=True)
     seed(hub, "model", "ada/named-lora", {"named.safetensors": content})
-    args = SimpleNamespace(hub_token=READ, rank=None, lora_alpha=None, train_text_encoder=False)
+    args = SimpleNamespace(hub_token=READ, rank=None, lora_alpha=None, train_text_encoder=False, placeholder_token=None)
     accelerator = SimpleNamespace(main_process_first=contextlib.nullcontext)
     hub.fail_next("HEAD", f"ada/private-lora/.*{LORA_NAME}", 503, 2)  # diffusers asks twice
     with hub.used_here(tmp_path / "cache"):
         for args.init_lora in ("ada/private-lora", "ada/named-lora"):
-            assert list(read_initial(accelerator, args)) == [name.removeprefix("unet.").removesuffix(".lora")]
+            assert list(read_initial(accelerator, args).layers) == [name.removeprefix("unet.").removesuffix(".lora")]
             assert (args.rank, args.lora_alpha) == (2, 2)
         args.init_lora = "ada/nowhere"
         assert refused(read_initial, accelerator, args).startswith(
-            "--init_lora: ada/nowhere cannot be read as a LoRA: "
+            "--init_lora: ada/nowhere, no folder or file here, cannot be read as a LoRA: "
         )
     assert not hub.faults and pauses
 

@@ -16,7 +16,7 @@ Imported, it has the pieces that the trainer is made of:
 
     bundle = Bundle.load("demo/output/bundle")
     bundle.check(unet)
-    projector = NullSpaceProjector(unet, {"joint": bundle.protected()})
+    projector = NullSpaceProjector(unet, bundle.protected())
     projector.attach(optimizer)  # and call projector.project_gradients() before gradients are clipped
 """
 
@@ -198,7 +198,7 @@ from nullspace.repair import repair, subject_moments
 from nullspace.samplers import make_scheduler
 from nullspace.spectrum import Spectrum
 from nullspace.stack import check_bundle, check_one_model, concatenated, read_stack
-from nullspace.timesteps import split_groups, timestep_groups
+from nullspace.timesteps import timestep_groups
 from nullspace.verify import examples, load_verified, refuse, verify
 
 
@@ -293,9 +293,7 @@ def merge_bundles(args):
             raise NullSpaceError(f"--output_dir {output} is one of the bundles that are merged; name another folder.")
     bundles = []
     for name in args.nullspace:
-        bundle = Bundle.load(name, text_encoder=True)
-        if len(split_groups(bundle.config)) > 1:  # all of them, which "nearest" reads besides the joint one
-            bundle = Bundle.load(name, "nearest", text_encoder=True)
+        bundle = Bundle.load(name, text_encoder=True, every_group=True)
         if twin := next((each for each in bundles if each.group_hashes() == bundle.group_hashes()), None):
             other = args.nullspace[bundles.index(twin)]
             raise NullSpaceError(

@@ -43,7 +43,6 @@ from nullspace.names import (
     DEFAULT_WORD_RATE,
     EMBEDDINGS,
     INTERPOLATION,
-    JOINT,
     WORD_SOFTNESS,
 )
 from nullspace.settling import refuse_prior_preservation, settle
@@ -147,14 +146,6 @@ def parse_args(argv=None):
         action="extend",
         help="Prompts to protect besides the bundle's, above all the subject's class: 'a photo of a dog'. A few "
         "pictures of each are sampled before training; together they weigh as much as the bundle.",
-    )
-    group.add_argument(
-        "--nullspace_timesteps",
-        choices=[JOINT, "nearest"],
-        default=JOINT,
-        help="joint protects all timesteps at once and carries the guarantee. nearest draws each step's timesteps "
-        "from one of the bundle's groups and protects that group only: it guarantees nothing, since a step taken "
-        "for one group moves the weights that all timesteps share (default: %(default)s).",
     )
     group.add_argument(
         "--nullspace_timestep_range",
@@ -471,7 +462,6 @@ from nullspace.prompt_encoder import PromptEncoder
 from nullspace.protection import add_extra_prompts, closes_any, log_protection, protect
 from nullspace.report import audit_file
 from nullspace.results import Trained, log_files, save
-from nullspace.timesteps import TimestepSampler
 from nullspace.validation import validate
 from nullspace.verify import check_against_model
 from nullspace.word import NewWord
@@ -503,7 +493,7 @@ def train(accelerator, args):
     # Arguments: what can be wrong with them is found before the work
     pictures, captions, sizes, given_prompts = read_subject(accelerator, args)
     initial = read_initial(accelerator, args)
-    family, checkpoint, bundle, nearest, protected, run = find_out(accelerator, captions, pictures, initial, args)
+    family, checkpoint, bundle, protected, run = find_out(accelerator, captions, pictures, initial, args)
     prompts = distinct_captions(captions)
 
     # Model: the one that the bundle and the checkpoint are of
@@ -516,7 +506,7 @@ def train(accelerator, args):
     run |= describe_models(models, noise_scheduler, tokenizers, prompts + (args.nullspace_extra_prompts or []))
     check_same_run(checkpoint, run)
     if not (bundle or args.word_only):
-        bundle, nearest, protected = find_protection(accelerator, family, parts, vae, args)
+        bundle, protected = find_protection(accelerator, family, parts, vae, args)
         run |= describe_bundle(bundle.config)
         check_same_run(checkpoint, run)
     del parts
@@ -529,7 +519,7 @@ def train(accelerator, args):
         check_against_model(bundle, models | tokenizers, accelerator.device, weight_dtype, args)
     if args.nullspace_extra_prompts:
         bundle = add_extra_prompts(bundle, models | tokenizers, accelerator, weight_dtype, args)
-        protected = protect(bundle, nearest, args)
+        protected = protect(bundle, args)
     log_protection(bundle, protected, args)
 
     # LoRA, and a projector that keeps its optimizer in the null space; a word, which nothing protected reads
@@ -541,7 +531,7 @@ def train(accelerator, args):
     groups = parameter_groups(adapted, word, args)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = make_optimizer(groups, args)
-    protected = {group: {name: items[name] for name in targets if name in items} for group, items in protected.items()}
+    protected = {name: protected[name] for name in targets if name in protected}
     projector = NullSpaceProjector(unet, protected, trained=initial is not None, **text_encoders)
     projector.attach(optimizer)
     budget = hold_drift(optimizer, bundle, targets, adapted, args)
@@ -578,7 +568,6 @@ def train(accelerator, args):
 
     # Training: whatever is drawn depends on seed, step and process alone, so that a resumed run draws it again
     batch_loss = BatchLoss(family, wrapped["unet"], unet.config, noise_scheduler, vae, scale, weight_dtype, args)
-    sampler = TimestepSampler(nearest, family.training_timesteps(noise_scheduler))
     scalars = ScalarLog(accelerator, lr_scheduler, step, args.max_train_steps)
     checkpointer = Checkpointer(accelerator, parameters, scalars, run, step if checkpoint else None, args)
     # Resumed from its last checkpoint, a run has nothing left to do, even in the middle of an epoch
@@ -593,10 +582,8 @@ def train(accelerator, args):
                 here = (args.seed, "step", epoch, index, accelerator.process_index)
                 generator = seeded(*here)
                 torch.manual_seed(seeded(*here, "dropout").initial_seed())  # dropout draws from the global generator
-                first, end, group = sampler.draw_interval(seeded(args.seed, "group", step))
-                projector.select(group)
                 conditions = prompt_encoder(text_encoders, numbers) | family.place(framings)
-                loss, latents = batch_loss(batch, conditions, partial(sampler.draw, first, end), generator)
+                loss, latents = batch_loss(batch, conditions, generator)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients()

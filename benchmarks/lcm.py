@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from nullspace.adapters import add_lora
 from nullspace.bundle import Bundle
 from nullspace.families import get_family, latent_consistency
-from nullspace.names import JOINT, REPORT_NAME
+from nullspace.names import REPORT_NAME
 from nullspace.optimizers import make_optimizer
 from nullspace.projector import NullSpaceProjector
 
@@ -142,7 +142,7 @@ def seconds_a_step(bundle, rounds=9, steps=5):
     noise_scheduler = LCMScheduler.from_pretrained(MODEL, subfolder="scheduler")
     protected = Bundle.load(bundle).protected()
     parameters = add_lora({"unet": unet}, list(protected), args)
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     optimizer = make_optimizer(parameters, args)
     projector.attach(optimizer)
     guidance = latent_consistency.embed_guidance(GUIDANCE, unet.config.time_cond_proj_dim)

@@ -23,7 +23,6 @@ from torch.nn.utils import clip_grad_norm_
 from nullspace.adapters import add_lora
 from nullspace.families.stable_diffusion import diffusion_loss
 from nullspace.layers import attention_inputs
-from nullspace.names import JOINT
 from nullspace.optimizers import make_optimizer
 from nullspace.projector import NullSpaceProjector
 from nullspace.protection import load_protection
@@ -47,9 +46,9 @@ def train(folder, threshold=None):
     """Train one step, as the trainer does; print the peak resident memory of this process in bytes."""
     argv = ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "x", "--instance_prompt", "x", "--rank", "4"]
     args = parse_args([*argv, "--nullspace_name_or_path", folder, "--nullspace_threshold", threshold or "0"])
-    bundle, protected = None, {JOINT: {}}
+    bundle, protected = None, {}
     if threshold is not None:
-        bundle, _, protected = load_protection(args)  # the trainer keeps the bundle for its report
+        bundle, protected = load_protection(args)  # the trainer keeps the bundle for its report
     unet = sd1_unet()
     parameters = add_lora({"unet": unet}, list(attention_inputs(unet)), args)
     optimizer = make_optimizer(parameters, args)

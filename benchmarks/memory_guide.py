@@ -258,7 +258,7 @@ def memory(setting, family, projected=True):
             closed = int(size * PROTECTED)
             gains = torch.full((size - closed,), 0.1, device="cpu")
             items.setdefault(source, Protected(torch.empty(size, size, device="cpu"), closed, gains))
-        protected = {JOINT: {name: items[source] for name, source in sources.items() if projected}}
+        protected = {name: items[source] for name, source in sources.items() if projected}
         before = live.now
         projector = NullSpaceProjector(unet, protected, **text_encoders)
         held = live.now - before

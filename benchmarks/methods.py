@@ -379,7 +379,7 @@ def train(base, method, subject, seed, rate, weight, marks):
     projector = None
     if method.protects:
         bundle = protecting(base, args)
-        projector = NullSpaceProjector(unet, protect(bundle, [], args))
+        projector = NullSpaceProjector(unet, protect(bundle, args))
         projector.attach(optimizer)
         hold_drift(optimizer, bundle, list(base.weights), {"unet": unet}, args)
     args.model_type = "sd"

@@ -18,7 +18,6 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from nullspace.adapters import add_lora
 from nullspace.families.stable_diffusion import diffusion_loss
 from nullspace.layers import attention_inputs
-from nullspace.names import JOINT
 from nullspace.optimizers import make_optimizer
 from nullspace.projector import NullSpaceProjector, Protected
 
@@ -51,7 +50,7 @@ def trainer_steps(rank):
 
     def make_step(items, batch):
         optimizer = make_optimizer(parameters, settings)
-        projector = NullSpaceProjector(unet, {JOINT: items})
+        projector = NullSpaceProjector(unet, items)
         timed = projector._apply
 
         def apply(*args):

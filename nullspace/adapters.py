@@ -29,7 +29,7 @@ def lora_targets(unet, text_encoders, bundle, protected, args):
     """Names of the layers to train: the UNet's of the bundle's attention, or --lora_layers, and the text encoders'.
 
     Args:
-        protected (`dict[str, dict[str, Protected]]`): what each group of timesteps that is used protects.
+        protected (`dict[str, Protected]` or `None`): from `protect`, where that is known by then.
 
     Raises:
         NullSpaceError: if --lora_layers names no layer, a layer is smaller than --rank, or, without
@@ -37,9 +37,9 @@ def lora_targets(unet, text_encoders, bundle, protected, args):
     """
     targets = layers_to_train(unet, text_encoders, bundle.config["attention"], args)
     unprotected = [name for name in targets if name not in bundle.modules]
-    if args.nullspace_threshold:  # 0 closes nothing, as it says
+    if protected is not None and args.nullspace_threshold:  # 0 closes nothing, as it says
         covered = [name for name in targets if name in bundle.modules]
-        free = [name for name in covered if not all(name in items and items[name].rank for items in protected.values())]
+        free = [name for name in covered if name not in protected or not protected[name].rank]
         if free and not args.allow_unprotected:
             raise NullSpaceError(
                 f"--nullspace_criterion {args.nullspace_criterion} --nullspace_threshold {args.nullspace_threshold} "

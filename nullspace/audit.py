@@ -84,7 +84,7 @@ def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS
         NullSpaceError: if a layer's sizes are not those of the bundle, or `Bundle.protected` refuses the threshold.
         AttributeError: if the models are not the bundle's and lack a layer that it covers.
     """
-    protected, spectra = bundle.protected(JOINT, criterion, threshold), bundle.group(JOINT)
+    protected, spectra = bundle.protected(criterion, threshold), bundle.group(JOINT)
     rows = []
     for name, layer in layers.items():
         row = {"module": name, "in_features": layer.down.shape[1]}

@@ -113,33 +113,34 @@ class Bundle:
     # Reading
 
     @classmethod
-    def load(cls, name_or_path, timesteps=JOINT, timestep_range=None, revision=None, token=None, text_encoder=False):
+    def load(cls, name_or_path, timestep_range=None, revision=None, token=None, text_encoder=False, every_group=False):
         """Read a bundle from a folder or from a dataset repository on the Hub, only the files that are needed.
 
         Args:
             name_or_path (`str` or `Path`): a folder or a Hub id.
-            timesteps (`str`): "joint", or "nearest" for the groups that the bundle splits the timesteps into.
             timestep_range (`tuple[int, int]`, *optional*): see `restrict`.
             revision, token (`str`, *optional*): as in huggingface_hub.
             text_encoder (`bool`): whether to read what the text encoder's own layers see, where the bundle has it.
+            every_group (`bool`): whether to read the groups that the bundle splits the timesteps into, too, as `merge`
+                asks for.
 
         Raises:
             NullSpaceError: if it cannot be had, is of a newer format, a file differs from its recorded sha256, or what
                 it holds is not what `nullspace.schema` asks for.
         """
         try:
-            return cls._load(name_or_path, timesteps, timestep_range, revision, token, text_encoder)
+            return cls._load(name_or_path, timestep_range, revision, token, text_encoder, every_group)
         except DamagedError:
             if Path(name_or_path).is_dir() or is_offline_mode():
                 raise
             # Without force, the cache would give the damaged file for ever.
-            return cls._load(name_or_path, timesteps, timestep_range, revision, token, text_encoder, force=True)
+            return cls._load(name_or_path, timestep_range, revision, token, text_encoder, every_group, force=True)
 
     @classmethod
-    def _load(cls, name_or_path, timesteps, timestep_range, revision, token, text_encoder, force=False):
+    def _load(cls, name_or_path, timestep_range, revision, token, text_encoder, every_group, force=False):
         folder = fetch_files(name_or_path, [CONFIG_NAME], revision, token, force)
         config = read_config(folder)
-        names = needed_groups(config, timesteps, timestep_range, text_encoder)
+        names = needed_groups(config, timestep_range, text_encoder, every_group)
         if not Path(name_or_path).is_dir():
             revision = folder.name  # a snapshot is named after its commit: a push in between must not mix two bundles
         folder = fetch_files(name_or_path, [group_file(name) for name in names], revision, token, force)
@@ -205,16 +206,13 @@ class Bundle:
         covered = [self.config, *(self.config.get(name, {}) for name in TEXT_ENCODERS)]
         return {name: info for part in covered for name, info in part.get("modules", {}).items()}
 
-    def protected(
-        self, name=JOINT, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"], softness=DEFAULT_SOFTNESS
-    ):
-        """What a group protects in each covered module whose input is loaded: `dict[str, Protected]`.
+    def protected(self, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"], softness=DEFAULT_SOFTNESS):
+        """What the joint group protects in each covered module whose input is loaded: `dict[str, Protected]`.
 
         Modules that share an input share the object. A layer in which the criterion closes no direction is left
         free of any damping too.
 
         Args:
-            name (`str`): of the group.
             criterion, threshold: which directions are closed, see `Spectrum.rank`.
             softness (`float`): how little the other directions are held back, see `Spectrum.gains`; `math.inf` is
                 not at all.
@@ -224,8 +222,8 @@ class Bundle:
                 what is stored can hold back.
         """
         check_softness(softness)
-        ranks = self.ranks(name, criterion, threshold)
-        shared, spectra = {}, self.group(name)
+        ranks = self.ranks(criterion, threshold)
+        shared, spectra = {}, self.group(JOINT)
         for (source, spectrum), basis in zip(
             spectra.items(), Spectrum.orthonormal_all(list(spectra.values())), strict=True
         ):
@@ -240,15 +238,15 @@ class Bundle:
             shared[source] = Protected(basis, rank, gains, spectrum.distance(rank))
         return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
 
-    def ranks(self, name=JOINT, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"]):
-        """How many directions a threshold closes for each input of a group: `dict[str, int]`; see `Spectrum.rank`.
+    def ranks(self, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"]):
+        """How many directions a threshold closes for each input: `dict[str, int]`; see `Spectrum.rank`.
 
         Raises:
             NullSpaceError: if an input is left without a free direction, or a direction would be closed that is not
                 stored in full: what its rounding lets through is more than may be promised.
         """
         ranks = {}
-        for source, spectrum in self.group(name).items():
+        for source, spectrum in self.group(JOINT).items():
             ranks[source] = rank = spectrum.rank(criterion, threshold)
             flags = f"--nullspace_criterion {criterion} --nullspace_threshold {threshold}"
             choose = f"choose a {'lower' if criterion == 'energy' else 'higher'} threshold"
@@ -521,26 +519,20 @@ class Bundle:
             writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
 
 
-def needed_groups(config, timesteps=JOINT, timestep_range=None, text_encoder=False):
+def needed_groups(config, timestep_range, text_encoder, every_group):
     """Names of the groups that a use of a bundle reads, `list[str]`; arguments as for `Bundle.load`.
 
     Args:
         config (`dict`): the bundle's, from `read_config`.
 
     Raises:
-        NullSpaceError: if "nearest" is asked of a bundle that keeps no timesteps apart, or `groups_inside` refuses the
-            range.
+        NullSpaceError: if `groups_inside` refuses the range.
     """
     split = split_groups(config)
-    if timesteps == "nearest" and len(split) == 1:
-        raise NullSpaceError(
-            "This bundle holds its timesteps in one group, so there is no nearest one to choose; "
-            "build with --timestep_groups stages or steps, or use --nullspace_timesteps joint."
-        )
     kept = split if timestep_range is None else groups_inside(config, *timestep_range)
     names = [JOINT] if len(kept) == len(split) else []
-    if timesteps == "nearest" or len(kept) < len(split):
-        names += [group["name"] for group in kept]
+    if every_group or not names:
+        names += [group["name"] for group in kept if group["name"] != JOINT]
     timeless = TIMELESS if text_encoder else [TEXT_INPUT]
     return names + [name for name in timeless if name in config["tokens"]]
 

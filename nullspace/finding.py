@@ -259,7 +259,7 @@ def _find_or_build(wanted, accelerator, args):
                 bundle = Bundle.load(
                     repository, revision=commit, token=args.hub_token, text_encoder=args.train_text_encoder
                 )
-                bundle.ranks(JOINT, args.nullspace_criterion, args.nullspace_threshold)
+                bundle.ranks(args.nullspace_criterion, args.nullspace_threshold)
             except NullSpaceError as error:
                 logger.warning(f"The Hub dataset {repository} was passed over ({reason(error)}).")
                 continue

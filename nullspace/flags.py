@@ -4,7 +4,7 @@
 COMPARED = (
     "model_type", "variant", "tokenizer_max_length", "text_encoder_use_attention_mask", "clip_skip",
     "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
-    "nullspace_timesteps", "nullspace_timestep_range", "max_drift",
+    "nullspace_timestep_range", "max_drift",
     "rank", "lora_alpha", "lora_dropout", "lora_layers", "train_text_encoder", "text_encoder_lr",
     "placeholder_token", "initializer_token", "num_vectors", "word_learning_rate", "word_only",
     "repeats", "resolution", "enable_bucket", "center_crop", "random_flip", "image_interpolation_mode",

@@ -11,7 +11,7 @@ from nullspace.embeddings import Word, unbundled
 from nullspace.errors import NullSpaceError, listed
 from nullspace.hub import patiently
 from nullspace.lora import check_finite, digest_with_words, load_lora, read_embeddings
-from nullspace.names import JOINT, TEXT_ENCODERS
+from nullspace.names import TEXT_ENCODERS
 
 
 logger = get_logger(__name__)
@@ -130,10 +130,10 @@ def tell_cost(initial, projector, args):
     """Say in a line what the projector, which has just been made, took from --init_lora."""
     if initial is None:
         return
-    closed = {name for name, item in projector.groups.get(JOINT, {}).items() if item.rank}
+    closed = {name for name, item in projector.protected.items() if item.rank}
     shares = removed_shares(initial.layers, {name: projector.parameters[name] for name in closed}).values()
     if not shares:
-        logger.info(f"Going on from {args.init_lora} as it is: nothing is closed to it at all timesteps.")
+        logger.info(f"Going on from {args.init_lora} as it is: nothing is closed to it.")
         return
     logger.info(
         f"Going on from {args.init_lora}, projected first, which removed {sum(shares) / len(shares):.1%} of its change "

@@ -169,11 +169,6 @@ def describe_training(bundle, report, args):
     )
     if len(unprotected) == total:
         protection = "It was trained without protection, as a plain DreamBooth LoRA."
-    elif args.nullspace_timesteps == "nearest":
-        protection = (
-            "Each of its training steps was projected into the null space of what the attention layers read on "
-            f"{prompt_count:,} protected prompts, at timesteps near its own alone: nothing is guaranteed."
-        )
     elif unprotected:
         protection = (
             f"It was trained partly unprotected: {total - len(unprotected)} of its {total} layers are in the null "

@@ -15,7 +15,6 @@ from nullspace.layers import text_layers
 from nullspace.names import (
     DEFAULT_SOFTNESS,
     DEFAULT_THRESHOLDS,
-    JOINT,
     LORA_NAME,
     REPORT_NAME,
     TEXT_ENCODER,
@@ -113,7 +112,7 @@ class NullSpace:
         layers = {}  # name -> A and B
         for name, model in models.items():
             layers |= self._lora_layers(name, model)
-        protected = self.bundle.protected(JOINT, self.criterion, self.threshold, self.softness)
+        protected = self.bundle.protected(self.criterion, self.threshold, self.softness)
         unprotected = [name for name in layers if name not in protected]
         weights = {weight for layer in layers.values() for weight in layer}
         others = [each for group in optimizer.param_groups for each in group["params"] if each not in weights]
@@ -128,7 +127,7 @@ class NullSpace:
                 "given, which nothing protects; leave them out, name the text encoder, or pass allow_unprotected=True."
             )
         protected = {name: protected[name] for name in layers if name in protected}
-        projector = NullSpaceProjector(groups={JOINT: protected}, adapter=self.adapter, **models)
+        projector = NullSpaceProjector(protected=protected, adapter=self.adapter, **models)
         projector.attach(optimizer)
         self.projector, self._adapted, self._dtype = projector, models, next(iter(weights)).dtype
 
@@ -200,14 +199,11 @@ class NullSpace:
         folder.mkdir(parents=True, exist_ok=True)
         with staging(folder / "lora") as staged:
             found = save_audited(
-                staged, self.bundle, self._adapted, dtype, self.criterion, self.threshold,
-                unprotected=folder / UNPROTECTED_NAME,
+                staged, self.bundle, self._adapted, dtype, self.criterion, self.threshold, folder / UNPROTECTED_NAME,
                 advice="see that nothing but the attached optimizer moves the LoRA, and train and save it in float32",
                 adapter=self.adapter,
             )  # fmt: skip
-            report = make_report(
-                found, self.bundle, dtype, self.name, {**setting, "timesteps": JOINT}, told | (training or {})
-            )
+            report = make_report(found, self.bundle, dtype, self.name, setting, told | (training or {}))
             put(staged / LORA_NAME, folder / LORA_NAME)
         (folder / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier attempt, whose place this one takes
         write_json(folder / REPORT_NAME, report)

@@ -46,7 +46,7 @@ from nullspace.launch import PROCESS_TIMEOUT, check_launcher
 from nullspace.layers import is_trained
 from nullspace.logs import start_trackers
 from nullspace.models import download_model, load_config, loading
-from nullspace.names import CARD_NAME, CHECKPOINTS_NAME, COMPARISON_NAME, JOINT, LORA_NAME, REPORT_NAME, WORD_NAME
+from nullspace.names import CARD_NAME, CHECKPOINTS_NAME, COMPARISON_NAME, LORA_NAME, REPORT_NAME, WORD_NAME
 from nullspace.pictures import describe_sizes, fit, read_instances
 from nullspace.prompt_encoder import load_tokenizers
 from nullspace.prompts import prompt_warnings, tokenizer_fault
@@ -183,9 +183,8 @@ def find_out(accelerator, captions, pictures, initial, args):
         initial (`Initial` or `None`): from `read_initial`.
 
     Returns:
-        The family, the checkpoint to go on from or None, the bundle, its groups of timesteps to draw from, what each
-        protects (all three None where no bundle is named; nothing, where none is needed), and what is known of the run
-        so far.
+        The family, the checkpoint to go on from or None, the bundle, what it protects (both None where no bundle is
+        named; nothing, where none is needed), and what is known of the run so far.
 
     Raises:
         NullSpaceError: if something is wrong.
@@ -200,12 +199,12 @@ def find_out(accelerator, captions, pictures, initial, args):
         )
     if args.push_to_hub and accelerator.is_main_process:
         args.hub_model_id = hub_repository(args.hub_model_id, args.output_dir, "model", args.hub_token)
-    bundle, nearest, protected = read_protection(accelerator, args) if args.nullspace_name_or_path else (None,) * 3
+    bundle, protected = read_protection(accelerator, args) if args.nullspace_name_or_path else (None, None)
     if bundle:
         check_bundle(bundle.config, args.nullspace_name_or_path, loras)
     family = settle_family(bundle, args)
     if args.word_only:
-        nearest, protected = settle_word_only(family, args)
+        protected = settle_word_only(family, args)
     config = bundle.config if bundle else None
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
     described = describe_initial(initial), describe_stack(loras)
@@ -233,7 +232,7 @@ def find_out(accelerator, captions, pictures, initial, args):
         for name in ("learning_rate", "text_encoder_lr", "word_learning_rate"):
             if getattr(args, name) is not None:
                 setattr(args, name, getattr(args, name) * factor)
-    return family, checkpoint, bundle, nearest, protected, run
+    return family, checkpoint, bundle, protected, run
 
 
 def find_family(args):
@@ -258,11 +257,11 @@ def settle_family(bundle, args):
 
 
 def settle_word_only(family, args):
-    """Set what `read_protection` would read from a bundle, and return what it would draw from and protect: nothing."""
+    """Set what `read_protection` would read from a bundle, and return what it would protect: nothing."""
     args.guidance_scale = family.collection["guidance_scale"]
     if args.compare_with_base is None:
         args.compare_with_base = True
-    return [], {JOINT: {}}
+    return {}
 
 
 def settle_seed(accelerator, checkpoint, args):
@@ -332,12 +331,12 @@ def find_protection(accelerator, family, parts, vae, args):
         NullSpaceError: if --lora_layers names none of the model's layers, or the bundle does not serve.
     """
     wanted = Wanted(family, {**parts, "vae": vae}, args)
-    lora_targets(parts["unet"], {name: parts[name] for name in family.text_encoders}, wanted, {}, args)
+    lora_targets(parts["unet"], {name: parts[name] for name in family.text_encoders}, wanted, None, args)
     is_new = find_or_build(wanted, accelerator, args)
-    bundle, nearest, protected = read_protection(accelerator, args)
+    bundle, protected = read_protection(accelerator, args)
     if not is_new:  # built from these very models, which have been cast since
         bundle.check(**parts)
-    return bundle, nearest, protected
+    return bundle, protected
 
 
 def save_memory(unet, text_encoders, args):

@@ -13,7 +13,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from nullspace.errors import NullSpaceError
 from nullspace.layers import find_module
-from nullspace.names import JOINT
 from nullspace.spectrum import tf32
 
 
@@ -101,40 +100,34 @@ class NullSpaceProjector:
     leaves the subspace (Adam-NSCL, CVPR 2021). Free directions that are held back (`Protected.gains`) are so in all
     three: the initial value, the gradient and the change.
 
-        projector = NullSpaceProjector(unet, {"joint": bundle.protected()})
+        projector = NullSpaceProjector(unet, bundle.protected())
         projector.attach(optimizer)
         ...
         loss.backward()
         projector.project_gradients()  # so that the clip sees what is left; the step projects what was not
         optimizer.step()
 
-    That is the joint group's way. With others, no null space holds at all times, so the initial value is left as it
-    is, and of each step the gradient and the change are projected with the group that is selected.
-
     Args:
         unet (`UNet2DConditionModel`): a model with LoRA layers on the protected modules.
-        groups (`dict[str, dict[str, Protected]]`): group -> module name -> what it protects.
+        protected (`dict[str, Protected]`): what is protected, by module name.
         adapter (`str`): name of the adapter.
         trained (`bool`): whether A holds what was learned: its value is then kept out of the closed directions only.
             Holding it back would undo what was learned where steps were held back already.
         text_encoders (`CLIPTextModel`, *optional*): with LoRA layers, by the name that begins those of their layers.
     """
 
-    def __init__(self, unet, groups, adapter="default", trained=False, **text_encoders):
-        self.groups = groups
-        self.selected = next(iter(groups))
-        names = dict.fromkeys(name for protected in groups.values() for name in protected)
-        self.parameters = {name: find_module(name, unet, **text_encoders).lora_A[adapter].weight for name in names}
+    def __init__(self, unet, protected, adapter="default", trained=False, **text_encoders):
+        self.protected = protected
+        self.parameters = {name: find_module(name, unet, **text_encoders).lora_A[adapter].weight for name in protected}
         device = next(unet.parameters()).device
         with tf32(False, torch.device("cpu")):  # where bundles are read to
-            self._batches = {group: _make_batches(each, self.parameters, device) for group, each in groups.items()}
-        self._is_soft = any(batch.held is not None for batches in self._batches.values() for batch in batches)
+            self._batches = _make_batches(protected, self.parameters, device)
+        self._is_soft = any(batch.held is not None for batch in self._batches)
         self._projected = {}  # parameter -> its gradient, once that is projected
         self._before = {}  # parameter -> its value before the step, and that of what is averaged into it
         self._known = {}  # parameter -> names of the tensors in its optimizer's state that are known to be no copies
-        if JOINT in groups:
-            with torch.no_grad():
-                self._apply(lambda parameter: parameter, soft=not trained)
+        with torch.no_grad():
+            self._apply(lambda parameter: parameter, soft=not trained)
 
     def attach(self, optimizer):
         """Project in each step of the optimizer, any `torch.optim.Optimizer`, as it is or as accelerate has wrapped it.
@@ -198,16 +191,12 @@ class NullSpaceProjector:
                         "carry what is protected back into them; choose an optimizer without one."
                     )
 
-    def select(self, group):
-        """Project with this group's null space from now on; a name that is none of the groups protects nothing."""
-        self.selected = group
-
     def _apply(self, tensor_of, soft=True):
         """Project, in place, the tensor (r, in) that belongs to each parameter; those without one are left out.
 
         Not `soft` is for values: holding back is no projection, and would shrink them to nothing, step by step.
         """
-        for batch in self._batches.get(self.selected, ()):
+        for batch in self._batches:
             tensors = [tensor_of(self.parameters[name]) for name in batch.names]
             present = [index for index, tensor in enumerate(tensors) if tensor is not None]
             if present:
@@ -217,7 +206,7 @@ class NullSpaceProjector:
 
     @torch.no_grad()
     def project_values(self):
-        """Project A itself, as the joint group's null space asks for after every change."""
+        """Project A itself, as the null space asks for after every change."""
         self._apply(lambda parameter: parameter, soft=False)
 
     @torch.no_grad()
@@ -235,7 +224,7 @@ class NullSpaceProjector:
         left = {each for each in trained if each.grad is not None and each.grad is not self._projected.pop(each, None)}
         if left:
             self._apply(lambda parameter: parameter.grad if parameter in left else None)
-        if JOINT not in self.groups or self._is_soft:
+        if self._is_soft:
             for parameter in trained:
                 copy = self._averaged(optimizer, parameter)
                 self._before[parameter] = parameter.clone(), None if copy is None else copy.clone()
@@ -245,10 +234,9 @@ class NullSpaceProjector:
         averaged = {parameter: self._averaged(optimizer, parameter) for parameter in self._trained_by(optimizer)}
         if self._before:
             self._project_changes([{parameter: parameter for parameter in averaged}, averaged])
-        if JOINT in self.groups:  # with gains, what rounding has added up to
-            self.project_values()
-            if any(copy is not None for copy in averaged.values()):
-                self._apply(averaged.get, soft=False)
+        self.project_values()  # with gains, what rounding has added up to
+        if any(copy is not None for copy in averaged.values()):
+            self._apply(averaged.get, soft=False)
         self._check_state(optimizer, soft=False)
 
     def _project_changes(self, values):

@@ -21,14 +21,13 @@ PICTURES_PER_PROMPT = 8
 
 
 def load_protection(args):
-    """The bundle, the groups of timesteps to draw from ("nearest") and what each group protects.
+    """The bundle, and what `protect` makes of it.
 
     Raises:
         NullSpaceError: if it cannot be had, or does not protect what is to be trained.
     """
     bundle = Bundle.load(
         args.nullspace_name_or_path,
-        args.nullspace_timesteps,
         args.nullspace_timestep_range,
         revision=args.nullspace_revision,
         token=args.hub_token,
@@ -42,8 +41,7 @@ def load_protection(args):
             "--train_text_encoder moves every prompt, and this bundle does not protect the text encoder; build one "
             "with build_nullspace.py --with_text_encoder, or pass --allow_unprotected."
         )
-    nearest = split_groups(bundle.config) if args.nullspace_timesteps == "nearest" else []
-    return bundle, nearest, protect(bundle, nearest, args)
+    return bundle, protect(bundle, args)
 
 
 def read_protection(accelerator, args):
@@ -53,24 +51,21 @@ def read_protection(accelerator, args):
         NullSpaceError: if the bundle cannot be had, or does not protect what is to be trained.
     """
     with accelerator.main_process_first():
-        bundle, nearest, protected = load_protection(args)
+        bundle, protected = load_protection(args)
     if args.compare_with_base is None:
         args.compare_with_base = closes_any(protected)
     args.guidance_scale = bundle.config["guidance_scale"]
-    return bundle, nearest, protected
+    return bundle, protected
 
 
-def protect(bundle, nearest, args):
-    """What each group of timesteps that is used protects: `dict[str, dict[str, Protected]]`."""
-    return {
-        name: bundle.protected(name, args.nullspace_criterion, args.nullspace_threshold, args.nullspace_softness)
-        for name in [group["name"] for group in nearest] or [JOINT]
-    }
+def protect(bundle, args):
+    """What a bundle protects at all of its timesteps, as the flags have it: `dict[str, Protected]` by module name."""
+    return bundle.protected(args.nullspace_criterion, args.nullspace_threshold, args.nullspace_softness)
 
 
 def closes_any(protected):
     """Whether any direction of any layer is closed in what `protect` gave."""
-    return any(item.rank for items in protected.values() for item in items.values())
+    return any(item.rank for item in protected.values())
 
 
 def add_extra_prompts(bundle, components, accelerator, dtype, args):
@@ -129,10 +124,7 @@ def moments_of(prompts, bundle, groups, pipeline, batch_size, title, disable=Fal
 
 def describe_setting(args):
     """The null-space flags in short."""
-    setting = (
-        f"{args.nullspace_criterion} {args.nullspace_threshold:g}, softness {args.nullspace_softness:g}, "
-        f"{args.nullspace_timesteps}"
-    )
+    setting = f"{args.nullspace_criterion} {args.nullspace_threshold:g}, softness {args.nullspace_softness:g}"
     return setting if args.max_drift is None else f"{setting}, drift at most {args.max_drift:g}"
 
 
@@ -141,14 +133,14 @@ def log_protection(bundle, protected, args):
     if args.word_only:
         logger.info(f"No LoRA is trained: prompts without {args.placeholder_token} stay as they are.")
     elif closes_any(protected):
-        for line in describe_protection(bundle, next(iter(protected.values())), args):
+        for line in describe_protection(bundle, protected, args):
             logger.info(line)
     else:
         logger.warning("Nothing is protected: this trains a plain DreamBooth LoRA.")
 
 
 def describe_protection(bundle, protected, args):
-    """The lines that say what this run protects, by what one group of timesteps does (`dict[str, Protected]`)."""
+    """The lines that say what this run protects, by what `protect` gave."""
     prompts, groups = bundle.config["prompts"], bundle.config["groups"]
     extra = f" and {len(args.nullspace_extra_prompts)} of your own" if args.nullspace_extra_prompts else ""
     yield (

@@ -16,9 +16,9 @@ from nullspace.system import put, write_text
 
 
 # The bound on leakage: the most of a layer's change that may reach what is protected, by what a file is saved in; in
-# other types none is saved. `save_audited` reads the file back and refuses more: at the end of the trainer, but for
-# --nullspace_timesteps nearest, which promises nothing, and in `NullSpace.save`. What is measured in float32 is far
-# below. 16 bits round to within 2^-9 (bfloat16) of each weight, which is why they are allowed more.
+# other types none is saved. `save_audited` reads the file back and refuses more: at the end of the trainer, and in
+# `NullSpace.save`. What is measured in float32 is far below. 16 bits round to within 2^-9 (bfloat16) of each weight,
+# which is why they are allowed more.
 LEAKAGE_BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 
 
@@ -43,7 +43,7 @@ def audit_file(folder, bundle, adapted, criterion, threshold):
 
 
 def save_audited(
-    folder, bundle, adapted, dtype, criterion, threshold, unprotected=None, advice=None, max_drift=None, **options
+    folder, bundle, adapted, dtype, criterion, threshold, unprotected, advice=None, max_drift=None, **options
 ):
     """Write the LoRA to a folder, read it back, and refuse it if it leaks more than `LEAKAGE_BOUNDS` allow.
 
@@ -52,7 +52,7 @@ def save_audited(
         adapted (`dict`): the models that have it, by name; none where no LoRA was trained.
         dtype (`torch.dtype`): of the saved weights, one of `LEAKAGE_BOUNDS`.
         criterion, threshold: what counts as protected, see `Spectrum.rank`.
-        unprotected (`Path`, *optional*): where the file is moved to if it leaks; without it, any leakage is let pass.
+        unprotected (`Path`): where the file is moved to if it leaks.
         advice (`str`, *optional*): what to do then.
         max_drift (`float`, *optional*): the root mean square of the predicted drifts, read back, is at most that: B of
             the `adapted` is scaled by what is missing, which only the rounding to 16 bits can bring about.
@@ -63,7 +63,7 @@ def save_audited(
 
     Raises:
         NullSpaceError: if the file cannot be written.
-        UnsoundError: with `unprotected`, if a protected layer leaks too much.
+        UnsoundError: if a protected layer leaks too much.
     """
     if adapted:
         save_lora(folder, **adapted, dtype=dtype, **options)
@@ -75,7 +75,7 @@ def save_audited(
         found = audit_file(folder, bundle, adapted, criterion, threshold)
     leaking = {row["module"]: row["leakage"] for row in found["layers"] if row["leakage"] is not None}
     leaking = {name: leakage for name, leakage in leaking.items() if not leakage <= bound}  # NaN is below no bound
-    if leaking and unprotected is not None:
+    if leaking:
         put(folder / LORA_NAME, unprotected)
         name = max(leaking, key=lambda name: math.inf if math.isnan(leaking[name]) else leaking[name])
         if advice is None:
@@ -94,17 +94,12 @@ def describe_dtype(dtype):
     return "a float32" if dtype == torch.float32 else "a 16-bit"
 
 
-def describe_guarantee(found, bundle, dtype, threshold, timesteps=JOINT):
+def describe_guarantee(found, bundle, dtype, threshold):
     """The first sentences of report and card: what is guaranteed of the saved LoRA, or that nothing is."""
     leakage, unprotected, total = found["leakage"]["max"], len(found["unprotected"]), len(found["layers"])
     if leakage is None:
         reason = "--nullspace_threshold 0" if threshold == 0 else "none of its layers is protected"
         return f"Nothing is guaranteed: no direction of any layer was closed ({reason})."
-    if timesteps == "nearest":
-        return (
-            "Nothing is guaranteed: with --nullspace_timesteps nearest each step is protected at timesteps near its "
-            f"own alone, and up to {leakage:.1e} of what the LoRA changes in a layer reaches what is protected."
-        )
     text = (
         f"Guaranteed: at most {leakage:.1e} of what the LoRA changes in a layer reaches what is protected; a file "
         f"above {LEAKAGE_BOUNDS[dtype]:g} is not saved."
@@ -154,12 +149,12 @@ def make_report(found, bundle, dtype, name, setting, training):
     Args:
         dtype (`torch.dtype`): of the saved weights.
         name (`str`): the folder or Hub id of the bundle.
-        setting (`dict`): how it was used: `criterion`, `threshold`, `softness`, `timesteps` and more.
+        setting (`dict`): how it was used: `criterion`, `threshold`, `softness` and more.
         training (`dict`): how the LoRA was trained.
     """
     softness = None if setting["softness"] == math.inf else setting["softness"]  # which JSON cannot hold
     return {
-        "guarantee": describe_guarantee(found, bundle, dtype, setting["threshold"], setting["timesteps"]),
+        "guarantee": describe_guarantee(found, bundle, dtype, setting["threshold"]),
         "base_model": bundle.config["base_model"],
         "model_type": bundle.config["model_type"],
         "prediction_type": bundle.config.get("prediction_type"),

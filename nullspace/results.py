@@ -25,7 +25,6 @@ from nullspace.names import (
     COMPARISON_NAME,
     EMBEDDINGS,
     FLAGS_NAME,
-    JOINT,
     LORA_NAME,
     REPORT_NAME,
     UNPROTECTED_NAME,
@@ -120,13 +119,11 @@ def tell_how_to_use(device, compared, args):
 
 def save_trained(accelerator, staged, trained, args):
     """Write LoRA and word into a folder, read them back, and tell and return what `audit_file` found."""
-    # nearest promises nothing
-    unprotected = args.output_dir / UNPROTECTED_NAME if args.nullspace_timesteps == JOINT else None
     if trained.word:
         trained.word.save(staged)
     found = save_audited(
         staged, trained.bundle, trained.adapted, trained.lora_dtype, args.nullspace_criterion,
-        args.nullspace_threshold, unprotected, max_drift=args.max_drift,
+        args.nullspace_threshold, args.output_dir / UNPROTECTED_NAME, max_drift=args.max_drift,
     )  # fmt: skip
     log_audit(accelerator, found, trained.step)
     for key in ("leakage", "predicted_drift"):
@@ -185,7 +182,7 @@ def report_of(found, bundle, lora_dtype, args):
     """The report of a run of the trainer, see `make_report`; of a word alone, what it has of that without a bundle."""
     setting = {
         key: getattr(args, f"nullspace_{key}")
-        for key in ("criterion", "threshold", "softness", "extra_prompts", "timesteps", "timestep_range")
+        for key in ("criterion", "threshold", "softness", "extra_prompts", "timestep_range")
     }
     setting["max_drift"] = args.max_drift
     initial = args.init_lora and (Path(args.init_lora).name if Path(args.init_lora).exists() else args.init_lora)

@@ -15,7 +15,6 @@ from nullspace.names import (
     DEFAULT_RATES,
     DEFAULT_SOFTNESS,
     DEFAULT_WORD_RATE,
-    JOINT,
     LORA_NAME,
     TOKEN_NAME,
     WORD_NAME,
@@ -62,9 +61,8 @@ WORD_FLAGS = ("initializer_token", "num_vectors", "word_learning_rate", "word_on
 UNUSED_BY_WORD = (
     "nullspace_name_or_path", "nullspace_revision", "nullspace_namespace", "nullspace_cache_dir",
     "nullspace_criterion", "nullspace_threshold", "nullspace_softness", "nullspace_extra_prompts",
-    "nullspace_timesteps", "nullspace_timestep_range", "max_drift", "allow_unprotected", "rank", "lora_alpha",
-    "lora_dropout", "lora_layers", "init_lora", "train_text_encoder", "text_encoder_lr", "learning_rate",
-    "adam_weight_decay", "upcast_before_saving",
+    "nullspace_timestep_range", "max_drift", "allow_unprotected", "rank", "lora_alpha", "lora_dropout", "lora_layers",
+    "init_lora", "train_text_encoder", "text_encoder_lr", "learning_rate", "adam_weight_decay", "upcast_before_saving",
 )  # fmt: skip
 
 
@@ -95,10 +93,9 @@ def settle(args, parser):
                 f"--nullspace_{name} is {'of' if is_of_named else 'read only without'} --nullspace_name_or_path; "
                 f"{'name the bundle' if is_of_named else 'leave one of them out'}."
             )
-    if not named and (args.nullspace_timesteps != JOINT or args.nullspace_timestep_range):
-        flag = "timestep_range" if args.nullspace_timestep_range else "timesteps nearest"
+    if args.nullspace_timestep_range and not named:
         parser.error(
-            f"--nullspace_{flag} needs a bundle that keeps timesteps apart; build one with {BUILDER} "
+            f"--nullspace_timestep_range needs a bundle that keeps timesteps apart; build one with {BUILDER} "
             "--timestep_groups steps and name it in --nullspace_name_or_path."
         )
     if fault := unquoted_prompt(args.instance_prompt or []):

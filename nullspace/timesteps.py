@@ -1,8 +1,4 @@
-"""Timesteps: the groups that a bundle splits them into, and how training draws them."""
-
-from bisect import bisect_left
-
-import torch
+"""Timesteps: the groups that a bundle splits them into."""
 
 from nullspace.errors import NullSpaceError
 from nullspace.names import JOINT
@@ -64,40 +60,3 @@ def groups_inside(config, first, last):
     if not kept:
         raise NullSpaceError(f"No timestep of the bundle lies between {first} and {last}.")
     return kept
-
-
-class TimestepSampler:
-    """Draws training timesteps uniformly, and tells which group of the bundle a step protects.
-
-    Args:
-        groups (`list[dict]`): the bundle's groups for "nearest", or an empty list, for which every draw is from all
-            timesteps and the group is "joint".
-        timesteps (`Sequence[int]`): those to draw from, ascending.
-    """
-
-    UNPROTECTED = "unprotected"  # timesteps outside of all groups, where only a range of timesteps is protected
-
-    def __init__(self, groups, timesteps):
-        self.intervals, start = [], 0  # (first, end, group), counted in `timesteps`
-        for group in sorted(groups, key=lambda group: group["range"]):
-            first, end = (bisect_left(timesteps, edge) for edge in (group["range"][0], group["range"][1] + 1))
-            if first > start:
-                self.intervals.append((start, first, self.UNPROTECTED))
-            if end > first:
-                self.intervals.append((first, end, group["name"]))
-            start = end
-        if start < len(timesteps):
-            self.intervals.append((start, len(timesteps), self.UNPROTECTED if groups else JOINT))
-        self.timesteps = torch.tensor(timesteps)
-
-    def draw_interval(self, generator):
-        """Draw the interval (first, end, group) of one optimizer step, each in proportion to its width.
-
-        The generator must be the same on all processes, so that they agree on the null space.
-        """
-        index = torch.randint(len(self.timesteps), (1,), generator=generator).item()
-        return next(interval for interval in self.intervals if interval[0] <= index < interval[1])
-
-    def draw(self, first, end, count, generator):
-        """Timesteps (count,) of an interval."""
-        return self.timesteps[torch.randint(first, end, (count,), generator=generator)]

@@ -46,8 +46,8 @@ def build(output_dir, model, prompts_file, *flags):
 
 def sums(folder, name=JOINT):
     """Sum of x x^T (in, in) of each input in a group, from the files of a bundle."""
-    timesteps = JOINT if name == JOINT else "nearest"
-    return {source: spectrum.sum() for source, spectrum in Bundle.load(folder, timesteps).group(name).items()}
+    bundle = Bundle.load(folder, every_group=name != JOINT)
+    return {source: spectrum.sum() for source, spectrum in bundle.group(name).items()}
 
 
 def relative(actual, expected):
@@ -310,10 +310,7 @@ def test_text_encoder_merges_and_restricts(with_text_encoder, tiny_sd1, prompts_
     build(tmp_path / "bare", tiny_sd1, tmp_path / "more.txt", *flags)
 
     def load(folder, timestep_range=None):
-        bundle = Bundle.load(folder, "nearest", timestep_range, text_encoder=True)
-        if timestep_range is None:
-            bundle.spectra |= Bundle.load(folder).spectra  # the joint group too
-        return bundle
+        return Bundle.load(folder, timestep_range, text_encoder=True, every_group=True)
 
     whole, more = load(with_text_encoder), load(tmp_path / "more")
     merged = whole.merge(more)

@@ -46,7 +46,7 @@ def test_merged_bundles_are_that_of_all_their_prompts(folders, tmp_path, capsys)
     merge("--nullspace", folders / "half-0", "--nullspace", folders / "half-1", "--output_dir", tmp_path / "merged")
     assert capsys.readouterr().out == f"Wrote 4 prompts of 2 bundles to {tmp_path / 'merged'}\n"
     check_files(tmp_path / "merged")
-    merged, whole = (Bundle.load(folder, "nearest") for folder in (tmp_path / "merged", folders / "whole"))
+    merged, whole = (Bundle.load(folder, every_group=True) for folder in (tmp_path / "merged", folders / "whole"))
     assert merged.spectra.keys() == whole.spectra.keys() and len(merged.spectra) == 5
     for group, spectra in whole.spectra.items():
         for source, spectrum in spectra.items():

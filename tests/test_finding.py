@@ -28,7 +28,7 @@ from nullspace.families import get_family
 from nullspace.hashes import config_sha256
 from nullspace.layers import attention_inputs
 from nullspace.models import download_model
-from nullspace.names import CARD_NAME, CONFIG_NAME, JOINT, REPORT_NAME, TEXT_ENCODER
+from nullspace.names import CARD_NAME, CONFIG_NAME, REPORT_NAME, TEXT_ENCODER
 from nullspace.prompts import GENERAL_PROMPTS, prompts_of_model
 from test_train import command_line, drawing_in_two_steps, make_bundle, same, train  # noqa: F401
 from world import DEMO, FOLDER
@@ -161,9 +161,9 @@ def test_a_threshold_beyond_what_is_stored_takes_another_bundle(tiny_sd1, built,
     flags = ("--nullspace_criterion", "percentile", "--nullspace_threshold", "20")
     folder, is_new = Run(tiny_sd1, cache, *flags).find()
     assert is_new and folder != built
-    assert Bundle.load(folder).ranks(JOINT, "percentile", 20)
+    assert Bundle.load(folder).ranks("percentile", 20)
     with pytest.raises(NullSpaceError, match="in 16 bits; choose a higher threshold, or build a bundle with "):
-        Bundle.load(built).ranks(JOINT, "percentile", 20)
+        Bundle.load(built).ranks("percentile", 20)
 
 
 def test_another_version_of_the_model_is_not_taken(tiny_sd1, built, cache):
@@ -345,7 +345,6 @@ def test_layers_that_are_none_are_refused_before_anything_is_built(tiny_sd1, tmp
         (("--nullspace_revision", "v1"), False, "--nullspace_revision is of --nullspace_name_or_path"),
         (("--nullspace_namespace", "ada"), True, "--nullspace_namespace is read only without"),
         (("--nullspace_cache_dir", "c"), True, "--nullspace_cache_dir is read only without"),
-        (("--nullspace_timesteps", "nearest"), False, "--nullspace_timesteps nearest needs a bundle"),
         (("--nullspace_timestep_range", "0", "500"), False, "--nullspace_timestep_range needs a bundle"),
     ],
 )

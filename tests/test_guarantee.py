@@ -80,7 +80,7 @@ def test_a_bundle_records_how_far_it_lies(bundle1):  # noqa: F811
     config = json.loads((bundle1 / CONFIG_NAME).read_text())
     assert config["format_version"] == 3
     assert config["exact"].keys() == config["tokens"].keys()
-    loaded = Bundle.load(bundle1, "nearest", text_encoder=True)
+    loaded = Bundle.load(bundle1, text_encoder=True, every_group=True)
     for name, tokens in config["tokens"].items():
         assert config["exact"][name].keys() == tokens.keys()
         for source in tokens:
@@ -94,7 +94,7 @@ def test_a_bundle_records_how_far_it_lies(bundle1):  # noqa: F811
 
 
 def test_bundles_made_of_bundles_know_theirs_where_all_do(bundle1):  # noqa: F811
-    bundle = Bundle.load(bundle1, "nearest", text_encoder=True)
+    bundle = Bundle.load(bundle1, text_encoder=True, every_group=True)
     unknown = copy.deepcopy(bundle)
     for spectra in unknown.spectra.values():
         for source, item in spectra.items():
@@ -179,7 +179,7 @@ def test_nothing_around_it_makes_it_leak(name):
             unet.add_module(f"layer{number}", layer)
             gains = spectrum.gains(1e-5)[rank:] if number else None
             protected[f"layer{number}"] = Protected(spectrum.orthonormal(), rank, gains, spectrum.distance())
-        projector = NullSpaceProjector(unet, {JOINT: protected})
+        projector = NullSpaceProjector(unet, protected)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-2)
         projector.attach(optimizer)
         for _ in range(3):
@@ -202,7 +202,7 @@ def test_weights_in_16_bits_are_projected_to_their_rounding():
             layer.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(96, 8, bias=False, dtype=dtype)})
             unet.add_module("layer", layer)
             item = Protected(spectrum.orthonormal(), 30, gains, spectrum.distance())
-            projector = NullSpaceProjector(unet, {JOINT: {"layer": item}})
+            projector = NullSpaceProjector(unet, {"layer": item})
             optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
             projector.attach(optimizer)
             before = layer.lora_A["default"].weight.clone()
@@ -273,7 +273,6 @@ def test_leakage_that_is_not_a_number_is_above_any_bound(tiny_sd1, bundle1, tmp_
 SAID = {
     "guaranteed": ((), "Guaranteed: at most "),
     "16 bits": (("--mixed_precision", "bf16", "--no-upcast_before_saving"), "is the rounding of its weights to 16"),
-    "nearest": (("--nullspace_timesteps", "nearest"), "Nothing is guaranteed: with --nullspace_timesteps nearest"),
     "zero": (("--nullspace_threshold", 0), "Nothing is guaranteed: .*--nullspace_threshold 0"),
     "some": (
         ("--lora_layers", "attn1.to_q,attn2.to_q", "--allow_unprotected"),
@@ -314,7 +313,7 @@ def test_report_and_card_say_it_first(case, tiny_sd1, bundle1, tmp_path):  # noq
 
 def write_old_format(source, folder, version, unet=None, text_encoder=None):
     """The bundle in a folder as format 1 or 2 laid it out."""
-    bundle = Bundle.load(source, "nearest", text_encoder=True)
+    bundle = Bundle.load(source, text_encoder=True, every_group=True)
     config = copy.deepcopy(bundle.config)
     folder.mkdir()
     for name in config["files"]:
@@ -352,7 +351,7 @@ def old_bundle(bundle1, pipeline, tmp_path_factory):  # noqa: F811
 
 def test_a_bundle_of_format_2_is_read_bit_by_bit(bundle1, pipeline, tmp_path):  # noqa: F811
     folder = write_old_format(bundle1, tmp_path / "bundle", 2)
-    bundle = Bundle.load(folder, "nearest", text_encoder=True)
+    bundle = Bundle.load(folder, text_encoder=True, every_group=True)
     bundle.check(pipeline.unet, pipeline.text_encoder, tokenizer=pipeline.tokenizer)
     protected = bundle.protected()
     for name in bundle.spectra:
@@ -364,7 +363,7 @@ def test_a_bundle_of_format_2_is_read_bit_by_bit(bundle1, pipeline, tmp_path):  
                 if info["input"] == source and name in (JOINT, TEXT_INPUT, TEXT_ENCODER):
                     assert torch.equal(protected[module].basis, stored[f"{source}.eigenvectors"])
     bundle.save(tmp_path / "packed")
-    packed = Bundle.load(tmp_path / "packed", "nearest", text_encoder=True)
+    packed = Bundle.load(tmp_path / "packed", text_encoder=True, every_group=True)
     joint = [(folder / "joint.safetensors").stat().st_size for folder in (folder, tmp_path / "packed")]
     assert packed.config["format_version"] == 3 and joint[1] < 0.8 * joint[0]
     for module, item in packed.protected().items():
@@ -372,7 +371,7 @@ def test_a_bundle_of_format_2_is_read_bit_by_bit(bundle1, pipeline, tmp_path):  
 
 
 def test_a_bundle_of_format_1_is_read_as_it_was(old_bundle, pipeline, tmp_path, caplog):
-    bundle = Bundle.load(old_bundle, "nearest", text_encoder=True)
+    bundle = Bundle.load(old_bundle, text_encoder=True, every_group=True)
     for name in bundle.spectra:
         for item in bundle.spectra[name].values():
             assert item.eigenvectors.dtype == torch.float16 and item.distance() is None

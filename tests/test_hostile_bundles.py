@@ -363,14 +363,14 @@ def make_hostile(kind, name, honest, folder):
 
 def meet(folder, pipeline):
     """What the trainer does with a bundle before its work, and the builder before it pushes one."""
-    bundle = Bundle.load(folder, "nearest", text_encoder=True)
+    bundle = Bundle.load(folder, text_encoder=True, every_group=True)
     check_files(folder)
     bundle.check(pipeline.unet, pipeline.text_encoder, tokenizer=pipeline.tokenizer, noise_scheduler=pipeline.scheduler)
     args = Namespace(
         lora_layers=None, train_text_encoder=True, clip_skip=0, allow_unprotected=False, rank=2,
         nullspace_threshold=0.9, nullspace_criterion="energy", model_type="sd",
     )  # fmt: skip
-    return lora_targets(pipeline.unet, {TEXT_ENCODER: pipeline.text_encoder}, bundle, {JOINT: bundle.protected()}, args)
+    return lora_targets(pipeline.unet, {TEXT_ENCODER: pipeline.text_encoder}, bundle, bundle.protected(), args)
 
 
 def refusal(folder, pipeline):

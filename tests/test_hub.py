@@ -369,7 +369,7 @@ def test_a_lost_connection_leaves_nothing_half_there_and_the_named_command_pushe
         error = refused(push_bundle, copy)
         assert re.search("Everything is whole in .*, but was not pushed to ada/tiny-bundle .*", error)
         check_files(copy)
-        Bundle.load(copy, "nearest")
+        Bundle.load(copy, every_group=True)
         assert other.files("dataset", BUNDLE) == [".gitattributes"]
         assert len(other.repos["dataset", BUNDLE].commits) == 1
         assert sum(pauses) < 60  # the client's own: what it has given up is not begun again
@@ -681,7 +681,7 @@ def test_a_local_model_is_no_base_model_of_the_hub(runs, home):
 def test_datasets_opens_the_table(cards, home):
     shown, rows = cards[2]
     assert "num_rows" in shown
-    table = Bundle.load(home / "tiny-bundle", "nearest").table()
+    table = Bundle.load(home / "tiny-bundle", every_group=True).table()
     assert {(row["module"], row["group"]): row["rank_0.999"] for row in rows} == {
         (row["module"], row["group"]): row["rank_0.999"] for row in table
     }
@@ -705,19 +705,21 @@ def test_joint_mode_downloads_three_files(runs, hub, home):
     assert sum(name.startswith("timesteps-") for name in sizes) == STEPS
 
 
-def test_nearest_mode_at_a_revision_downloads_the_groups(here, home, built, tiny_sd1, tmp_path):
+def test_a_part_of_the_timesteps_at_a_revision_downloads_its_groups(here, home, built, tiny_sd1, tmp_path):
     """At the commit that holds the bundle; the one after it is of another format."""
     files = contents(home / "tiny-bundle")
     commit = seed(here, "dataset", "ada/history", files)
     seed(here, "dataset", "ada/history", files | {CONFIG_NAME: newer(files)})
-    flags = ["--nullspace_revision", commit, "--nullspace_timesteps", "nearest", "--report_to", "none"]
-    call(trainer, *training("ada/history", tmp_path / "nearest", *flags, model=tiny_sd1))
+    *_, first, last = json.loads((home / "tiny-bundle" / CONFIG_NAME).read_text())["groups"]
+    part = [first["range"][0], last["range"][1]]
+    flags = ["--nullspace_revision", commit, "--nullspace_timestep_range", *part, "--report_to", "none"]
+    call(trainer, *training("ada/history", tmp_path / "part", *flags, model=tiny_sd1))
     files = fetched(here.requests, "ada/history")
-    groups = json.loads((home / "tiny-bundle" / CONFIG_NAME).read_text())["groups"]
-    assert set(files) == JOINT_FILES | {f"{group['name']}.safetensors" for group in groups}
-    report = json.loads((tmp_path / "nearest" / REPORT_NAME).read_text())
+    needed = {f"{group['name']}.safetensors" for group in (first, last)}
+    assert set(files) == JOINT_FILES - {"joint.safetensors"} | needed
+    report = json.loads((tmp_path / "part" / REPORT_NAME).read_text())
     assert report["nullspace"]["revision"] == commit
-    assert report["nullspace"]["timesteps"] == "nearest"
+    assert report["nullspace"]["timestep_range"] == part
 
 
 def test_a_warm_cache_is_enough_offline(runs, home):
@@ -784,12 +786,12 @@ def test_the_bundle_of_another_model_is_refused(here, built, tiny_sd2, tmp_path)
     assert not (tmp_path / "lora").exists()
 
 
-def load(timesteps, *names):
+def load(*names, every_group=False):
     """What a bundle of each name is, or why it is none: digest and groups, or a sentence."""
     found = []
     for name in names:
         try:
-            bundle = Bundle.load(name, timesteps)
+            bundle = Bundle.load(name, every_group=every_group)
             found.append([bundle.config["sha256"], sorted(bundle.spectra)])
         except NullSpaceError as error:
             found.append(str(error))
@@ -810,7 +812,7 @@ def test_what_was_damaged_on_the_way_is_downloaded_again(built, hub, home, tmp_p
     hub.fail_next("GET", "/api/datasets/ada/partial/", 500)
     del hub.repos["dataset", "ada/lacking"].commits[-1].files["joint.safetensors"]
     with hub.used_here(tmp_path):
-        *found, lacking = load("joint", *(f"ada/{name}" for name in names))
+        *found, lacking = load(*(f"ada/{name}" for name in names))
     whole = [json.loads((home / "tiny-bundle" / CONFIG_NAME).read_text())["sha256"], [TEXT_INPUT, "joint"]]
     assert found == [whole] * 4
     assert lacking == "The Hub dataset ada/lacking at revision {} has no joint.safetensors: {}.".format(
@@ -825,10 +827,10 @@ def test_what_was_damaged_on_the_way_is_downloaded_again(built, hub, home, tmp_p
     path = next(path for path in tmp_path.rglob("joint.safetensors") if "resumed" in str(path))
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with hub.used_here(tmp_path, HF_HUB_OFFLINE=True):
-        mended, rotten = load("joint", "ada/flipped-joint", "ada/resumed")
+        mended, rotten = load("ada/flipped-joint", "ada/resumed")
     assert mended == whole and "joint.safetensors is truncated or altered" in rotten
     with hub.used_here(tmp_path):
-        assert load("joint", "ada/resumed") == [whole]
+        assert load("ada/resumed") == [whole]
 
 
 def test_files_come_from_the_commit_of_their_configuration(runs, here, home, pauses):
@@ -836,13 +838,13 @@ def test_files_come_from_the_commit_of_their_configuration(runs, here, home, pau
     runs["build in two"].result()
     first = contents(home / "tiny-bundle")
     seed(here, "dataset", "ada/moving", first)
-    (old,) = load("joint", "ada/moving")
+    (old,) = load("ada/moving")
     seed(here, "dataset", "ada/moving", contents(home / "two"))
     here.fail_next("HEAD", f"ada/moving/.*{CONFIG_NAME}", 500)
-    (still,) = load("nearest", "ada/moving")
+    (still,) = load("ada/moving", every_group=True)
     assert still[0] == old[0]
     assert len(still[1]) == STEPS + 2
-    (new,) = load("joint", "ada/moving")
+    (new,) = load("ada/moving")
     assert new[0] == json.loads((home / "two" / CONFIG_NAME).read_text())["sha256"] != old[0]
 
 
@@ -902,7 +904,7 @@ def test_the_model_card_says_what_the_lora_is(cards, hub, home):
     for key in ("leakage", "predicted_drift"):
         assert f"at most {report[key]['max']:.1e}, mean {report[key]['mean']:.1e}" in text
     assert report["leakage"]["max"] < 1e-5
-    assert "energy 0.9, softness 1e-05, joint, timesteps 0 to 999" in text
+    assert "energy 0.9, softness 1e-05, timesteps 0 to 999" in text
 
 
 def test_a_pipeline_loads_the_lora_by_its_id(runs, hub, home, tiny_sd1, tmp_path):

@@ -513,7 +513,7 @@ def test_a_softness_out_of_range_is_refused(bundle, softness):
 
 def test_a_bundle_protects_the_leading_directions_of_each_layer(any_world):
     bundle = any_world.bundle()
-    protected = bundle.protected(JOINT, "energy", 0.99)
+    protected = bundle.protected("energy", 0.99)
     assert set(protected) == set(attention_inputs(any_world.unet, "all"))
     for name, item in protected.items():
         moment = any_world.moment(name)
@@ -581,11 +581,11 @@ def test_a_layer_without_a_free_direction_is_refused_by_name(criterion, threshol
     full = Spectrum(torch.ones(5), torch.eye(5).half(), 1)
     modules = {"roomy.to_q": {"input": "roomy.to_q"}, "full.to_q": {"input": "full.to_q"}}
     bundle = Bundle({"modules": modules}, {JOINT: {"roomy.to_q": roomy, "full.to_q": roomy}})
-    assert 0 < bundle.protected(JOINT, criterion, threshold)["full.to_q"].rank < 10
+    assert 0 < bundle.protected(criterion, threshold)["full.to_q"].rank < 10
     bundle.spectra[JOINT]["full.to_q"] = full
     pattern = f"--nullspace_criterion {criterion} --nullspace_threshold {threshold} .*full\\.to_q .*choose a {advice} "
     with pytest.raises(NullSpaceError, match=pattern):
-        bundle.protected(JOINT, criterion, threshold)
+        bundle.protected(criterion, threshold)
 
 
 # ---- The projector ---------------------------------------------------------------------------------------------------
@@ -623,9 +623,9 @@ def projected(x, item):
 
 
 def worst_share(projector):
-    """The largest share of any A's norm that lies in what the joint group protects."""
+    """The largest share of any A's norm that lies in what is protected."""
     shares = [0.0]
-    for name, item in projector.groups[JOINT].items():
+    for name, item in projector.protected.items():
         a = array(projector.parameters[name])
         shares.append(np.linalg.norm(a @ array(item.basis)[:, : item.rank]) / np.linalg.norm(a))
     return max(shares)
@@ -656,7 +656,7 @@ def assert_close(found, expected, lowest=None):
 def test_initial_values_are_projected(adapter, seed, lowest):
     unet, protected = mixture(adapter, seed=seed, lowest=lowest)
     before = {name: parameter.clone() for name, parameter in down(unet, adapter).items()}
-    projector = NullSpaceProjector(unet, {JOINT: protected}, adapter)
+    projector = NullSpaceProjector(unet, protected, adapter)
     for name, parameter in down(unet, adapter).items():
         assert_close(parameter, projected(before[name], protected[name]), lowest)
         assert torch.equal(parameter, before[name]) == (protected[name].rank == 0)
@@ -668,7 +668,7 @@ def test_initial_values_are_projected(adapter, seed, lowest):
 @pytest.mark.parametrize("lowest", [None, EXACT, HALF])
 def test_gradients_are_projected(lowest):
     unet, protected = mixture(lowest=lowest)
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     set_gradients(unet, 1)
     before = {name: (parameter.clone(), parameter.grad.clone()) for name, parameter in down(unet).items()}
     projector.project_gradients()
@@ -679,7 +679,7 @@ def test_gradients_are_projected(lowest):
 
 def test_a_layer_without_a_gradient_keeps_no_other_from_its_projection():
     unet, protected = mixture()
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     for absent in down(unet):
         set_gradients(unet, 1)
         down(unet)[absent].grad = None
@@ -704,7 +704,7 @@ OPTIMIZERS = {
 def test_values_are_projected_after_each_step(make_optimizer):
     unet, protected = mixture()
     twin = copy.deepcopy(unet)  # takes the same steps, and is then projected by numpy
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     optimizer, twin_optimizer = make_optimizer(unet.parameters()), make_optimizer(twin.parameters())
     projector.attach(optimizer)
     left = 0.0
@@ -729,7 +729,7 @@ def test_changes_are_held_back_after_each_step(make_optimizer):
     """A step moves A by the optimizer's change times the gains, and what is closed stays closed over many steps."""
     unet, protected = mixture(lowest=EXACT)
     twin = copy.deepcopy(unet)
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     optimizer, twin_optimizer = make_optimizer(unet.parameters()), make_optimizer(twin.parameters())
     projector.attach(optimizer)
     for step in range(50):
@@ -756,7 +756,7 @@ def test_holding_back_is_the_optimizers_step_in_other_coordinates():
     unet.layer.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(size, rank, bias=False)})
     parameter = unet.layer.lora_A["default"].weight
     raw = array(parameter)
-    projector = NullSpaceProjector(unet, {JOINT: {"layer": closed}})
+    projector = NullSpaceProjector(unet, {"layer": closed})
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     projector.attach(optimizer)
     basis = array(closed.basis)[:, 1:]
@@ -804,7 +804,7 @@ def test_tf32_does_not_leak(tf32):
     assert 1e-5 < distance(x @ x, array(x) @ array(x)) < 1e-2
     set_gradients(unet, 0)
     before = {name: (parameter.clone(), parameter.grad.clone()) for name, parameter in down(unet).items()}
-    NullSpaceProjector(unet, {JOINT: protected}).project_gradients()
+    NullSpaceProjector(unet, protected).project_gradients()
     for name, parameter in down(unet).items():
         assert_close(parameter, projected(before[name][0], protected[name]))
         assert_close(parameter.grad, projected(before[name][1], protected[name]))
@@ -827,12 +827,11 @@ def test_moments_use_tf32_only_where_it_loses_nothing(allowed, tf32):
     assert set(used) == {torch.float16, torch.bfloat16}
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_two_optimizers_can_share_a_projector(several):
-    unet, protected = mixture()
-    groups = {"first": protected, "second": protected} if several else {JOINT: protected}
+@pytest.mark.parametrize("lowest", [None, EXACT])
+def test_two_optimizers_can_share_a_projector(lowest):
+    unet, protected = mixture(lowest=lowest)
     twin = copy.deepcopy(unet)
-    projector = NullSpaceProjector(unet, groups)
+    projector = NullSpaceProjector(unet, protected)
     twin.load_state_dict(unet.state_dict())
     for factory, start in ((OPTIMIZERS["adamw"], 0), (OPTIMIZERS["sgd"], 1)):
         optimizer = factory(list(unet.parameters())[start::2])
@@ -850,38 +849,6 @@ def test_two_optimizers_can_share_a_projector(several):
         twin.load_state_dict(unet.state_dict())
 
 
-@pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_with_several_groups_the_change_is_projected_with_the_selected_one(make_optimizer):
-    unet, early = mixture(seed=0)
-    _, late = mixture(seed=100)
-    late = {name: late[name] for name in early}
-    initial = {name: parameter.clone() for name, parameter in down(unet).items()}
-    projector = NullSpaceProjector(unet, {"early": early, "late": late})
-    assert all(torch.equal(parameter, initial[name]) for name, parameter in down(unet).items())
-    twin = copy.deepcopy(unet)
-    optimizer, twin_optimizer = make_optimizer(unet.parameters()), make_optimizer(twin.parameters())
-    projector.attach(optimizer)
-    nothing = {name: item._replace(rank=0) for name, item in early.items()}
-    for step, group in enumerate(["early", "late", "late", "none of them", "early"]):
-        twin.load_state_dict(unet.state_dict())
-        if step:  # the first group is selected from the start
-            projector.select(group)
-        protected = {"early": early, "late": late}.get(group, nothing)
-        before = {name: parameter.detach().clone() for name, parameter in down(unet).items()}
-        set_gradients(unet, step)
-        set_gradients(twin, step)
-        gradients = {name: parameter.grad.clone() for name, parameter in down(unet).items()}
-        projector.project_gradients()
-        for name, parameter in down(unet).items():
-            assert_close(parameter.grad, projected(gradients[name], protected[name]))
-            down(twin)[name].grad.copy_(parameter.grad)
-        optimizer.step()
-        twin_optimizer.step()
-        for name, parameter in down(unet).items():
-            change = down(twin)[name].detach() - before[name]
-            assert_close(parameter, array(before[name]) + projected(change, protected[name]))
-
-
 # ---- The guarantee ---------------------------------------------------------------------------------------------------
 
 
@@ -890,7 +857,7 @@ def train(world, protected, after_steps, steps=500):
     unet = world.unet_with_lora()
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3)
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     if after_steps:
         projector.attach(optimizer)
     text = world.pipeline.encode_prompt("a photo of sks star", "cpu", 1, False)[0].detach()
@@ -923,7 +890,7 @@ def worst_leakage(world, layers, protected):
 
 
 def test_the_guarantee(world, bundle, tmp_path):
-    protected = bundle.protected(JOINT, "energy", 0.99)
+    protected = bundle.protected("energy", 0.99)
     assert all(0 < item.rank < len(item.basis) for item in protected.values())
     unet = train(world, protected, after_steps=True)
     worst = {}
@@ -991,7 +958,7 @@ def test_the_audit_lists_every_layer_and_sums_up_those_that_are_covered(world):
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
         layers[name] = LoraLayer(a.detach(), b.detach(), 1.0)
     found = audit(layers, bundle, world.unet, "energy", 0.9)
-    protected = bundle.protected(JOINT, "energy", 0.9)
+    protected = bundle.protected("energy", 0.9)
     assert [row["module"] for row in found["layers"]] == list(layers)
     covered = [row for row in found["layers"] if LAYERS["cross"].search(row["module"])]
     assert 0 < len(covered) < len(layers)
@@ -1264,7 +1231,7 @@ def assert_same(first, second, names=None):
 
 
 def test_a_bundle_comes_back_as_it_was_saved(world, bundle, saved):
-    loaded = Bundle.load(saved, timesteps="nearest")
+    loaded = Bundle.load(saved, every_group=True)
     assert_same(loaded, bundle)
     assert loaded.config == bundle.config == json.loads((saved / "nullspace_config.json").read_text())
     loaded.check(world.unet)
@@ -1274,7 +1241,7 @@ def test_a_bundle_comes_back_as_it_was_saved(world, bundle, saved):
     assert [path.name for path in saved.parent.iterdir()] == ["bundle"]
 
     loaded.save(saved.with_name("again"))
-    assert_same(Bundle.load(str(saved.with_name("again")), timesteps="nearest"), bundle)
+    assert_same(Bundle.load(str(saved.with_name("again")), every_group=True), bundle)
 
 
 def test_the_table_counts_the_ranks_of_every_module_and_group(world, bundle, saved):
@@ -1308,28 +1275,27 @@ def test_only_the_files_that_are_needed_are_read(world, bundle, saved):
         (saved / f"{name}.safetensors").unlink()
     assert_same(Bundle.load(saved), bundle, text_only)
     with pytest.raises(NullSpaceError, match=rf"{names[0]}\.safetensors.*not a whole one"):
-        Bundle.load(saved, timesteps="nearest")
+        Bundle.load(saved, every_group=True)
     with pytest.raises(NullSpaceError, match=rf"{names[2]}\.safetensors.*not a whole one"):
         Bundle.load(saved, timestep_range=world.groups[2]["range"])
 
     (kept / "joint.safetensors").unlink()
     (kept / f"{names[0]}.safetensors").unlink()
     expected = bundle.restrict(world.groups[1]["range"][0], 999)
-    for timesteps in (JOINT, "nearest"):
-        part = Bundle.load(kept, timesteps=timesteps, timestep_range=(world.groups[1]["range"][0], 999))
+    for every_group in (False, True):
+        part = Bundle.load(kept, (world.groups[1]["range"][0], 999), every_group=every_group)
         assert_same(part, expected)
         assert part.config["groups"] == expected.config["groups"]
     with pytest.raises(NullSpaceError, match=r"joint\.safetensors"):
         Bundle.load(kept)
 
 
-def test_a_bundle_in_one_group_has_no_nearest(world, tmp_path):
+def test_a_bundle_in_one_group_has_no_others(world, tmp_path):
     alone = world.joint_bundle()
     alone.save(tmp_path / "joint")
     assert_same(Bundle.load(tmp_path / "joint"), alone)
     assert_same(Bundle.load(tmp_path / "joint", timestep_range=(0, 999)), alone)
-    with pytest.raises(NullSpaceError, match="no nearest.*--timestep_groups"):
-        Bundle.load(tmp_path / "joint", timesteps="nearest")
+    assert_same(Bundle.load(tmp_path / "joint", every_group=True), alone)
 
 
 def test_a_bundle_of_self_attention_needs_no_text(world, tmp_path):
@@ -1471,7 +1437,7 @@ def test_a_folder_that_holds_something_else_is_refused(bundle, tmp_path):
     assert contents(tmp_path) == {"thesis/chapter.txt": b"years of work"}
     (tmp_path / "empty").mkdir()
     bundle.save(tmp_path / "empty")
-    assert_same(Bundle.load(tmp_path / "empty", timesteps="nearest"), bundle)
+    assert_same(Bundle.load(tmp_path / "empty", every_group=True), bundle)
 
 
 def test_a_path_that_cannot_be_a_folder_is_refused(bundle, tmp_path):
@@ -1487,7 +1453,7 @@ def test_a_path_that_cannot_be_a_folder_is_refused(bundle, tmp_path):
 def test_a_bundle_can_be_saved_in_the_current_folder(bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bundle.save(Path("bundle"))
-    assert_same(Bundle.load("bundle", timesteps="nearest"), bundle)
+    assert_same(Bundle.load("bundle", every_group=True), bundle)
 
 
 # ---- Whether a bundle fits a model -----------------------------------------------------------------------------------

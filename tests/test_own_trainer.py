@@ -35,7 +35,7 @@ from nullspace import NullSpace
 from nullspace.errors import NullSpaceError
 from nullspace.kohya import read_report
 from nullspace.lora import load_lora
-from nullspace.names import JOINT, LORA_NAME, UNPROTECTED_NAME
+from nullspace.names import LORA_NAME, UNPROTECTED_NAME
 from nullspace.projector import NullSpaceProjector
 from test_train import BESIDE, INSTANCES, bundle1, needs  # noqa: F401
 
@@ -130,7 +130,7 @@ def test_without_a_call_gradients_are_projected_in_the_step(make_optimizer, lowe
     twin = copy.deepcopy(unet)
     steps = []
     for model, calls in ((unet, False), (twin, True)):
-        projector = NullSpaceProjector(model, {JOINT: protected})
+        projector = NullSpaceProjector(model, protected)
         optimizer = make_optimizer(model.parameters())
         projector.attach(optimizer)
         for step in range(4):
@@ -148,7 +148,7 @@ def test_without_a_call_gradients_are_projected_in_the_step(make_optimizer, lowe
 @pytest.mark.parametrize("lowest", [None, EXACT])
 def test_gradients_that_were_projected_are_left_as_they_were_clipped(lowest):
     unet, protected = mixture(lowest=lowest)
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
     projector.attach(optimizer)
     set_gradients(unet, 0)
@@ -168,7 +168,7 @@ def test_gradients_that_were_projected_are_left_as_they_were_clipped(lowest):
 def test_what_is_averaged_into_the_weights_stays_in_the_null_space(lowest):
     """In training, in evaluation and back: schedule-free's x, y and z."""
     unet, protected = mixture(lowest=lowest)
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     optimizer = ScheduleFree(unet.parameters())
     projector.attach(optimizer)
     moved = [parameter.detach().clone() for parameter in unet.parameters()]
@@ -198,7 +198,7 @@ def test_what_is_averaged_into_the_weights_stays_in_the_null_space(lowest):
 def test_other_copies_of_the_weights_are_refused(early, flat, lowest):
     unet, protected = mixture(lowest=lowest)
     optimizer = KeepsCopy(unet.parameters(), early=early, flat=flat)
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     set_gradients(unet, 0)
     with pytest.raises(NullSpaceError, match=r"KeepsCopy keeps a copy of the weights in its state \('slow'\)"):
         projector.attach(optimizer)
@@ -208,7 +208,7 @@ def test_other_copies_of_the_weights_are_refused(early, flat, lowest):
 
 def test_wrappers_that_call_no_hooks_are_refused():
     unet, protected = mixture()
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     with pytest.raises(NullSpaceError, match="The steps of Lookahead cannot be followed"):
         projector.attach(Lookahead(torch.optim.SGD(unet.parameters(), lr=0.1)))
     with pytest.raises(NullSpaceError, match="SGD trains no layer that is protected"):
@@ -220,7 +220,7 @@ def test_accelerates_optimizer_with_accumulation(attach_first):
     """Against the same steps of a twin, whose gradients and values numpy projects."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     unet, protected = mixture()
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     twin = copy.deepcopy(unet)
     plain, twin_optimizer = (torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (unet, twin))
     if attach_first:
@@ -257,7 +257,7 @@ def test_scaled_gradients_and_a_step_that_is_skipped(lowest):
     from accelerate.optimizer import AcceleratedOptimizer
 
     unet, protected = mixture(lowest=lowest)
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     Accelerator(cpu=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     plain = torch.optim.SGD(unet.parameters(), lr=0.1)
@@ -288,7 +288,7 @@ def test_eight_bit_states_wrapped_by_accelerate():
 
     accelerator = Accelerator(cpu=True)
     unet, protected = mixture(rank=300)  # below 4,096 elements bitsandbytes keeps 32 bits
-    projector = NullSpaceProjector(unet, {JOINT: protected})
+    projector = NullSpaceProjector(unet, protected)
     optimizer = accelerator.prepare_optimizer(AdamW8bit(unet.parameters(), lr=1e-2))
     projector.attach(optimizer)
     before = {name: parameter.detach().clone() for name, parameter in down(unet).items()}

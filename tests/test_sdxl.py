@@ -259,11 +259,11 @@ def test_a_bundle_holds_both_text_encoders(tiny_xl, xl_bundle):
 
 
 def test_bundles_of_two_such_merge(xl_bundle):
-    bundle = Bundle.load(xl_bundle, "nearest", text_encoder=True)
+    bundle = Bundle.load(xl_bundle, text_encoder=True, every_group=True)
     merged = bundle.merge(bundle)
     assert merged.spectra["text_encoder_2"].keys() == bundle.spectra["text_encoder_2"].keys()
     with pytest.raises(NullSpaceError, match="loaded in part"):
-        bundle.merge(Bundle.load(xl_bundle, "nearest"))
+        bundle.merge(Bundle.load(xl_bundle, every_group=True))
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------

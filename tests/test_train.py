@@ -188,7 +188,7 @@ class Recorder(trainer.NullSpaceProjector):
         return {{name: parameter.grad.clone() for name, parameter in self.parameters.items()}}
 
     def project_gradients(self):
-        step = {{"group": self.selected, "before": self.gradients()}}
+        step = {{"before": self.gradients()}}
         super().project_gradients()
         learning = {{n: p for model in self.models for n, p in model.named_parameters() if p.requires_grad}}
         learning = {{n: p.detach().clone() for n, p in learning.items()}}
@@ -200,38 +200,33 @@ trainer.main(trainer.parse_args())
 """
 
 
-@pytest.mark.parametrize("timesteps", [JOINT, "nearest"])
-def test_two_processes_agree_and_project_what_both_found(timesteps, run_script, tiny_sd1, bundle1, tmp_path):
+def test_two_processes_agree_and_project_what_both_found(run_script, tiny_sd1, bundle1, tmp_path):
     """After the all-reduce, which is, projections being linear, as if each had projected its own gradient before.
 
-    One of the runs learns a word besides, and has a budget of drift.
+    They learn a word besides, and have a budget of drift.
     """
     script = tmp_path / "recorder.py"
     script.write_text(RECORDER.format(root=str(Path(trainer.__file__).parent), folder=str(tmp_path)))
-    flags = ("--gradient_accumulation_steps", 2, "--nullspace_timesteps", timesteps, "--max_train_steps", 6)
-    if timesteps == JOINT:
-        flags += ("--placeholder_token", "sks-star", "--initializer_token", "star", "--instance_prompt", "a sks-star")
-        flags += ("--nullspace_softness", DEFAULT_SOFTNESS, "--max_drift", 0.002)
+    flags = ("--gradient_accumulation_steps", 2, "--max_train_steps", 6)
+    flags += ("--placeholder_token", "sks-star", "--initializer_token", "star", "--instance_prompt", "a sks-star")
+    flags += ("--nullspace_softness", DEFAULT_SOFTNESS, "--max_drift", 0.002)
     run_script(script, *command_line(tiny_sd1, bundle1, tmp_path / "lora", *flags), processes=2)
     first, second = (torch.load(tmp_path / rank) for rank in "01")
     assert len(first) == len(second) == 6
     for mine, theirs in zip(first, second, strict=True):
-        assert mine["group"] == theirs["group"]
         for what in ("before", "after", "learning"):
             assert same(mine[what], theirs[what])
     rows = [[each for name, each in step["learning"].items() if name.endswith("added.weight")] for step in first]
-    assert all(len(each) == (timesteps == JOINT) for each in rows)
+    assert all(len(each) == 1 for each in rows)
     assert not any(torch.equal(*pair) for pair in zip(sum(rows[1:], []), sum(rows, []), strict=False))
-    assert len({step["group"] for step in first}) > (timesteps == "nearest")
-    bundle = Bundle.load(bundle1, timesteps)
+    protected = Bundle.load(bundle1).protected()
     for step in first[1:]:  # B is zero in the first step, and so is the gradient of A
-        protected = bundle.protected(step["group"])
         for name, before in step["before"].items():
             free = protected[name].basis[:, protected[name].rank :]
             expected = before @ free * protected[name].gains @ free.T
             assert before.norm() > 0 and (step["after"][name] - expected).norm() < 1e-3 * before.norm()
-    assert (report(tmp_path / "lora")["leakage"]["max"] < 1e-5) == (timesteps == JOINT)
-    assert timesteps != JOINT or 0.00199 < report(tmp_path / "lora")["predicted_drift"]["rms"] <= 0.002
+    assert report(tmp_path / "lora")["leakage"]["max"] < 1e-5
+    assert 0.00199 < report(tmp_path / "lora")["predicted_drift"]["rms"] <= 0.002
 
 
 # ---- The null space --------------------------------------------------------------------------------------------------
@@ -242,7 +237,7 @@ def test_lora_file_is_in_the_null_space(tiny_sd1, roomy_bundle1, tmp_path):
     for criterion, threshold in (("energy", 0.95), ("eigenvalue", 0.5), ("percentile", 60)):
         output = tmp_path / criterion
         train(tiny_sd1, roomy_bundle1, output, "--nullspace_criterion", criterion, "--nullspace_threshold", threshold)
-        protected = Bundle.load(roomy_bundle1).protected(JOINT, criterion, threshold)
+        protected = Bundle.load(roomy_bundle1).protected(criterion, threshold)
         assert all(item.rank for item in protected.values())
         for name, layer in load_lora(output).items():
             assert leakage(layer, protected[name]) < 1e-5
@@ -264,8 +259,8 @@ def test_softness_is_told(tiny_sd1, bundle1, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--nullspace_timesteps", "nearest"), ("--nullspace_timestep_range", 0, 499, "--train_text_encoder")],
-    ids=["joint", "nearest", "range and text encoder"],
+    [(), ("--nullspace_timestep_range", 0, 499, "--train_text_encoder")],
+    ids=["joint", "range and text encoder"],
 )
 def test_extra_prompts_are_drawn_as_the_bundle_was(flags, tiny_sd1, bundle1, tmp_path, monkeypatch, caplog):
     """What is added are the moments that a bundle of these prompts alone would have, whatever the training batch."""
@@ -341,27 +336,13 @@ def test_threshold_zero_is_plain_dreambooth(tiny_sd1, bundle1, reference, tmp_pa
     assert max(leakage(layer, protected[name]) for name, layer in load_lora(tmp_path / "lora").items()) > 0.1
 
 
-def test_nearest_protects_less_than_joint(tiny_sd1, bundle1, tmp_path):
-    train(tiny_sd1, bundle1, tmp_path / "lora", "--nullspace_timesteps", "nearest", "--max_train_steps", 6)
-    found = report(tmp_path / "lora")
-    assert found["nullspace"]["timesteps"] == "nearest"
-    assert found["leakage"]["max"] > 1e-3
-    assert "nothing is guaranteed" in (tmp_path / "lora" / "README.md").read_text()
-
-
-def test_nearest_with_one_group_is_not_taken_for_joint(tiny_sd1, bundle1, tmp_path):
-    """Steps outside of the range stay in the weights: what they learned is not projected away afterwards."""
-    first = Bundle.load(bundle1).config["groups"][1]["range"]
-    flags = ("--nullspace_timesteps", "nearest", "--nullspace_timestep_range", *first, "--max_train_steps", 6)
-    train(tiny_sd1, bundle1, tmp_path / "lora", *flags)
-    assert report(tmp_path / "lora")["leakage"]["max"] > 1e-3
-
-
 def test_timestep_range_protects_that_range(tiny_sd1, bundle1, tmp_path):
     config = Bundle.load(bundle1).config
     last = config["groups"][-1]
     train(tiny_sd1, bundle1, tmp_path / "lora", "--nullspace_timestep_range", *last["range"])
-    inside = Bundle.load(bundle1, "nearest").protected(last["name"])
+    alone = Bundle.load(bundle1, every_group=True)
+    alone.spectra[JOINT] = alone.spectra[last["name"]]
+    inside = alone.protected()
     everywhere = Bundle.load(bundle1).protected()
     layers = {name: layer for name, layer in load_lora(tmp_path / "lora").items() if "to_q" in name}
     # The groups are stored in float16, so the joint of one group, decomposed again, differs by that much.
@@ -369,16 +350,18 @@ def test_timestep_range_protects_that_range(tiny_sd1, bundle1, tmp_path):
     assert max(leakage(layer, everywhere[name]) for name, layer in layers.items()) > 0.05
 
 
-def test_timestep_sampler_is_uniform_and_names_the_group():
-    groups = [{"name": "early", "range": [700, 899]}, {"name": "late", "range": [0, 199]}]
-    sampler = trainer.TimestepSampler(groups, range(1000))
-    assert sampler.intervals == [
-        (0, 200, "late"), (200, 700, "unprotected"), (700, 900, "early"), (900, 1000, "unprotected")
-    ]  # fmt: skip
-    drawn = [sampler.draw_interval(trainer.seeded(0, step)) for step in range(2000)]
-    share = sum(interval[2] == "late" for interval in drawn) / len(drawn)
-    assert abs(share - 0.2) < 0.03
-    assert trainer.TimestepSampler([], range(1000)).intervals == [(0, 1000, JOINT)]
+def test_timesteps_are_drawn_uniformly_from_the_familys():
+    timesteps, drawn = [49, 99, 499, 949, 999], []
+    family = SimpleNamespace(
+        denoiser=lambda *_: None,
+        loss=lambda args: lambda denoise, noise_scheduler, latents, timesteps, noise: drawn.extend(timesteps.tolist()),
+        training_timesteps=lambda noise_scheduler: timesteps,
+    )
+    args = SimpleNamespace(guidance_scale=None, noise_offset=0)
+    batch_loss = trainer.BatchLoss(family, None, None, None, None, 1.0, torch.float32, args)
+    batch_loss(torch.zeros(2000, 8, 1, 1), {}, trainer.seeded(0))
+    assert len(drawn) == 2000 and set(drawn) == set(timesteps)
+    assert all(abs(drawn.count(timestep) / 2000 - 0.2) < 0.03 for timestep in timesteps)
 
 
 # ---- Flags -----------------------------------------------------------------------------------------------------------
@@ -626,7 +609,7 @@ def test_defaults_are_those_of_the_reference():
         "rank": 4, "checkpointing_steps": 500, "num_validation_images": 4, "validation_epochs": 50,
         "report_to": "tensorboard", "logging_dir": "logs", "nullspace_criterion": "energy",
         "nullspace_threshold": 0.9, "nullspace_softness": 1e-5, "nullspace_extra_prompts": None,
-        "nullspace_timesteps": "joint", "nullspace_timestep_range": None,
+        "nullspace_timestep_range": None,
         "revision": None, "variant": None, "tokenizer_name": None, "validation_prompt": None, "seed": None,
         "center_crop": False, "train_text_encoder": False, "max_train_steps": None, "checkpoints_total_limit": None,
         "resume_from_checkpoint": None, "gradient_checkpointing": False, "scale_lr": False,
@@ -1225,7 +1208,6 @@ def test_a_compiled_unet_stays_in_the_null_space(tiny_sd1, bundle1, reference, t
     "flags",
     [
         [],
-        ["--nullspace_timesteps", "nearest"],
         ["--gradient_accumulation_steps", 2],
         ["--train_text_encoder", "--lora_dropout", 0.3, "--random_flip", "--noise_offset", 0.1, "--snr_gamma", 5],
         ["--cache_latents", "--random_flip", "--repeats", 2, "--dataloader_num_workers", 1],
@@ -1248,7 +1230,7 @@ def test_resuming_gives_what_an_undisturbed_run_gives(flags, tiny_sd1, bundle1, 
     last, again = (torch.load(folder / "checkpoint-8" / "optimizer.bin", weights_only=False) for folder in folders)
     states = list(zip(tree_leaves(last["state"]), tree_leaves(again["state"]), strict=True))
     assert states and all(torch.equal(*pair) for pair in states if torch.is_tensor(pair[0]))
-    assert report(resumed_dir)["leakage"]["max"] < 1e-5 or "nearest" in flags
+    assert report(resumed_dir)["leakage"]["max"] < 1e-5
 
 
 def test_resuming_within_a_later_epoch_with_an_older_accelerate(tiny_sd1, bundle1, tmp_path, monkeypatch):

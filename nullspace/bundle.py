@@ -224,7 +224,7 @@ class Bundle:
                 what is stored can hold back.
         """
         check_softness(softness)
-        ranks = self.ranks(name, criterion, threshold)
+        ranks, made_of = self.ranks(name, criterion, threshold), self._made_of(name)
         shared, spectra = {}, self.group(name)
         for (source, spectrum), basis in zip(
             spectra.items(), Spectrum.orthonormal_all(list(spectra.values())), strict=True
@@ -232,11 +232,13 @@ class Bundle:
             rank, gains = ranks[source], None
             if rank and softness < math.inf:
                 gains = spectrum.gains(softness)[rank:]
-                if not spectrum.is_finer_than(softness, rank):
-                    raise NullSpaceError(
-                        f"--nullspace_softness {softness:g} is too low for {source}, whose directions the bundle "
-                        f"stores in 16 bits; choose at least {spectrum.finest_softness(rank):.1g}."
-                    )
+                for part in made_of[source]:
+                    closed = part.rank(criterion, threshold)
+                    if not part.is_finer_than(softness, closed):
+                        raise NullSpaceError(
+                            f"--nullspace_softness {softness:g} is too low for {source}, whose directions the bundle "
+                            f"stores in 16 bits; choose at least {part.finest_softness(closed):.1g}."
+                        )
             shared[source] = Protected(basis, rank, gains, spectrum.distance(rank))
         return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
 
@@ -247,7 +249,7 @@ class Bundle:
             NullSpaceError: if an input is left without a free direction, or a direction would be closed that is not
                 stored in full: what its rounding lets through is more than may be promised.
         """
-        ranks = {}
+        ranks, made_of = {}, self._made_of(name)
         for source, spectrum in self.group(name).items():
             ranks[source] = rank = spectrum.rank(criterion, threshold)
             flags = f"--nullspace_criterion {criterion} --nullspace_threshold {threshold}"
@@ -256,12 +258,24 @@ class Bundle:
                 raise NullSpaceError(
                     f"{flags} leaves no free direction in {source} ({rank} of {rank} protected); {choose}."
                 )
-            if rank > spectrum.exact:
-                raise NullSpaceError(
-                    f"{flags} closes {rank} directions in {source}, of which the bundle stores {spectrum.exact} in "
-                    f"full and the others in 16 bits; {choose}, or build a bundle with build_nullspace.py {flags}."
-                )
+            for part in made_of[source]:
+                if (closed := part.rank(criterion, threshold)) > part.exact:
+                    raise NullSpaceError(
+                        f"{flags} closes {closed} directions in {source}, of which the bundle stores {part.exact} in "
+                        f"full and the others in 16 bits; {choose}, or build a bundle with build_nullspace.py {flags}."
+                    )
         return ranks
+
+    def _made_of(self, name):
+        """The spectra whose rounding is in a group's, `dict[str, list[Spectrum]]` by input: those, and what they sum.
+
+        The joint group of a range of timesteps is the sum of its groups, which are loaded with it.
+        """
+        parts = {source: [spectrum] for source, spectrum in self.group(name).items()}
+        for group, spectra in self.spectra.items() if name == JOINT else ():
+            for source, spectrum in spectra.items() if group not in (JOINT, *TIMELESS) else ():
+                parts[source].append(spectrum)
+        return parts
 
     # Checking
 
@@ -382,18 +396,18 @@ class Bundle:
             for source, spectrum in spectra.items():
                 mine = self.spectra[name][source]
                 total = mine.sum() + spectrum.sum() * (mine.tokens / spectrum.tokens)
-                emphasized.spectra[name][source] = Spectrum.from_spectra(
-                    total, 2 * mine.tokens, (mine, spectrum), name=source
-                )
+                emphasized.spectra[name][source] = Spectrum.from_rounded(total, 2 * mine.tokens, name=source)
         return emphasized
 
     def _sum(self, names):
+        if len(names) == 1:
+            return dict(self.spectra[names[0]])
         totals = {}
         for name in names:
             for source, spectrum in self.spectra[name].items():
-                before, counted, spectra = totals.get(source, (0, 0, []))
-                totals[source] = (before + spectrum.sum(), counted + spectrum.tokens, [*spectra, spectrum])
-        return {source: Spectrum.from_spectra(*parts, name=source) for source, parts in totals.items()}
+                before, counted = totals.get(source, (0, 0))
+                totals[source] = (before + spectrum.sum(), counted + spectrum.tokens)
+        return {source: Spectrum.from_rounded(*parts, name=source) for source, parts in totals.items()}
 
     def merge(self, other):
         """The bundle of both bundles' prompts together, as if built at once, to the precision that is stored.

@@ -94,18 +94,11 @@ class Bundle:
     @classmethod
     def from_moments(cls, moments, groups, config):
         """Decompose what `SecondMoments` collected. `groups` are those of `timestep_groups`, `config` the rest."""
-        spectra = {}
-        for name in [group["name"] for group in groups] + TIMELESS:
-            collected = moments.group(name)
-            if collected:
-                spectra[name] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in collected.items()}
+        spectra = {
+            name: {source: Spectrum.from_sum(*pair, name=source) for source, pair in collected.items()}
+            for name, collected in _with_joint(moments, groups)
+        }
         if JOINT not in [group["name"] for group in groups]:
-            totals = {}
-            for group in groups:
-                for source, (total, tokens) in moments.group(group["name"]).items():
-                    before, counted = totals.get(source, (0, 0))
-                    totals[source] = (before + total.to("cpu", torch.float64), counted + tokens)
-            spectra[JOINT] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in totals.items()}
             groups = [joint_group(groups)] + groups
         config = {"format_version": FORMAT_VERSION, **config, "groups": groups}
         return cls(config, spectra)
@@ -382,20 +375,21 @@ class Bundle:
 
     # Adding and restricting: second moments add up
 
-    def emphasize(self, other):
-        """The bundle in which another's prompts, of any number, weigh as much as all of this one's; joint group only.
+    def emphasize(self, moments, groups):
+        """The bundle in which other prompts, of any number, weigh as much as all of its own.
 
         Equal weight is this project's choice; benchmarks/README.md has figures for a tenth of it.
 
         Args:
-            other (`Bundle`): with the same inputs in its joint group.
+            moments (`SecondMoments`): of what the model reads on those prompts, of inputs that are loaded.
+            groups (`list[dict]`): of timesteps, by which they were collected.
         """
         emphasized = Bundle(copy.deepcopy(self.config), revision=self.revision)
         emphasized.spectra = {name: dict(spectra) for name, spectra in self.spectra.items()}
-        for name, spectra in other.spectra.items():
-            for source, spectrum in spectra.items():
+        for name, collected in _with_joint(moments, groups):
+            for source, (total, tokens) in collected.items():
                 mine = self.spectra[name][source]
-                total = mine.sum() + spectrum.sum() * (mine.tokens / spectrum.tokens)
+                total = mine.sum() + total.to("cpu", torch.float64) * (mine.tokens / tokens)
                 emphasized.spectra[name][source] = Spectrum.from_rounded(total, 2 * mine.tokens, name=source)
         return emphasized
 
@@ -533,6 +527,24 @@ class Bundle:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
+
+
+def _with_joint(moments, groups):
+    """What `SecondMoments` collected, by group: yields its name, and sums (in, in) with their tokens by input.
+
+    The joint group comes last, where it is not one of the `groups` of timesteps but their sum.
+    """
+    names = [group["name"] for group in groups]
+    for name in names + TIMELESS:
+        if collected := moments.group(name):
+            yield name, collected
+    if JOINT not in names:
+        totals = {}
+        for name in names:
+            for source, (total, tokens) in moments.group(name).items():
+                before, counted = totals.get(source, (0, 0))
+                totals[source] = (before + total.to("cpu", torch.float64), counted + tokens)
+        yield JOINT, totals
 
 
 def needed_groups(config, timesteps=JOINT, timestep_range=None, text_encoder=False):

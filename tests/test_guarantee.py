@@ -21,6 +21,7 @@ from nullspace.errors import NullSpaceError
 from nullspace.fingerprints import fingerprint
 from nullspace.hashes import config_sha256, sha256
 from nullspace.lora import LoraLayer, load_lora
+from nullspace.moments import SecondMoments
 from nullspace.names import CONFIG_NAME, JOINT, LORA_NAME, TEXT_ENCODER, TEXT_INPUT
 from nullspace.projector import NullSpaceProjector, Protected
 from nullspace.spectrum import Spectrum
@@ -116,8 +117,11 @@ def test_what_rounding_does_to_a_sum_is_not_bounded_by_what_it_does_to_its_parts
 def test_bundles_made_of_several_do_not_know_how_far_they_lie(bundle1):  # noqa: F811
     bundle = Bundle.load(bundle1, "nearest", text_encoder=True)
     first, second, third = (group["range"] for group in bundle.config["groups"][1:])
-    joint = Bundle({}, {name: bundle.spectra[name] for name in (JOINT, TEXT_INPUT)})
-    for made in (bundle.merge(bundle), bundle.restrict(first[0], second[1]), bundle.emphasize(joint)):
+    moments = SecondMoments(None, {}, {})
+    for source, item in bundle.spectra[JOINT].items():
+        moments.sums[JOINT, source], moments.tokens[JOINT, source] = item.sum(), item.tokens
+    emphasized = bundle.emphasize(moments, bundle.config["groups"][:1])
+    for made in (bundle.merge(bundle), bundle.restrict(first[0], second[1]), emphasized):
         for item in made.spectra[JOINT].values():
             assert item.distance() is None and item.eigenvectors.dtype == torch.float32
     alone = bundle.restrict(*third)  # made of nothing else

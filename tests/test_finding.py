@@ -296,6 +296,22 @@ def test_a_build_that_was_stopped_goes_on(tiny_sd1, tmp_path, monkeypatch, caplo
     assert "begins anew" in caplog.text
 
 
+def test_a_build_that_was_stopped_in_another_precision_begins_anew(tiny_sd1, tmp_path, monkeypatch, caplog):
+    """And is bound to the model as it is stored, not as it was cast."""
+    monkeypatch.setattr(finding, "BATCH_SIZE", 1)
+    run, again = Run(tiny_sd1, tmp_path / "cache"), Run(tiny_sd1, tmp_path / "cache")
+    fingerprint = finding.fingerprint_of(run.components)
+    again.accelerator.mixed_precision = "bf16"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        count_drawn(run, patch, stop_after=7)
+        run.find()
+    folder, is_new = again.find()
+    config = json.loads(open(f"{folder}/{CONFIG_NAME}").read())
+    assert is_new and re.search(r"another build \(mixed_precision\).*", caplog.text) and "begins anew" in caplog.text
+    assert config["mixed_precision"] == "bf16" and config["base_model"]["fingerprint"] == fingerprint
+    assert Run(tiny_sd1, tmp_path / "cache").find() == (folder, False)
+
+
 def test_of_two_runs_at_once_one_builds(tiny_sd1, built, tmp_path, no_drawing, caplog):
     caplog.set_level(logging.INFO)
     run, found = Run(tiny_sd1, tmp_path), []

@@ -7,6 +7,7 @@ import resource
 import shutil
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -482,6 +483,16 @@ def test_what_somebodys_bundle_must_be_to_serve(flags, changed, serves, tiny_sd1
     run = Run(tiny_sd1, cache, *flags)
     config = json.loads(open(f"{built}/{CONFIG_NAME}").read())
     assert run.wanted.matches(config | changed, finding.fingerprint_of(run.components)) == serves
+
+
+def test_a_fault_of_this_code_is_not_laid_on_a_bundle(built, monkeypatch):
+    hub = SimpleNamespace(list_datasets=lambda **asked: [SimpleNamespace(id="ada/bundle")])
+    monkeypatch.setattr(finding, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(finding, "HfApi", lambda token: hub)
+    monkeypatch.setattr(finding, "fetch_files", lambda *asked, **options: Path(built))
+    assert [name for name, *_ in finding.on_the_hub("ada", lambda config: True, None, pytest.fail)] == ["ada/bundle"]
+    with pytest.raises(KeyError, match="misspelt"):
+        finding.on_the_hub("ada", lambda config: config["misspelt"], None, pytest.fail)
 
 
 def test_the_hub_is_not_asked_offline(tiny_sd1, tmp_path, monkeypatch):

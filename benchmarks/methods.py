@@ -341,7 +341,7 @@ def protecting(base, args):
         moments = moments_of(
             args.nullspace_extra_prompts, bundle, groups, pipeline, args.train_batch_size, "Extra prompts", disable=True
         )
-        bundle = bundle.emphasize(Bundle.from_moments(moments, groups, bundle.config))
+        bundle = bundle.emphasize(moments, groups)
     return bundle
 
 

@@ -26,8 +26,8 @@ def leakage(layer, protected):
     """||dW U_k||_F / ||dW||_F, U_k (in, k) being the protected directions: 0 is the promise, 1 is no protection.
 
     It is what is seen of the directions as they are stored, and what their rounding may hide besides, see `Spectrum`,
-    so that the share is at most this much. Where `protected.distance` is None, as with bundles of format 1, the latter
-    is not known and not in it.
+    so that the share is at most this much. Where `protected.distance` is None, as with bundles of format 1 and sums of
+    bundles, the latter is not known and not in it.
 
     Args:
         layer (`LoraLayer`): without a magnitude, see `with_magnitude`.

@@ -94,18 +94,11 @@ class Bundle:
     @classmethod
     def from_moments(cls, moments, groups, config):
         """Decompose what `SecondMoments` collected. `groups` are those of `timestep_groups`, `config` the rest."""
-        spectra = {}
-        for name in [group["name"] for group in groups] + TIMELESS:
-            collected = moments.group(name)
-            if collected:
-                spectra[name] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in collected.items()}
+        spectra = {
+            name: {source: Spectrum.from_sum(*pair, name=source) for source, pair in collected.items()}
+            for name, collected in _with_joint(moments, groups)
+        }
         if JOINT not in [group["name"] for group in groups]:
-            totals = {}
-            for group in groups:
-                for source, (total, tokens) in moments.group(group["name"]).items():
-                    before, counted = totals.get(source, (0, 0))
-                    totals[source] = (before + total.to("cpu", torch.float64), counted + tokens)
-            spectra[JOINT] = {source: Spectrum.from_sum(*pair, name=source) for source, pair in totals.items()}
             groups = [joint_group(groups)] + groups
         config = {"format_version": FORMAT_VERSION, **config, "groups": groups}
         return cls(config, spectra)
@@ -222,7 +215,7 @@ class Bundle:
                 what is stored can hold back.
         """
         check_softness(softness)
-        ranks = self.ranks(criterion, threshold)
+        ranks, made_of = self.ranks(criterion, threshold), self._made_of()
         shared, spectra = {}, self.group(JOINT)
         for (source, spectrum), basis in zip(
             spectra.items(), Spectrum.orthonormal_all(list(spectra.values())), strict=True
@@ -230,11 +223,13 @@ class Bundle:
             rank, gains = ranks[source], None
             if rank and softness < math.inf:
                 gains = spectrum.gains(softness)[rank:]
-                if not spectrum.is_finer_than(softness, rank):
-                    raise NullSpaceError(
-                        f"--nullspace_softness {softness:g} is too low for {source}, whose directions the bundle "
-                        f"stores in 16 bits; choose at least {spectrum.finest_softness(rank):.1g}."
-                    )
+                for part in made_of[source]:
+                    closed = part.rank(criterion, threshold)
+                    if not part.is_finer_than(softness, closed):
+                        raise NullSpaceError(
+                            f"--nullspace_softness {softness:g} is too low for {source}, whose directions the bundle "
+                            f"stores in 16 bits; choose at least {part.finest_softness(closed):.1g}."
+                        )
             shared[source] = Protected(basis, rank, gains, spectrum.distance(rank))
         return {module: shared[info["input"]] for module, info in self.modules.items() if info["input"] in shared}
 
@@ -245,7 +240,7 @@ class Bundle:
             NullSpaceError: if an input is left without a free direction, or a direction would be closed that is not
                 stored in full: what its rounding lets through is more than may be promised.
         """
-        ranks = {}
+        ranks, made_of = {}, self._made_of()
         for source, spectrum in self.group(JOINT).items():
             ranks[source] = rank = spectrum.rank(criterion, threshold)
             flags = f"--nullspace_criterion {criterion} --nullspace_threshold {threshold}"
@@ -254,12 +249,24 @@ class Bundle:
                 raise NullSpaceError(
                     f"{flags} leaves no free direction in {source} ({rank} of {rank} protected); {choose}."
                 )
-            if rank > spectrum.exact:
-                raise NullSpaceError(
-                    f"{flags} closes {rank} directions in {source}, of which the bundle stores {spectrum.exact} in "
-                    f"full and the others in 16 bits; {choose}, or build a bundle with build_nullspace.py {flags}."
-                )
+            for part in made_of[source]:
+                if (closed := part.rank(criterion, threshold)) > part.exact:
+                    raise NullSpaceError(
+                        f"{flags} closes {closed} directions in {source}, of which the bundle stores {part.exact} in "
+                        f"full and the others in 16 bits; {choose}, or build a bundle with build_nullspace.py {flags}."
+                    )
         return ranks
+
+    def _made_of(self):
+        """The spectra whose rounding is in the joint group's, `dict[str, list[Spectrum]]` by input: itself, and others.
+
+        That of a range of timesteps is the sum of its groups, which are loaded with it.
+        """
+        parts = {source: [spectrum] for source, spectrum in self.group(JOINT).items()}
+        for name in self.spectra.keys() - {JOINT, *TIMELESS}:
+            for source, spectrum in self.spectra[name].items():
+                parts[source].append(spectrum)
+        return parts
 
     # Checking
 
@@ -366,32 +373,33 @@ class Bundle:
 
     # Adding and restricting: second moments add up
 
-    def emphasize(self, other):
-        """The bundle in which another's prompts, of any number, weigh as much as all of this one's; joint group only.
+    def emphasize(self, moments, groups):
+        """The bundle in which other prompts, of any number, weigh as much as all of its own.
 
         Equal weight is this project's choice; benchmarks/README.md has figures for a tenth of it.
 
         Args:
-            other (`Bundle`): with the same inputs in its joint group.
+            moments (`SecondMoments`): of what the model reads on those prompts, of inputs that are loaded.
+            groups (`list[dict]`): of timesteps, by which they were collected.
         """
         emphasized = Bundle(copy.deepcopy(self.config), revision=self.revision)
         emphasized.spectra = {name: dict(spectra) for name, spectra in self.spectra.items()}
-        for name, spectra in other.spectra.items():
-            for source, spectrum in spectra.items():
+        for name, collected in _with_joint(moments, groups):
+            for source, (total, tokens) in collected.items():
                 mine = self.spectra[name][source]
-                total = mine.sum() + spectrum.sum() * (mine.tokens / spectrum.tokens)
-                emphasized.spectra[name][source] = Spectrum.from_spectra(
-                    total, 2 * mine.tokens, (mine, spectrum), name=source
-                )
+                total = mine.sum() + total.to("cpu", torch.float64) * (mine.tokens / tokens)
+                emphasized.spectra[name][source] = Spectrum.from_rounded(total, 2 * mine.tokens, name=source)
         return emphasized
 
     def _sum(self, names):
+        if len(names) == 1:
+            return dict(self.spectra[names[0]])
         totals = {}
         for name in names:
             for source, spectrum in self.spectra[name].items():
-                before, counted, spectra = totals.get(source, (0, 0, []))
-                totals[source] = (before + spectrum.sum(), counted + spectrum.tokens, [*spectra, spectrum])
-        return {source: Spectrum.from_spectra(*parts, name=source) for source, parts in totals.items()}
+                before, counted = totals.get(source, (0, 0))
+                totals[source] = (before + spectrum.sum(), counted + spectrum.tokens)
+        return {source: Spectrum.from_rounded(*parts, name=source) for source, parts in totals.items()}
 
     def merge(self, other):
         """The bundle of both bundles' prompts together, as if built at once, to the precision that is stored.
@@ -517,6 +525,24 @@ class Bundle:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
+
+
+def _with_joint(moments, groups):
+    """What `SecondMoments` collected, by group: yields its name, and sums (in, in) with their tokens by input.
+
+    The joint group comes last, where it is not one of the `groups` of timesteps but their sum.
+    """
+    names = [group["name"] for group in groups]
+    for name in names + TIMELESS:
+        if collected := moments.group(name):
+            yield name, collected
+    if JOINT not in names:
+        totals = {}
+        for name in names:
+            for source, (total, tokens) in moments.group(name).items():
+                before, counted = totals.get(source, (0, 0))
+                totals[source] = (before + total.to("cpu", torch.float64), counted + tokens)
+        yield JOINT, totals
 
 
 def needed_groups(config, timestep_range, text_encoder, every_group):

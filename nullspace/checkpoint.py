@@ -9,7 +9,6 @@ import json
 import math
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from nullspace.adapters import restore_lora, save_lora
 from nullspace.captions import distinct_captions
 from nullspace.errors import NullSpaceError, UnsoundError
+from nullspace.fingerprints import weights_sha256
 from nullspace.flags import BY_CONTENT, COMPARED, READ_BY
 from nullspace.hashes import config_sha256, sha256
 from nullspace.names import CARD_NAME
@@ -93,26 +93,13 @@ def describe_models(models, noise_scheduler, tokenizers, prompts):
     All weights count, the scheduler's noise levels and what it predicts, and what the tokenizers make of the prompts
     (`list[str]`). `models` and `tokenizers` (`dict`) are by their names in the pipeline.
     """
-    described = {f"{_named('the model')}, {name}": f"sha256 {_weights_sha256(model)}" for name, model in models.items()}
+    described = {f"{_named('the model')}, {name}": f"sha256 {weights_sha256(model)}" for name, model in models.items()}
     levels = noise_scheduler.alphas_cumprod.double().tolist()
     prediction = noise_scheduler.config.prediction_type
     described[f"{_named('the model')}, scheduler"] = f"{prediction}, sha256 {_hash(levels)}"
     tokens = [part for each in tokenizers.values() for part in (each(prompts).input_ids, each.model_max_length)]
     described[_named("the tokenizer")] = f"sha256 {_hash(*tokens)}"
     return described
-
-
-def _weights_sha256(model):
-    """Hex digest of all weights of a model in float32, several at once, for hashing takes longer than reading."""
-
-    def digest(item):
-        name, tensor = item
-        tensor = tensor.detach().cpu()
-        tensor = tensor.float() if tensor.is_floating_point() else tensor
-        return f"{name} {hashlib.sha256(tensor.contiguous().numpy()).hexdigest()}"
-
-    with ThreadPoolExecutor() as pool:
-        return _hash(sorted(pool.map(digest, model.state_dict().items())))
 
 
 def dependent(run):

@@ -1,6 +1,5 @@
 """Building a bundle: the base model draws the prompts, and what its layers read is summed on the way."""
 
-import hashlib
 import json
 import math
 import platform
@@ -25,7 +24,7 @@ from nullspace import signals
 from nullspace.checks import check_clip_skip, drawing_fault, own_resolution, resolution_fault
 from nullspace.errors import NullSpaceError, StaleError, reason
 from nullspace.families import get_family
-from nullspace.fingerprints import fingerprints
+from nullspace.fingerprints import fingerprints, weights_sha256
 from nullspace.launch import without_token
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
 from nullspace.models import loading
@@ -114,14 +113,15 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
     """Draw this process's share of the prompts and return the `SecondMoments` over all processes.
 
     Args:
-        pipeline (`DiffusionPipeline`): of the base model, with the sampler, on the device.
+        pipeline (`DiffusionPipeline`): of the base model, with the sampler; it is moved to the device and cast to
+            --mixed_precision, once the checkpoint is known to be this build's.
         prompts (`Prompts`): all of them; prompt i is drawn from --seed + i.
         groups (`list[dict]`): of timesteps, from `timestep_groups`.
         checkpoint (`Checkpoint`): from which it goes on, and which it writes.
         state (`PartialState`): says which share is this process's.
 
     Raises:
-        StaleError: if the checkpoint is of another build.
+        StaleError: if the checkpoint is of another build; the models are then as they were.
         NullSpaceError: if it cannot be written.
         Stopped: at a signal, once the checkpoint is written.
     """
@@ -134,6 +134,7 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
             inputs |= text_encoder_inputs(text_encoder, name)
     moments = SecondMoments(pipeline.unet, inputs, group_of, **text_encoders)
     done = checkpoint.load(moments)
+    pipeline.to(state.device, PRECISIONS[args.mixed_precision])
     steps_per_batch = sum(args.num_inference_steps)
     share = range(state.process_index, len(prompts), state.num_processes)
     progress = tqdm(
@@ -235,15 +236,6 @@ def describe(pipeline, prompts, model, args):
     }
 
 
-def weights_sha256(*models):
-    """Hex digest of all weights of models in float32."""
-    digest = hashlib.sha256()
-    for model in models:
-        for tensor in model.state_dict().values():
-            digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
 def settle_sampling(family, args):
     """Set --model_type, and those of the builder's flags that were not given, to what is the family's own.
 
@@ -315,14 +307,14 @@ def collect(pipeline, prompts, model, args, state):
         The `SecondMoments` over all processes, their groups, the bundle's configuration, and the `Checkpoint`.
 
     Raises:
-        NullSpaceError: if the sampler has fewer steps than asked for, or there is another build's checkpoint.
+        NullSpaceError: if the sampler has fewer steps than asked for.
+        StaleError: if there is another build's checkpoint; the models are then as they were.
     """
     pipeline.scheduler = make_scheduler(args.sampler, pipeline.scheduler.config)
     args.resolution = args.resolution or own_resolution(pipeline.unet.config, pipeline.vae.config)
     config = describe(pipeline, prompts, model, args)
     names = get_family(args.model_type).text_encoders
-    weights = weights_sha256(pipeline.unet, *(getattr(pipeline, name) for name in names))
-    pipeline.to(state.device, PRECISIONS[args.mixed_precision])
+    weights = {name: weights_sha256(getattr(pipeline, name)) for name in ("unet", *names)}
     visited = []
     for steps in args.num_inference_steps:
         try:

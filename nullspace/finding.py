@@ -209,12 +209,10 @@ def on_the_hub(namespace, accepts, token, tell):
             folder = fetch_files(name, [CONFIG_NAME], token=token)
             config = read_config(folder)
             if accepts(config):
-                found.append((name, folder.name, config, int(config["prompts"]["count"])))
+                found.append((name, folder.name, config))
         except NullSpaceError as error:
             tell(f"The Hub dataset {name} was passed over ({reason(error)}).")
-        except (AttributeError, KeyError, TypeError, ValueError):
-            tell(f"The Hub dataset {name} was passed over (its {CONFIG_NAME} is not a bundle's).")
-    return [tuple(entry) for *entry, _ in sorted(found, key=lambda entry: (-entry[3], entry[0]))]
+    return sorted(found, key=lambda entry: (-entry[2]["prompts"]["count"], entry[0]))
 
 
 # ---- For the trainer -------------------------------------------------------------------------------------------------

@@ -65,6 +65,22 @@ def _hash_tensor(tensor):
     return digest.hexdigest()
 
 
+def weights_sha256(model):
+    """Hex digest of all weights of a model in float32, what their rounding to float16 does not show included.
+
+    Checkpoints are bound to it: they go on to the same bits.
+    """
+
+    def digest(item):
+        name, tensor = item
+        tensor = tensor.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        return f"{name} {hashlib.sha256(tensor.contiguous().numpy()).hexdigest()}"
+
+    with ThreadPoolExecutor() as pool:  # hashing takes longer than reading
+        return hash_json(sorted(pool.map(digest, model.state_dict().items())))
+
+
 def _plain_schedule(config):
     """A scheduler's configuration with all that a model is trained with, what it leaves out by default included."""
     from diffusers import DDPMScheduler  # takes seconds to import

@@ -393,7 +393,7 @@ def start_or_resume(accelerator, checkpoint, adapted, word, parameters, count, a
     if checkpoint:
         try:
             accelerator.load_state(checkpoint)
-        except NullSpaceError:
+        except (NullSpaceError, torch.OutOfMemoryError):  # the latter is a RuntimeError, too
             raise
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise NullSpaceError(

@@ -88,7 +88,7 @@ def add_extra_prompts(bundle, components, accelerator, dtype, args):
     )  # fmt: skip
     # Every process drew the same; their sum is the same in all of them, to the last bit.
     moments.reduce(lambda tensor: reduce(tensor, "sum"))
-    return bundle.emphasize(Bundle.from_moments(moments, groups, config))
+    return bundle.emphasize(moments, groups)
 
 
 def joint(bundle):

@@ -112,10 +112,17 @@ def describe_guarantee(found, bundle, dtype, threshold):
     if dtype != torch.float32:
         text += " Most of it is the rounding of its weights to 16 bits."
     if any(item.distances is None for item in bundle.group(JOINT).values()):
-        text += (
-            " It is measured against the bundle's own directions alone: the bundle is of the old format, which does "
-            "not say how far rounding has turned them from those that the base model uses."
-        )
+        text += " It is measured against the bundle's own directions alone: "
+        if bundle.config["format_version"] == 1:
+            text += (
+                "the bundle is of the old format, which does not say how far rounding has turned them from those that "
+                "the base model uses."
+            )
+        else:
+            text += (
+                "they are those of a sum that is made of rounded directions, and how far that has turned them from "
+                "those that the base model uses is not known."
+            )
     return text
 
 

@@ -24,8 +24,8 @@ class Spectrum(NamedTuple):
     the space that the leading ones leave, (m (m - 1) / 2,) float16 for m = in - k, see `pack`.
 
     `distances` (in,) are ||u_j - v_j||, V being what is stored and U the decomposition in float64 that it was rounded
-    from, or None where that is not known. They bound what the rounding can hide, whichever k directions are closed:
-    ||dW U_k||_F <= ||dW V_k||_F + ||dW||_F ||U_k - V_k||_F.
+    from, or None where that is not known, as of sums of what was stored. They bound what the rounding can hide,
+    whichever k directions are closed: ||dW U_k||_F <= ||dW V_k||_F + ||dW||_F ||U_k - V_k||_F.
     """
 
     eigenvalues: torch.Tensor
@@ -52,13 +52,13 @@ class Spectrum(NamedTuple):
         return cls(eigenvalues.flip(0).clamp_min(0).float().contiguous(), stored, tokens, distances)
 
     @classmethod
-    def from_spectra(cls, total, tokens, spectra, name="the input"):
-        """Decompose a sum that was made of stored spectra; the distance is known where all of theirs are.
+    def from_rounded(cls, total, tokens, name="the input"):
+        """The same of a sum that stored spectra are part of: how far from the exact sum's directions is not known.
 
-        It is that from the decomposition of this sum: nothing else has seen what the spectra were rounded from.
+        What their rounding adds to the sum turns a direction by its size over the gap to the next eigenvalue (Davis
+        and Kahan, 1970), and of the gaps of a thousand eigenvalues most are as small as that.
         """
-        spectrum = cls.from_sum(total, tokens, name)
-        return spectrum if all(item.distances is not None for item in spectra) else spectrum._replace(distances=None)
+        return cls.from_sum(total, tokens, name)._replace(distances=None)
 
     def pack(self, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"]):
         """The same with only the directions that this or the default threshold closes in float32.

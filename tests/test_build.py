@@ -197,6 +197,7 @@ def test_each_process_goes_on_with_its_own_share(tiny_sd1, tmp_path):
 
         models = SimpleNamespace(unet=pipeline.unet, text_encoder=pipeline.text_encoder)
         drawing = type("Drawing", (SimpleNamespace,), {"__call__": lambda self, *a, **k: draw(*a, **k)})
+        drawing.to = lambda self, *where: None
         state = SimpleNamespace(
             process_index=rank, num_processes=2, device=torch.device("cpu", 0), is_local_main_process=False
         )

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from diffusers import (
     AutoencoderKL,
@@ -226,6 +227,17 @@ def test_what_is_no_state_is_one_sentence(tiny_sd1, bundle1, tmp_path):  # noqa:
         reseal(checkpoint)
         with pytest.raises(NullSpaceError, match=f"{checkpoint} cannot be gone on from .*; name another, or start"):
             train(tiny_sd1, bundle1, output, "--resume_from_checkpoint", "checkpoint-2")
+
+
+def test_memory_that_is_short_is_not_laid_on_a_checkpoint(tiny_sd1, bundle1, tmp_path, monkeypatch):  # noqa: F811
+    train(tiny_sd1, bundle1, tmp_path / "lora", "--checkpointing_steps", 2)
+
+    def load_state(self, folder):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Accelerator, "load_state", load_state)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tiny_sd1, bundle1, tmp_path / "lora", "--resume_from_checkpoint", "latest")
 
 
 def test_latest_of_another_subject_is_refused_before_a_model_is_loaded(

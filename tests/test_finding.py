@@ -7,6 +7,7 @@ import resource
 import shutil
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -296,6 +297,22 @@ def test_a_build_that_was_stopped_goes_on(tiny_sd1, tmp_path, monkeypatch, caplo
     assert "begins anew" in caplog.text
 
 
+def test_a_build_that_was_stopped_in_another_precision_begins_anew(tiny_sd1, tmp_path, monkeypatch, caplog):
+    """And is bound to the model as it is stored, not as it was cast."""
+    monkeypatch.setattr(finding, "BATCH_SIZE", 1)
+    run, again = Run(tiny_sd1, tmp_path / "cache"), Run(tiny_sd1, tmp_path / "cache")
+    fingerprint = finding.fingerprint_of(run.components)
+    again.accelerator.mixed_precision = "bf16"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        count_drawn(run, patch, stop_after=7)
+        run.find()
+    folder, is_new = again.find()
+    config = json.loads(open(f"{folder}/{CONFIG_NAME}").read())
+    assert is_new and re.search(r"another build \(mixed_precision\).*", caplog.text) and "begins anew" in caplog.text
+    assert config["mixed_precision"] == "bf16" and config["base_model"]["fingerprint"] == fingerprint
+    assert Run(tiny_sd1, tmp_path / "cache").find() == (folder, False)
+
+
 def test_of_two_runs_at_once_one_builds(tiny_sd1, built, tmp_path, no_drawing, caplog):
     caplog.set_level(logging.INFO)
     run, found = Run(tiny_sd1, tmp_path), []
@@ -465,6 +482,16 @@ def test_what_somebodys_bundle_must_be_to_serve(flags, changed, serves, tiny_sd1
     run = Run(tiny_sd1, cache, *flags)
     config = json.loads(open(f"{built}/{CONFIG_NAME}").read())
     assert run.wanted.matches(config | changed, finding.fingerprint_of(run.components)) == serves
+
+
+def test_a_fault_of_this_code_is_not_laid_on_a_bundle(built, monkeypatch):
+    hub = SimpleNamespace(list_datasets=lambda **asked: [SimpleNamespace(id="ada/bundle")])
+    monkeypatch.setattr(finding, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(finding, "HfApi", lambda token: hub)
+    monkeypatch.setattr(finding, "fetch_files", lambda *asked, **options: Path(built))
+    assert [name for name, *_ in finding.on_the_hub("ada", lambda config: True, None, pytest.fail)] == ["ada/bundle"]
+    with pytest.raises(KeyError, match="misspelt"):
+        finding.on_the_hub("ada", lambda config: config["misspelt"], None, pytest.fail)
 
 
 def test_the_hub_is_not_asked_offline(tiny_sd1, tmp_path, monkeypatch):

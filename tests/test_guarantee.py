@@ -21,10 +21,11 @@ from nullspace.errors import NullSpaceError
 from nullspace.fingerprints import fingerprint
 from nullspace.hashes import config_sha256, sha256
 from nullspace.lora import LoraLayer, load_lora
+from nullspace.moments import SecondMoments
 from nullspace.names import CONFIG_NAME, JOINT, LORA_NAME, TEXT_ENCODER, TEXT_INPUT
 from nullspace.projector import NullSpaceProjector, Protected
 from nullspace.spectrum import Spectrum
-from test_train import bundle1, drawing_in_two_steps, report, same, train  # noqa: F401
+from test_train import bundle1, drawing_in_two_steps, make_bundle, report, roomy_bundle1, same, train  # noqa: F401
 
 
 UNPROTECTED = "unprotected_pytorch_lora_weights.safetensors"
@@ -93,19 +94,51 @@ def test_a_bundle_records_how_far_it_lies(bundle1):  # noqa: F811
     assert f"at most {bounded:.1e}" in (bundle1 / "README.md").read_text()
 
 
-def test_bundles_made_of_bundles_know_theirs_where_all_do(bundle1):  # noqa: F811
+@pytest.mark.parametrize("size", [96, 320])
+def test_what_rounding_does_to_a_sum_is_not_bounded_by_what_it_does_to_its_parts(size):
+    """Nor by that and the gap at the last closed direction, which would refuse every training."""
+    moments = [random_moment(size)[0], random_moment(size + 1)[0][:size, :size]]
+    parts = [Spectrum.from_sum(moment * 100, 100).pack() for moment in moments]
+    spectrum = Spectrum.from_rounded(sum(part.sum() for part in parts), 200)
+    exact = torch.linalg.eigh(sum(moments) / 2)
+    rank, energies = spectrum.rank(), exact.eigenvalues.flip(0)
+    protected = Protected(spectrum.orthonormal(), rank, None, spectrum.distance(rank))
+    # The LoRA that reads the free direction that lies nearest to what is closed in the exact sum
+    free = protected.basis[:, rank:].double()
+    nearest = torch.linalg.svd(free.T @ exact.eigenvectors.flip(1)[:, :rank]).U[:, :1]
+    layer = LoraLayer((free @ nearest).T.float(), torch.ones(8, 1), 1.0)
+    hidden = (layer.down.double() @ exact.eigenvectors.flip(1)[:, :rank]).norm().item()
+    assert leakage(layer, protected) < 1e-6 and hidden > 1e-4 > 100 * max(part.distance() for part in parts)
+    perturbed = sum((2 * part.eigenvalues.double() * part.distances).norm() for part in parts) / 2
+    assert perturbed / (energies[rank - 1] - energies[rank]) > 10 * hidden
+    assert protected.distance is spectrum.drift_distance() is None
+
+
+def test_bundles_made_of_several_do_not_know_how_far_they_lie(bundle1):  # noqa: F811
     bundle = Bundle.load(bundle1, text_encoder=True, every_group=True)
-    unknown = copy.deepcopy(bundle)
-    for spectra in unknown.spectra.values():
-        for source, item in spectra.items():
-            spectra[source] = item._replace(eigenvectors=item.orthonormal().half(), distances=None, rest=None)
-    first = bundle.config["groups"][1]["range"]
-    for parent, known in ((bundle, True), (unknown, False)):
-        joint = Bundle({}, {name: parent.spectra[name] for name in (JOINT, TEXT_INPUT)})
-        for made in (bundle.merge(parent), parent.restrict(*first), bundle.emphasize(joint)):
-            for item in made.spectra[JOINT].values():
-                assert (item.distance() < 1e-6) if known else item.distance() is None
-                assert item.eigenvectors.dtype == torch.float32
+    first, second, third = (group["range"] for group in bundle.config["groups"][1:])
+    moments = SecondMoments(None, {}, {})
+    for source, item in bundle.spectra[JOINT].items():
+        moments.sums[JOINT, source], moments.tokens[JOINT, source] = item.sum(), item.tokens
+    emphasized = bundle.emphasize(moments, bundle.config["groups"][:1])
+    for made in (bundle.merge(bundle), bundle.restrict(first[0], second[1]), emphasized):
+        for item in made.spectra[JOINT].values():
+            assert item.distance() is None and item.eigenvectors.dtype == torch.float32
+    alone = bundle.restrict(*third)  # made of nothing else
+    assert alone.spectra[JOINT] == alone.spectra[alone.config["groups"][1]["name"]]
+
+
+def test_a_range_of_timesteps_refuses_what_its_bundle_refuses(tiny_sd1, roomy_bundle1, tmp_path):  # noqa: F811
+    folder = make_bundle(tiny_sd1, tmp_path / "bundle", "--attention", "self")  # whose inputs are all summed
+    for timestep_range in (None, (0, 333), (0, 666)):
+        bundle = Bundle.load(folder, timestep_range=timestep_range)
+        bundle.protected()
+        for criterion, threshold in (("energy", 0.99), ("percentile", 30)):
+            with pytest.raises(NullSpaceError, match="in 16 bits; choose a"):
+                bundle.protected(criterion=criterion, threshold=threshold)
+        with pytest.raises(NullSpaceError, match="softness 1e-13 is too low"):
+            bundle.protected(softness=1e-13)
+    Bundle.load(roomy_bundle1, timestep_range=(0, 666)).protected(criterion="percentile", threshold=30)
 
 
 # ---- Whatever the surroundings ---------------------------------------------------------------------------------------
@@ -273,6 +306,14 @@ def test_leakage_that_is_not_a_number_is_above_any_bound(tiny_sd1, bundle1, tmp_
 SAID = {
     "guaranteed": ((), "Guaranteed: at most "),
     "16 bits": (("--mixed_precision", "bf16", "--no-upcast_before_saving"), "is the rounding of its weights to 16"),
+    "extra prompts": (
+        ("--nullspace_extra_prompts", "a star"),
+        "Guaranteed: .* alone: .* sum that is made of rounded directions",
+    ),
+    "range": (
+        ("--nullspace_timestep_range", 0, 666),
+        "Guaranteed: .* alone: .* sum that is made of rounded directions",
+    ),
     "zero": (("--nullspace_threshold", 0), "Nothing is guaranteed: .*--nullspace_threshold 0"),
     "some": (
         ("--lora_layers", "attn1.to_q,attn2.to_q", "--allow_unprotected"),
@@ -301,7 +342,8 @@ def test_report_and_card_say_it_first(case, tiny_sd1, bundle1, tmp_path):  # noq
     assert next(iter(found)) == "guarantee"
     said = found["guarantee"]
     assert re.search(expected, said)
-    assert ("Guaranteed" in said) == (case in ("guaranteed", "16 bits")) and "old format" not in said
+    assert ("Guaranteed" in said) == (not expected.startswith("Nothing")) and "old format" not in said
+    assert ("rounded directions" in said) == (case in ("extra prompts", "range"))
     card = (tmp_path / "lora" / "README.md").read_text().split("\n---\n", 1)[1].strip().splitlines()
     assert card[0].startswith("# ") and card[2] == said
     if case in ("guaranteed", "some"):

@@ -126,7 +126,7 @@ def test_where_nothing_is_closed_it_stays_as_it_is(ours, tiny_sd1, bundle1, tmp_
 @pytest.mark.parametrize(
     ("lora", "flags", "message"),
     [
-        ("missing", [], "^--init_lora: .*missing cannot be read as a LoRA"),
+        ("missing", [], "^--init_lora: .*missing, no folder or file here, cannot be read as a LoRA"),
         ("plain", ["--train_text_encoder", "--rank", 4], "--rank 4 contradicts .*, whose own is 3; leave --rank out"),
         ("plain", ["--train_text_encoder", "--lora_alpha", 3], "--lora_alpha 3 contradicts .*, whose own is 6; leave"),
         ("plain", [], "has layers of the text encoder; pass --train_text_encoder"),

@@ -536,24 +536,29 @@ def test_directions_that_are_not_closed_are_held_back(bundle):
     assert all(item.rank == 0 and item.gains is None for item in bundle.protected(threshold=0).values())
 
 
-def test_emphasized_prompts_weigh_as_much_as_all_others(world, bundle):
-    """Whatever the number of their tokens: C is the mean of both C."""
-    few = {  # a tenth of the tokens
-        name: {
-            source: Spectrum.from_sum(torch.diag(torch.arange(len(item.eigenvalues)) + 1.0), item.tokens // 10)
-            for source, item in bundle.spectra[name].items()
-        }
-        for name in (JOINT, TEXT_INPUT)
-    }
-    emphasized = bundle.emphasize(Bundle({}, few))
-    for name in (JOINT, TEXT_INPUT):
-        for source, item in emphasized.spectra[name].items():
-            parts = [spectra[name][source] for spectra in (bundle.spectra, few)]
-            expected = sum(part.sum() / part.tokens for part in parts) / 2
-            assert distance(item.sum() / item.tokens, expected) < 1e-3
-    other = next(name for name in bundle.spectra if name not in few)
-    assert emphasized.spectra[other] == bundle.spectra[other]
-    assert distance(bundle.group(JOINT)[TEXT_INPUT].sum(), emphasized.group(JOINT)[TEXT_INPUT].sum()) > 0.1
+@pytest.mark.parametrize("split", [False, True])
+def test_emphasized_prompts_weigh_as_much_as_all_others(split, world, bundle, monkeypatch):
+    """Whatever the number of their tokens: C is the mean of both C. The sums are decomposed, and nothing else."""
+    groups = world.groups if split else bundle.config["groups"][:1]
+    few = SecondMoments(world.unet, {}, {})
+    for name in [TEXT_INPUT, *(group["name"] for group in groups)]:
+        for source, item in bundle.spectra[name].items():
+            few.tokens[name, source] = item.tokens // 10
+            few.sums[name, source] = torch.diag(torch.arange(len(item.eigenvalues)) + 1.0) * few.tokens[name, source]
+    decomposed, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: decomposed.append(matrix) or eigh(matrix))
+    emphasized = bundle.emphasize(few, groups)
+    changed = {TEXT_INPUT, JOINT, *(group["name"] for group in groups)}
+    assert len(decomposed) == sum(len(bundle.spectra[name]) for name in changed)
+    for name, spectra in bundle.spectra.items():
+        for source, item in spectra.items():
+            made = emphasized.spectra[name][source]
+            if name in changed:
+                own, other = item.sum() / item.tokens, torch.diag(torch.arange(len(item.eigenvalues)) + 1.0)
+                assert distance(made.sum() / made.tokens, (own + other) / 2) < 1e-3 < 0.1 < distance(own, other)
+                assert made.tokens == 2 * item.tokens
+            else:
+                assert made is item
 
 
 def test_each_group_is_of_its_own_timesteps_and_joint_of_all(world, bundle):

@@ -266,12 +266,13 @@ def test_extra_prompts_are_drawn_as_the_bundle_was(flags, tiny_sd1, bundle1, tmp
     """What is added are the moments that a bundle of these prompts alone would have, whatever the training batch."""
     prompts, added = ["a photo of a star", "a circle"], []
     emphasize = Bundle.emphasize
-    monkeypatch.setattr(Bundle, "emphasize", lambda self, other: added.append((self, other)) or emphasize(self, other))
+    monkeypatch.setattr(Bundle, "emphasize", lambda *args: added.append(args) or emphasize(*args))
     words = ("--nullspace_extra_prompts", prompts[0], "--nullspace_extra_prompts", prompts[1], "--max_train_steps", 1)
     words += ("--no-compare_with_base",)
     with caplog.at_level(logging.INFO):
         train(tiny_sd1, bundle1, tmp_path / "lora", *words, *flags, "--train_batch_size", 5)
-    ((bundle, extra),) = added
+    ((bundle, moments, groups),) = added
+    extra = Bundle.from_moments(moments, groups, bundle.config)
     assert set(bundle.spectra) == set(extra.spectra)
     assert "Protecting 3 prompts of prompts.txt and 2 of your own" in caplog.text
     assert report(tmp_path / "lora")["nullspace"]["extra_prompts"] == prompts
@@ -306,7 +307,7 @@ def test_extra_prompts_are_protected(tiny_sd1, bundle1, tmp_path, caplog):
     open_, closed = Bundle.load(bundle1), []
     emphasize = Bundle.emphasize
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bundle, "emphasize", lambda self, other: closed.append(emphasize(self, other)) or closed[-1])
+        patch.setattr(Bundle, "emphasize", lambda *args: closed.append(emphasize(*args)) or closed[-1])
         with caplog.at_level(logging.INFO):
             train(tiny_sd1, bundle1, tmp_path / "lora", "--nullspace_extra_prompts", "a ohwx sks zwx")
     told = re.findall(r"(\d+) layers of input size (\d+): (\d+(?: to \d+)?) directions closed", caplog.text)

@@ -433,6 +433,7 @@ from diffusers.training_utils import free_memory
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from nullspace.adapters import add_lora, lora_targets
+from nullspace.audit import Auditor
 from nullspace.batch_loss import BatchLoss
 from nullspace.budget import hold_drift
 from nullspace.captions import distinct_captions
@@ -522,6 +523,20 @@ def train(accelerator, args):
         protected = protect(bundle, args)
     log_protection(bundle, protected, args)
 
+    # Pictures, encoded once where nothing changes them, before what trains takes its room
+    numbered = [[prompts.index(caption) for caption in several] for several in captions]
+    dataset = InstanceDataset(pictures, numbered, args, sizes)
+    dataloader = make_dataloader(dataset, accelerator.num_processes, args)
+    scale, known = vae.config.scaling_factor, family.needs_float32(vae.config)
+    reload = partial(family.load_vae, args.base_model)
+    vae = sound_vae(vae, dataset.first_epoch, reload, args.learning_rate, known)
+    args.vae_in_float32 = weight_dtype != vae.dtype
+    if args.cache_latents:
+        dataset.cache(partial(encode_pictures, vae))
+        vae = None
+    del models
+    free_memory()
+
     # LoRA, and a projector that keeps its optimizer in the null space; a word, which nothing protected reads
     adapted = {} if args.word_only else {"unet": unet} | (text_encoders if args.train_text_encoder else {})
     add_lora(adapted, targets, args)
@@ -536,23 +551,13 @@ def train(accelerator, args):
     projector.attach(optimizer)
     budget = hold_drift(optimizer, bundle, targets, adapted, args)
     tell_cost(initial, projector, args)
+    auditor = Auditor(bundle, protected, adapted)
 
-    # Data: pictures and captions, encoded once where nothing changes them
-    numbered = [[prompts.index(caption) for caption in several] for several in captions]
-    dataset = InstanceDataset(pictures, numbered, args, sizes)
-    dataloader = make_dataloader(dataset, accelerator.num_processes, args)
-    scale, known = vae.config.scaling_factor, family.needs_float32(vae.config)
-    reload = partial(family.load_vae, args.base_model)
-    vae = sound_vae(vae, dataset.first_epoch, reload, args.learning_rate, known)
-    args.vae_in_float32 = weight_dtype != vae.dtype
+    # Captions, encoded once where no text encoder learns
     prompt_encoder = PromptEncoder(tokenizers, text_encoders, prompts, accelerator.device, args)
     if args.pre_compute_text_embeddings:
         tokenizers, text_encoders = {}, {}
-    if args.cache_latents:
-        dataset.cache(partial(encode_pictures, vae))
-        vae = None
     kept = {**tokenizers, **text_encoders} | ({} if vae is None else {"vae": vae})  # what validation need not load
-    del models
     free_memory()
 
     # Start or resume; `learning` keeps the models as they are, whatever wraps them to train (DDP, torch.compile)
@@ -602,8 +607,7 @@ def train(accelerator, args):
             if step % args.checkpointing_steps == 0:
                 folder = checkpointer.save(step)
                 if accelerator.is_main_process:
-                    audited = audit_file(folder, bundle, adapted, args.nullspace_criterion, args.nullspace_threshold)
-                    scalars.take_audit(audited, step)
+                    scalars.take_audit(audit_file(folder, auditor), step)
             if args.validation_prompt and args.validation_steps and step % args.validation_steps == 0:
                 validate(accelerator, scalars, learning, kept, weight_dtype, step, args)
             checkpointer.stop_if_asked(step)
@@ -615,7 +619,7 @@ def train(accelerator, args):
     scalars.close()
     lora_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
     check_weights(parameters, step, args.learning_rate, lora_dtype)
-    return Trained(adapted, word, bundle, weight_dtype, lora_dtype, step, checkpointer.saved, run)
+    return Trained(auditor, word, weight_dtype, lora_dtype, step, checkpointer.saved, run)
 
 
 if __name__ == "__main__":

@@ -52,16 +52,60 @@ def predicted_drift(layer, weight, spectrum):
     Returns:
         `float`: the change; what the rounding of the spectrum may hide is not in it, see `audit`.
     """
-    return _drift(layer, weight, spectrum)[0]
+    roots = _roots(spectrum)
+    return ((_compact(layer) @ roots).norm() / _outputs(weight, roots)).item()
 
 
-def _drift(layer, weight, spectrum):
-    """The predicted drift, and how much more of it the rounding of the spectrum may hide, or None."""
-    roots = spectrum.orthonormal().double() * spectrum.eigenvalues.double().sqrt()
-    compact, distance = _compact(layer), spectrum.drift_distance()
-    outputs = (weight.detach().to("cpu", torch.float64) @ roots).norm()
-    hidden = None if distance is None else (compact.norm() * roots.norm() * distance / outputs).item()
-    return ((compact @ roots).norm() / outputs).item(), hidden
+def _roots(spectrum):
+    """C^(1/2) but for a rotation, (in, in) float64."""
+    return spectrum.orthonormal().double() * spectrum.eigenvalues.double().sqrt()
+
+
+def _outputs(weight, roots):
+    """tr(W C W^T)^(1/2), a scalar."""
+    return (weight.detach().to("cpu", torch.float64) @ roots).norm()
+
+
+class Auditor:
+    """Tells what LoRAs of one model do to the inputs that a bundle protects at all of its timesteps: `audit`.
+
+    What the layers' outputs weigh does not depend on the LoRA, takes a minute or more for SDXL, and is computed once.
+
+    Args:
+        bundle (`Bundle`): with its joint group loaded, and that of the text encoder if LoRAs have layers there.
+        protected (`dict[str, Protected]`): what is closed, from `Bundle.protected`, whatever is held back.
+        models (`dict[str, Module]`): the base model's `unet`, and text encoders by their names; with LoRA or without.
+    """
+
+    def __init__(self, bundle, protected, models):
+        self.bundle, self.protected, self.models = bundle, protected, models
+        self._outputs = {}  # of each layer, once it is asked for
+
+    def __call__(self, layers):
+        """What `audit` returns of layers, `dict[str, LoraLayer]`."""
+        return summarize([self._row(name, layer) for name, layer in layers.items()])
+
+    def _row(self, name, layer):
+        row = {"module": name, "in_features": layer.down.shape[1]}
+        row |= {"protected_rank": 0, "leakage": None, "predicted_drift": None, "rounding": None}
+        if name not in self.protected:
+            return row
+        item, weight = self.protected[name], base_layer(find_module(name, **self.models)).weight
+        if (len(layer.up), *layer.down.shape[1:]) != (len(weight), len(item.basis)):
+            raise NullSpaceError(f"The LoRA was made for another model than the bundle: their sizes of {name} differ.")
+        spectrum = self.bundle.group(JOINT)[self.bundle.modules[name]["input"]]
+        roots = _roots(spectrum._replace(eigenvectors=item.basis, rest=None))  # unpacked, which takes a while
+        if name not in self._outputs:
+            self._outputs[name] = _outputs(weight, roots)
+        layer = with_magnitude(layer, weight)
+        compact, distance = _compact(layer), spectrum.drift_distance()
+        row["protected_rank"] = item.rank
+        row["leakage"] = leakage(layer, item) if item.rank else None
+        row["predicted_drift"] = ((compact @ roots).norm() / self._outputs[name]).item()
+        if distance is not None:
+            hidden = (compact.norm() * roots.norm() * distance / self._outputs[name]).item()
+            row["rounding"] = {"leakage": item.distance, "predicted_drift": hidden}
+        return row
 
 
 def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"], **text_encoders):
@@ -84,27 +128,8 @@ def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS
         NullSpaceError: if a layer's sizes are not those of the bundle, or `Bundle.protected` refuses the threshold.
         AttributeError: if the models are not the bundle's and lack a layer that it covers.
     """
-    protected, spectra = bundle.protected(criterion, threshold), bundle.group(JOINT)
-    rows = []
-    for name, layer in layers.items():
-        row = {"module": name, "in_features": layer.down.shape[1]}
-        row |= {"protected_rank": 0, "leakage": None, "predicted_drift": None, "rounding": None}
-        if name in protected:
-            weight = base_layer(find_module(name, unet, **text_encoders)).weight
-            if (len(layer.up), *layer.down.shape[1:]) != (len(weight), len(protected[name].basis)):
-                raise NullSpaceError(
-                    f"The LoRA was made for another model than the bundle: their sizes of {name} differ."
-                )
-            # Unpacked once for all layers that read it
-            spectrum = spectra[bundle.modules[name]["input"]]._replace(eigenvectors=protected[name].basis, rest=None)
-            layer = with_magnitude(layer, weight)
-            row["protected_rank"] = protected[name].rank
-            row["leakage"] = leakage(layer, protected[name]) if protected[name].rank else None
-            row["predicted_drift"], hidden = _drift(layer, weight, spectrum)
-            if hidden is not None:
-                row["rounding"] = {"leakage": protected[name].distance, "predicted_drift": hidden}
-        rows.append(row)
-    return summarize(rows)
+    protected = bundle.protected(criterion, threshold, math.inf)
+    return Auditor(bundle, protected, {"unet": unet, **text_encoders})(layers)
 
 
 def summarize(rows):

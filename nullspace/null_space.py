@@ -8,6 +8,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 
 from nullspace.adapters import kinds_of
+from nullspace.audit import Auditor
 from nullspace.bundle import Bundle
 from nullspace.checks import check_softness, check_threshold, check_writable, output_folder_fault
 from nullspace.errors import NullSpaceError, listed
@@ -130,6 +131,7 @@ class NullSpace:
         projector = NullSpaceProjector(protected=protected, adapter=self.adapter, **models)
         projector.attach(optimizer)
         self.projector, self._adapted, self._dtype = projector, models, next(iter(weights)).dtype
+        self._auditor = Auditor(self.bundle, protected, models)
 
     def _lora_layers(self, name, model):
         """A (r, in) and B (out, r) of the LoRA layers of a model, by the name that a bundle gives them."""
@@ -199,7 +201,7 @@ class NullSpace:
         folder.mkdir(parents=True, exist_ok=True)
         with staging(folder / "lora") as staged:
             found = save_audited(
-                staged, self.bundle, self._adapted, dtype, self.criterion, self.threshold, folder / UNPROTECTED_NAME,
+                staged, self._auditor, dtype, folder / UNPROTECTED_NAME,
                 advice="see that nothing but the attached optimizer moves the LoRA, and train and save it in float32",
                 adapter=self.adapter,
             )  # fmt: skip

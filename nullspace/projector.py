@@ -42,6 +42,13 @@ class _Batch(NamedTuple):
     free: bool  # whether the directions span the free space, otherwise the protected one
     held: torch.Tensor | None  # (bases, in, in), what the gains take away of each free direction
 
+    def to(self, device):
+        """The same on a device, to which the model may have gone since this was made."""
+        if self.directions.device == device:
+            return self
+        held = None if self.held is None else self.held.to(device)
+        return self._replace(directions=self.directions.to(device), held=held)
+
     def project(self, tensors, soft):
         """Project the rows of tensors (r, in), one for each name, in order, in float32; hold them back if `soft`."""
         stacked = torch.stack(tensors).float()
@@ -196,10 +203,11 @@ class NullSpaceProjector:
 
         Not `soft` is for values: holding back is no projection, and would shrink them to nothing, step by step.
         """
-        for batch in self._batches:
+        for number, batch in enumerate(self._batches):
             tensors = [tensor_of(self.parameters[name]) for name in batch.names]
             present = [index for index, tensor in enumerate(tensors) if tensor is not None]
             if present:
+                batch = self._batches[number] = batch.to(tensors[present[0]].device)
                 zero = torch.zeros_like(tensors[present[0]])
                 projected = batch.project([zero if tensor is None else tensor for tensor in tensors], soft)
                 torch._foreach_copy_([tensors[i] for i in present], [projected[i] for i in present])

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from nullspace.adapters import save_lora, scale_lora
-from nullspace.audit import audit, summarize
 from nullspace.budget import RESERVE
 from nullspace.errors import UnsoundError
 from nullspace.lora import load_lora
@@ -27,35 +26,30 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def audit_file(folder, bundle, adapted, criterion, threshold):
+def audit_file(folder, auditor):
     """Read a saved LoRA back and tell what it does to the protected inputs, see `audit`.
 
     Args:
         folder (`Path`): with the LoRA.
-        adapted (`dict[str, Module]`): the models that have it, by name; none where only a word was trained.
+        auditor (`Auditor`): of the models that have it; of none, where only a word was trained.
 
     Raises:
         NullSpaceError: if the file cannot be read, or is of another model than the bundle.
     """
-    if not adapted:  # a word alone
-        return summarize([])
-    return audit(load_lora(folder), bundle, **adapted, criterion=criterion, threshold=threshold)
+    return auditor(load_lora(folder) if auditor.models else {})
 
 
-def save_audited(
-    folder, bundle, adapted, dtype, criterion, threshold, unprotected, advice=None, max_drift=None, **options
-):
+def save_audited(folder, auditor, dtype, unprotected, advice=None, max_drift=None, **options):
     """Write the LoRA to a folder, read it back, and refuse it if it leaks more than `LEAKAGE_BOUNDS` allow.
 
     Args:
         folder (`Path`): that is there.
-        adapted (`dict`): the models that have it, by name; none where no LoRA was trained.
+        auditor (`Auditor`): of the models that have it; of none, where no LoRA was trained.
         dtype (`torch.dtype`): of the saved weights, one of `LEAKAGE_BOUNDS`.
-        criterion, threshold: what counts as protected, see `Spectrum.rank`.
         unprotected (`Path`): where the file is moved to if it leaks.
         advice (`str`, *optional*): what to do then.
         max_drift (`float`, *optional*): the root mean square of the predicted drifts, read back, is at most that: B of
-            the `adapted` is scaled by what is missing, which only the rounding to 16 bits can bring about.
+            the models is scaled by what is missing, which only the rounding to 16 bits can bring about.
         options: of `save_lora`.
 
     Returns:
@@ -65,14 +59,14 @@ def save_audited(
         NullSpaceError: if the file cannot be written.
         UnsoundError: if a protected layer leaks too much.
     """
-    if adapted:
-        save_lora(folder, **adapted, dtype=dtype, **options)
-    found, bound = audit_file(folder, bundle, adapted, criterion, threshold), LEAKAGE_BOUNDS[dtype]
+    if auditor.models:
+        save_lora(folder, **auditor.models, dtype=dtype, **options)
+    found, bound = audit_file(folder, auditor), LEAKAGE_BOUNDS[dtype]
     while max_drift is not None and found["predicted_drift"]["rms"] > max_drift:
         counted = [row["module"] for row in found["layers"] if row["predicted_drift"] is not None]
-        scale_lora(adapted, counted, (1 - RESERVE) * max_drift / found["predicted_drift"]["rms"])
-        save_lora(folder, **adapted, dtype=dtype, **options)
-        found = audit_file(folder, bundle, adapted, criterion, threshold)
+        scale_lora(auditor.models, counted, (1 - RESERVE) * max_drift / found["predicted_drift"]["rms"])
+        save_lora(folder, **auditor.models, dtype=dtype, **options)
+        found = audit_file(folder, auditor)
     leaking = {row["module"]: row["leakage"] for row in found["layers"] if row["leakage"] is not None}
     leaking = {name: leakage for name, leakage in leaking.items() if not leakage <= bound}  # NaN is below no bound
     if leaking:

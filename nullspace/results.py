@@ -10,7 +10,7 @@ import torch
 from accelerate.logging import get_logger
 from diffusers.training_utils import free_memory
 
-from nullspace.bundle import Bundle
+from nullspace.audit import Auditor
 from nullspace.checkpoint import going_on_from, keeping_what_was_learned, write_state
 from nullspace.dataset_card import model_name
 from nullspace.embeddings import bundled, is_word, read_word, save_embedding
@@ -48,9 +48,8 @@ SMALL_FILES = 2**20  # bytes of report, card and logs, more or less
 class Trained(NamedTuple):
     """What saving needs of a training; all else that it held is freed with `train`, to make room for pictures."""
 
-    adapted: dict  # the models that have a LoRA, by name
+    auditor: Auditor  # of the models that have a LoRA, and the bundle; of none, where a word is trained alone
     word: NewWord | None
-    bundle: Bundle | None  # none where a word is trained alone
     dtype: torch.dtype  # that the models ran in
     lora_dtype: torch.dtype  # that the LoRA is saved in
     step: int
@@ -78,10 +77,11 @@ def save(accelerator, trained, earlier_logs, args):
             if accelerator.is_main_process:
                 with keeping_what_was_learned(staged, args.output_dir, step):
                     found = save_trained(accelerator, staged, trained, args)
-                    trained.adapted.clear()
+                    trained.auditor.models.clear()
                     accelerator.free_memory()  # it keeps what it prepared
                     free_memory()
-                    others = spread(trained.bundle.config["prompts"]["examples"], 3) if trained.bundle else []
+                    bundle = trained.auditor.bundle
+                    others = spread(bundle.config["prompts"]["examples"], 3) if bundle else []
                     prompts = args.validation_prompt or [args.instance_prompt[0], *others]
                     rows, compared = draw_results(staged, trained, prompts, device, args)
                     put_in_place(staged, args)
@@ -122,9 +122,8 @@ def save_trained(accelerator, staged, trained, args):
     if trained.word:
         trained.word.save(staged)
     found = save_audited(
-        staged, trained.bundle, trained.adapted, trained.lora_dtype, args.nullspace_criterion,
-        args.nullspace_threshold, args.output_dir / UNPROTECTED_NAME, max_drift=args.max_drift,
-    )  # fmt: skip
+        staged, trained.auditor, trained.lora_dtype, args.output_dir / UNPROTECTED_NAME, max_drift=args.max_drift
+    )
     log_audit(accelerator, found, trained.step)
     for key in ("leakage", "predicted_drift"):
         if found[key]["max"] is not None:
@@ -226,7 +225,7 @@ def write_results(accelerator, trained, found, prompts, rows, compared, args):
     Returns:
         The names (`list[str]`) in --output_dir of all that, and of LoRA and word.
     """
-    bundle, step = trained.bundle, trained.step
+    bundle, step = trained.auditor.bundle, trained.step
     (args.output_dir / UNPROTECTED_NAME).unlink(missing_ok=True)  # of an earlier run, whose place this one takes
     report = report_of(found, bundle, trained.lora_dtype, args)
     write_json(args.output_dir / REPORT_NAME, report)

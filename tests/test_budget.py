@@ -12,7 +12,7 @@ from transformers import CLIPTextModel
 
 import train_dreambooth_nullspace as trainer
 from nullspace.adapters import add_lora, lora_modules
-from nullspace.audit import audit, load_audited_models
+from nullspace.audit import Auditor, audit, load_audited_models
 from nullspace.budget import DriftBudget
 from nullspace.bundle import Bundle
 from nullspace.errors import NullSpaceError
@@ -112,8 +112,8 @@ def test_what_rounding_to_16_bits_adds_is_taken_off(lora, tmp_path):
     adapted, base, bundle, _ = lora
     before = layers_of(adapted)
     limit = audit(before, bundle, **base)["predicted_drift"]["rms"] / 1.5
-    setting = {"dtype": torch.bfloat16, "criterion": "energy", "threshold": 0.9, "unprotected": tmp_path / "leaking"}
-    found = save_audited(tmp_path, bundle, adapted, **setting, max_drift=limit)
+    auditor = Auditor(bundle, bundle.protected(), adapted)
+    found = save_audited(tmp_path, auditor, torch.bfloat16, tmp_path / "leaking", max_drift=limit)
     assert 0.999 * limit < found["predicted_drift"]["rms"] <= limit
     assert found["predicted_drift"]["rms"] == audit(load_lora(tmp_path), bundle, **adapted)["predicted_drift"]["rms"]
     for name, layer in layers_of(adapted).items():

@@ -29,6 +29,7 @@ from test_nullspace_utils import (
     world,  # noqa: F401
     worst_share,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModel
 
 from nullspace import NullSpace
@@ -249,6 +250,17 @@ def test_accelerates_optimizer_with_accumulation(attach_first):
             parameter.data = torch.from_numpy(projected(parameter, protected[name])).float()
             assert_close(down(unet)[name], array(parameter))
     assert worst_share(projector) < 1e-6
+
+
+@pytest.mark.parametrize("lowest", [None, EXACT])
+def test_the_model_may_go_to_another_device_afterwards(lowest):
+    """As `accelerator.prepare` takes it there; a GPU of shapes alone does."""
+    unet, protected = mixture(lowest=lowest)
+    projector = NullSpaceProjector(unet, protected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = {parameter: torch.empty(parameter.shape, device="cuda") for parameter in projector.parameters.values()}
+        projector._apply(on_gpu.get)
+        assert {tensor.device.type for tensor in on_gpu.values()} == {"cuda"}
 
 
 @pytest.mark.parametrize("lowest", [None, EXACT])

@@ -10,8 +10,9 @@
 
     accelerate launch train_dreambooth_nullspace.py \\
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --instance_data_dir pictures --instance_prompt "a photo of a sks dog" \\
-        --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 --output_dir lora
+        --instance_data_dir pictures --instance_prompt "a photo of a sks-dog" \\
+        --placeholder_token sks-dog --initializer_token dog --num_vectors 4 --max_drift 0.05 \\
+        --train_batch_size 1 --learning_rate 1e-3 --max_train_steps 800 --output_dir sks-dog
 
 It is DreamBooth LoRA as in diffusers' train_dreambooth_lora.py; in place of prior preservation, the
 LoRA is kept in the null space of what the attention layers read on the prompts that a bundle
@@ -105,7 +106,7 @@ def parse_args(argv=None):
         "--nullspace_name_or_path",
         help="Folder or Hub dataset id of its bundle (default: one of this very model from the cache or from "
         "--nullspace_namespace; where there is none, one is built from general prompts, in about the time of drawing "
-        "16 pictures in 25 steps, and kept in the cache).",
+        "16 to 22 pictures in 25 steps, and kept in the cache).",
     )
     group.add_argument("--nullspace_revision", help="Revision of the bundle on the Hub.")
     group.add_argument(

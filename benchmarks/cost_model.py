@@ -212,7 +212,7 @@ def main():
             cost = sd1["step"][int(rank)]
             checks[f"step ratio, rank {rank}"] = {
                 "model": 1 + cost["projection_flops"] / cost["flops"],
-                "measured": result["ratio"],
+                "measured": result["ratio, protected"],
                 "measured_projections": result["projections_per_step"],
             }
         seconds = {

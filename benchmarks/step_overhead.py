@@ -101,9 +101,9 @@ class Trainee:
         return step
 
     def _timed(self, function):
-        def timed(*args):
+        def timed(*args, **kwargs):
             start = time.process_time()
-            function(*args)
+            function(*args, **kwargs)
             self.seconds.append(time.process_time() - start)
 
         return timed

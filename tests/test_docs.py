@@ -25,7 +25,7 @@ import build_nullspace
 import nullspace_utils
 import train_dreambooth_nullspace as trainer
 from nullspace import finding, settling
-from nullspace.names import LORA_NAME
+from nullspace.names import LORA_NAME, WORD_NAME
 from test_train import drawing_in_two_steps  # noqa: F401
 
 
@@ -146,6 +146,10 @@ def desk(tiny_sd1, tiny_lcm, translated, tmp_path_factory):  # noqa: F811
             script, flags = script_of(words)
             if script and "sdxl" not in str(flags) and str(tiny_xl) not in flags:
                 run(script, flags)
+        checkpoint = folder / "sks-dog" / "checkpoint-400"  # after whose steps these trainings have long been over
+        checkpoint.mkdir()
+        for name in (LORA_NAME, WORD_NAME):
+            shutil.copy(folder / "sks-dog" / name, checkpoint)
     return folder
 
 

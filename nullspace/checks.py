@@ -236,6 +236,17 @@ def resolution_fault(resolution, block_out_channels):
     return None
 
 
+def resolution_warning(resolution, unet_config, vae_config):
+    """A sentence on a resolution that the base model is hardly made for, or None, as where its own is not known."""
+    if isinstance(unet_config.get("sample_size"), int):
+        own = own_resolution(unet_config, vae_config)
+        if not own / 2 < resolution < own * 2:
+            return (
+                f"--resolution {resolution} is far from the {own} that the base model draws at; left out, it is that."
+            )
+    return None
+
+
 def drawing_fault(resolution, sample_size):
     """What is wrong with drawing at a resolution with a UNet of latents (sample_size, sample_size), or None.
 

@@ -35,6 +35,7 @@ from nullspace.checks import (
     own_resolution,
     require,
     resolution_fault,
+    resolution_warning,
 )
 from nullspace.errors import NullSpaceError, listed, reason
 from nullspace.families import recognise
@@ -143,17 +144,6 @@ def read_subject(accelerator, args):
     return pictures, captions, sizes, given
 
 
-def unusual_resolution(args):
-    """A sentence on a --resolution that the base model is hardly made for, or None."""
-    vae, unet = part_configs(args)
-    if not isinstance(unet.get("sample_size"), int):
-        return None
-    own = own_resolution(unet, vae)
-    if own / 2 < args.resolution < own * 2:
-        return None
-    return f"--resolution {args.resolution} is far from the {own} that the base model draws at; left out, it is that."
-
-
 def training_sizes(args):
     """The sizes that pictures are trained at, (width, height) each: --resolution, or the buckets of its area.
 
@@ -221,8 +211,6 @@ def find_out(accelerator, captions, pictures, initial, args):
             args.single_file_config,
             args.pretrained_vae_model_name_or_path,
         )._replace(loras=loras)
-    if sentence := unusual_resolution(args):
-        logger.warning(sentence)
     if sentence := unnamed_subjects(loras):
         logger.warning(sentence)
     settle_seed(accelerator, checkpoint, args)
@@ -300,6 +288,8 @@ def load_models(family, captions, given_prompts, args):
     with loading(args.pretrained_model_name_or_path):
         models = load_checked(family, args.base_model)
         noise_scheduler = family.load_noise_scheduler(args.base_model.folder)
+    if sentence := resolution_warning(args.resolution, models["unet"].config, vae_config):
+        logger.warning(sentence)
     for name in family.text_encoders:
         check_clip_skip(args.clip_skip, models[name].config.num_hidden_layers, family.unread_layers(name))
     return tokenizers, models, noise_scheduler

@@ -662,7 +662,7 @@ def test_real_models_are_scored_through_their_pipelines(is_lcm, judges, tiny_sd1
     assert 3 * 256 < picture.height < 4 * 256
     assert "random" in capsys.readouterr().out
     words += ["--lora", f"mistyped={tmp_path / 'loar'}", "--pretrained_model_name_or_path", "never/looked-for"]
-    with pytest.raises(NullSpaceError, match="loar cannot be read as a LoRA"):
+    with pytest.raises(NullSpaceError, match="loar, no folder or file here, cannot be read as a LoRA"):
         real_model.main(real_model.parse_args([str(word) for word in words]))
 
 

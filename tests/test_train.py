@@ -808,6 +808,24 @@ def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, refe
     assert in_drawing == [set()] * 4
 
 
+def test_what_is_unusual_is_said(tiny_sd1, bundle1, reference, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    assert same(train(tiny_sd1, bundle1, tmp_path / "usual"), reference)
+    said = (
+        "--resolution 64 is far from the 32",
+        "--num_train_epochs 1 is 3 steps here",
+        "holds checkpoint-7 of an earlier",
+    )
+    assert not any(sentence in caplog.text for sentence in said)
+    (tmp_path / "lora" / "checkpoint-7").mkdir(parents=True)
+    train(tiny_sd1, bundle1, tmp_path / "lora", "--resolution", 64, without=["--max_train_steps"])
+    assert all(sentence in caplog.text for sentence in said)
+    train(tiny_sd1, bundle1, tmp_path / "more", "--checkpointing_steps", 3)
+    assert "Saved checkpoint-3" in caplog.text and "left to train" not in caplog.text
+    assert same(train(tiny_sd1, bundle1, tmp_path / "more", "--resume_from_checkpoint", "latest"), reference)
+    assert "Nothing is left to train" in caplog.text and "partial" not in caplog.text
+
+
 @pytest.mark.parametrize("flags", [[], ["--cache_latents"]], ids=["encoded", "cached"])
 def test_noise_levels_are_not_rounded_to_16_bits(flags, tiny_sd1, bundle1, tmp_path, monkeypatch):
     """In bfloat16 the first timesteps would have no noise at all."""

@@ -60,14 +60,14 @@ class _Batch(NamedTuple):
         return (inside if self.free else x - inside).view_as(stacked).unbind()
 
 
-def _held_back(item):
-    """U (1 - g) U^T (in, in) of the free directions U (in, in - rank) and their gains g.
+def _held_back(item, device):
+    """U (1 - g) U^T (in, in), made on a device, of the free directions U (in, in - rank) and their gains g.
 
     It takes most of a projector's memory, and half precision does: its rounding moves a gain by at most 3e-4, and
     what is closed is projected away afterwards. Lower gains need more.
     """
-    free = item.basis[:, item.rank :]
-    held = (free * (1 - item.gains)) @ free.T
+    free = item.basis[:, item.rank :].to(device)
+    held = (free * (1 - item.gains.to(device))) @ free.T
     return held.half() if item.gains.min() > 1e-3 else held
 
 
@@ -85,7 +85,7 @@ def _make_batches(protected, parameters, device):
         if item.rank:
             free = item.rank > len(item.basis) // 2  # work with whichever half is smaller
             directions = item.basis[:, item.rank :] if free else item.basis[:, : item.rank]
-            held = None if item.gains is None else _held_back(item)
+            held = None if item.gains is None else _held_back(item, device)
             kind = (len(item.basis), lora_rank, len(names), free, None if held is None else held.dtype)
             kinds.setdefault(kind, []).append((names, directions, held))
     batches = []
@@ -93,7 +93,7 @@ def _make_batches(protected, parameters, device):
         padded = torch.zeros(len(members), size, max(directions.shape[1] for _, directions, _ in members))
         for row, (_, directions, _) in zip(padded, members, strict=True):
             row[:, : directions.shape[1]] = directions
-        held = None if dtype is None else torch.stack([each for *_, each in members]).to(device)
+        held = None if dtype is None else torch.stack([each for *_, each in members])
         batches.append(_Batch([name for names, *_ in members for name in names], padded.to(device), free, held))
     return batches
 
@@ -127,7 +127,7 @@ class NullSpaceProjector:
         self.protected = protected
         self.parameters = {name: find_module(name, unet, **text_encoders).lora_A[adapter].weight for name in protected}
         device = next(unet.parameters()).device
-        with tf32(False, torch.device("cpu")):  # where bundles are read to
+        with tf32(False, device):
             self._batches = _make_batches(protected, self.parameters, device)
         self._is_soft = any(batch.held is not None for batch in self._batches)
         self._projected = {}  # parameter -> its gradient, once that is projected

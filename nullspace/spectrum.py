@@ -168,7 +168,7 @@ class Spectrum(NamedTuple):
         reflections, factors = torch.zeros(size, size), torch.zeros(size)
         reflections[:, :exact], factors[:exact] = torch.geqrf(self.eigenvectors)
         others = reflections[exact:, exact:]
-        others[_below(size - exact)] = self.rest.float()
+        others.masked_scatter_(_below(size - exact), self.rest.float())
         factors[exact:] = 2 / (1 + others.square().sum(0))  # 1 - factor v v^T reflects: so rounding keeps it orthogonal
         basis = torch.linalg.householder_product(reflections, factors).contiguous()
         basis[:, :exact] = self.eigenvectors

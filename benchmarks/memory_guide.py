@@ -224,7 +224,10 @@ def bundle_of(sources, items):
 
 
 def memory(setting, family, projected=True):
-    """Bytes (`dict`): the `models` that stay, the projector among them, and the peaks of each kind of work."""
+    """Bytes (`dict`): the `models` that stay, the projector among them, and the peaks of each kind of work.
+
+    In the trainer's order: pictures are encoded before there is a projector, and drawn when it is gone.
+    """
     flags = {"rank": RANK, "train_batch_size": 1, "mixed_precision": "no", **setting}
     line = ["--pretrained_model_name_or_path", "m", "--nullspace_name_or_path", "b", "--instance_data_dir", "d"]
     line += ["--instance_prompt", "a sks-dog"]
@@ -241,6 +244,24 @@ def memory(setting, family, projected=True):
         side = unet.config.sample_size * scale
         for model in (*text_encoders.values(), vae, unet):
             model.requires_grad_(False)
+        given = family.denoiser(unet, unet.config, None)
+
+        def denoise(noisy, *rest, **conditions):  # as BatchLoss gives it
+            return given(noisy.to(dtype), *rest, **conditions)
+
+        live.peak = live.now
+        with torch.no_grad(), as_on_a_gpu():
+            moments = encode_pictures(vae, torch.empty(1 if args.cache_latents else batch, 3, side, side))
+            conditions = tell(family, text_encoders, batch)
+            encoding, live.peak = live.peak, live.now
+            both = {key: torch.empty(2, *value.shape[1:], dtype=value.dtype) for key, value in conditions.items()}
+            denoise(torch.empty(2, 4, side // scale, side // scale, dtype=dtype), 0, **both)  # with guidance
+            vae.decode(torch.empty(1, 4, side // scale, side // scale, dtype=vae.dtype))
+            del both
+        drawing = live.peak
+        if args.cache_latents:
+            del vae
+            moments = torch.empty(batch, *moments.shape[1:])
         adapted, sources = {"unet": unet}, attention_inputs(unet)
         if args.train_text_encoder:
             adapted |= text_encoders
@@ -267,21 +288,6 @@ def memory(setting, family, projected=True):
             DriftBudget(args.max_drift, bundle_of(sources, items), list(sources), adapted).attach(optimizer)
         budget = live.now - before - held
 
-        denoise = family.denoiser(unet, unet.config, None)
-        live.peak = live.now
-        with torch.no_grad(), as_on_a_gpu():
-            moments = encode_pictures(vae, torch.empty(1 if args.cache_latents else batch, 3, side, side))
-            moments = moments.to(dtype)
-            conditions = tell(family, text_encoders, batch)
-            encoding, live.peak = live.peak, live.now
-            both = {key: torch.empty(2, *value.shape[1:], dtype=value.dtype) for key, value in conditions.items()}
-            denoise(torch.empty(2, 4, side // scale, side // scale, dtype=dtype), 0, **both)  # with guidance
-            vae.decode(torch.empty(1, 4, side // scale, side // scale, dtype=vae.dtype))
-            del both
-        drawing = live.peak
-        if args.cache_latents:
-            del vae
-            moments = torch.empty(batch, *moments.shape[1:])
         if args.pre_compute_text_embeddings:
             text_encoders.clear()
         gc.collect()

@@ -4,10 +4,11 @@
 
 Bundles of the demo's model are built with one thing varied at a time: the number of prompts, the pictures drawn of
 each, the sampler, its steps, its guidance scale, the resolution and the precision; from the first timesteps of
-sampling only; and with the eigenvectors stored in the ways of `bundle_size.py`. Of each the cost of the build is
-measured, its bytes, and the share of the energy of held-out prompts that it lets through. A LoRA is trained with each,
-from the same seeds, and scored on held-out prompts: the change of the predicted noise, and of pictures drawn with three
-samplers. Goes on where it stopped; writes `results/bundle_data.json` and `results/bundle_data.png`.
+sampling only; with the eigenvectors stored in the ways of `bundle_size.py`; and one of as few prompts and steps as the
+trainer takes where it builds one itself. Of each the cost of the build is measured, its bytes, and the share of the
+energy of held-out prompts that it lets through. A LoRA is trained with each, from the same seeds, and scored on
+held-out prompts: the change of the predicted noise, and of pictures drawn with three samplers. Goes on where it
+stopped; writes `results/bundle_data.json` and `results/bundle_data.png`.
 """
 
 import json
@@ -29,6 +30,7 @@ from resumable import Results, describe_machine
 from scoring import DRAWN, HELD_OUT, HERE, MODEL, ROOT, WORK, build_bundle, prompts_of, world_hash
 from tqdm.auto import tqdm
 
+from nullspace import finding
 from nullspace.bundle import Bundle
 from nullspace.names import JOINT, WORD_SOFTNESS
 from nullspace.spectrum import Spectrum
@@ -56,6 +58,7 @@ VARIED = {
     "range": ((781, 999), (581, 999), ALL),  # the first 5 and 10 of 25 steps, and all
     "stored": tuple(WAYS),
 }
+OWN = USUAL | {"prompts": finding.PROMPTS, "steps": finding.STEPS[0]}  # what a training builds where none is named
 NONE = "no bundle"
 
 
@@ -66,7 +69,7 @@ def name_of(setting):
 def settings():
     """Every setting to try, by name."""
     varied = [USUAL | {key: value} for key, values in VARIED.items() for value in values]
-    return {name_of(setting): setting for setting in varied}
+    return {name_of(setting): setting for setting in [*varied, OWN]}
 
 
 # ---- The bundles -----------------------------------------------------------------------------------------------------
@@ -194,6 +197,7 @@ def plot(runs, path):
         axis.plot(labels, [row["let_through"] for row in found], "x:", label="energy let through")
         axis.plot(labels, [row["subject"] for row in found], "^-", label="distance to the subject")
         axis.axhline(runs[NONE]["noise_drift"], color="grey", linestyle=":", label="predicted noise, no bundle")
+        axis.axhline(runs[name_of(OWN)]["noise_drift"], color="grey", label="predicted noise, the trainer's own bundle")
         axis.tick_params(axis="x", labelrotation=20 if key == "stored" else 0)
         axis.set(title=key, yscale="log")
     axes[0, 0].set_ylabel("change on held-out prompts; distance")

@@ -57,12 +57,62 @@ SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 def parse_args(argv=None):
     parser = Parser(usage=launched(), description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
-    group = parser.add_argument_group("model")
+    group = parser.add_argument_group("what most trainings name")
     group.add_argument(
         "--pretrained_model_name_or_path",
         required=True,
         help="Folder, .safetensors file or Hub id of the base model (required).",
     )
+    group.add_argument(
+        "--instance_data_dir",
+        type=Path,
+        help="Folder with the subject's pictures, or with kohya's folders of them ('10_sks dog': 10 times an epoch). "
+        "A caption beside a picture (0.txt for 0.png), or in a metadata.jsonl, takes the place of --instance_prompt; "
+        "several rows there of one picture take turns. "
+        "HEIC needs pillow-heif; pictures more than 10 times as long as wide are refused.",
+    )
+    group.add_argument(
+        "--instance_prompt",
+        nargs="+",
+        metavar="PROMPT",
+        help="Prompt with an identifier for the subject (required for pictures without a caption). Several take turns "
+        "at random, so that the subject is not tied to the words of one.",
+    )
+    group.add_argument(
+        "--placeholder_token",
+        metavar="TOKEN",
+        help="A new token for the subject, as sks-star, to be written in prompts and captions: its rows in the text "
+        "encoders' embeddings are trained along (textual inversion, arXiv 2208.01618). No prompt without it is moved "
+        "by them (default: no token is added).",
+    )
+    group.add_argument(
+        "--initializer_token",
+        metavar="TOKEN",
+        help="What the rows begin as: a word that is one token, mostly the class (required with it).",
+    )
+    group.add_argument("--num_vectors", type=int, default=1, help="Rows of the token (default: %(default)s).")
+    group.add_argument(
+        "--max_drift",
+        type=float,
+        metavar="DRIFT",
+        help="The most that the LoRA may change its layers' outputs on what the bundle protects: the root mean square "
+        "of their predicted drifts, which the report has, is held under it in every step. What costs most is given "
+        "up first (default: no limit).",
+    )
+    group.add_argument(
+        "--learning_rate",
+        type=float,
+        help=f"Default: {DEFAULT_RATES['adamw']:g}; prodigy, which scales it itself: {DEFAULT_RATES['prodigy']:g}.",
+    )
+    group.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
+    group.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("lora-dreambooth-model"),
+        help="What to write to (default: %(default)s).",
+    )
+
+    group = parser.add_argument_group("model")
     group.add_argument("--single_file_config", help=SINGLE_FILE_CONFIG)
     group.add_argument(
         "--pretrained_vae_model_name_or_path",
@@ -156,14 +206,6 @@ def parse_args(argv=None):
         help="Protect only these training timesteps (default: all that the bundle has).",
     )
     group.add_argument(
-        "--max_drift",
-        type=float,
-        metavar="DRIFT",
-        help="The most that the LoRA may change its layers' outputs on what the bundle protects: the root mean square "
-        "of their predicted drifts, which the report has, is held under it in every step. What costs most is given "
-        "up first (default: no limit).",
-    )
-    group.add_argument(
         "--allow_unprotected",
         action="store_true",
         help="Train also those layers that the bundle does not cover, or in which it closes no direction. They change "
@@ -211,19 +253,6 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("word")
     group.add_argument(
-        "--placeholder_token",
-        metavar="TOKEN",
-        help="A new token for the subject, as sks-star, to be written in prompts and captions: its rows in the text "
-        "encoders' embeddings are trained along (textual inversion, arXiv 2208.01618). No prompt without it is moved "
-        "by them (default: no token is added).",
-    )
-    group.add_argument(
-        "--initializer_token",
-        metavar="TOKEN",
-        help="What the rows begin as: a word that is one token, mostly the class (required with it).",
-    )
-    group.add_argument("--num_vectors", type=int, default=1, help="Rows of the token (default: %(default)s).")
-    group.add_argument(
         "--word_learning_rate",
         type=float,
         help=f"Of the rows, which no weight decay shrinks (default: {DEFAULT_WORD_RATE:g}; prodigy: --learning_rate).",
@@ -235,14 +264,6 @@ def parse_args(argv=None):
     )
 
     group = parser.add_argument_group("pictures")
-    group.add_argument(
-        "--instance_data_dir",
-        type=Path,
-        help="Folder with the subject's pictures, or with kohya's folders of them ('10_sks dog': 10 times an epoch). "
-        "A caption beside a picture (0.txt for 0.png), or in a metadata.jsonl, takes the place of --instance_prompt; "
-        "several rows there of one picture take turns. "
-        "HEIC needs pillow-heif; pictures more than 10 times as long as wide are refused.",
-    )
     group.add_argument(
         "--dataset_name", help="Instead of that folder, a folder or Hub id of a dataset with pictures (and captions)."
     )
@@ -257,13 +278,6 @@ def parse_args(argv=None):
         help="What transparent pictures are laid on, a name or #rrggbb (default: white).",
     )
     group.add_argument("--cache_dir", help="Where that dataset is stored (default: the datasets library's cache).")
-    group.add_argument(
-        "--instance_prompt",
-        nargs="+",
-        metavar="PROMPT",
-        help="Prompt with an identifier for the subject (required for pictures without a caption). Several take turns "
-        "at random, so that the subject is not tied to the words of one.",
-    )
     group.add_argument("--repeats", type=int, default=1, help="Times a picture is in an epoch (default: %(default)s).")
     group.add_argument("--resolution", type=int, help="Side of the training pictures (default: the model's own).")
     group.add_argument(
@@ -283,16 +297,9 @@ def parse_args(argv=None):
     )
 
     group = parser.add_argument_group("training")
-    group.add_argument(
-        "--output_dir",
-        type=Path,
-        default=Path("lora-dreambooth-model"),
-        help="What to write to (default: %(default)s).",
-    )
     group.add_argument("--seed", type=int, help="Seed for reproducible training.")
     group.add_argument("--train_batch_size", type=int, default=4, help="Pictures a device (default: %(default)s).")
     group.add_argument("--num_train_epochs", type=int, default=1, help="Rounds of all pictures (default: %(default)s).")
-    group.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
     group.add_argument(
         "--gradient_accumulation_steps",
         type=int,
@@ -342,11 +349,6 @@ def parse_args(argv=None):
         "--optimizer", choices=["adamw", "prodigy"], default="adamw", help="prodigy needs prodigyopt (default: adamw)."
     )
     group.add_argument("--use_8bit_adam", action="store_true", help="AdamW with 8-bit states; needs bitsandbytes.")
-    group.add_argument(
-        "--learning_rate",
-        type=float,
-        help=f"Default: {DEFAULT_RATES['adamw']:g}; prodigy, which scales it itself: {DEFAULT_RATES['prodigy']:g}.",
-    )
     group.add_argument(
         "--text_encoder_lr", type=float, help="Learning rate of --train_text_encoder (default: --learning_rate)."
     )

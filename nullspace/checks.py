@@ -120,8 +120,12 @@ class Parser(argparse.ArgumentParser):
                 except ValueError:
                     self.error(f"--{action.dest} has a NUL in it, which no path has.")
             numbers = [one for one in (value if isinstance(value, list) else [value]) if is_number(one)]
-            if not numbers or isinstance(self.ranges[action.dest], str):
+            if not numbers or isinstance(self.ranges.get(action.dest), str):
                 continue
+            if action.dest not in self.ranges:
+                raise KeyError(
+                    f"--{action.dest} takes numbers and has no range: add it to RANGES of nullspace/checks.py"
+                )
             wrong = [one for one in numbers if one not in self.ranges[action.dest]]
             if wrong:
                 self.error(f"--{action.dest} must be {self.ranges[action.dest]}, not {wrong[0]}.")

@@ -134,13 +134,17 @@ def original_size(picture):
 
 
 def describe_sizes(pictures, sizes):
-    """The lines on what `fit` made of pictures: into which sizes, where it chose, and which it enlarged."""
+    """The lines on what `fit` made of pictures: of which sizes they were and are, and which it enlarged."""
     pictures = list({id(picture): picture for picture in pictures}.values())  # one that is repeated is one
     originals = [original_size(picture) for picture in pictures]
     if len(sizes) > 1:
         counts = Counter(nearest_size(size, sizes) for size in originals)
         shares = ", ".join(f"{count} of {width} x {height}" for (width, height), count in sorted(counts.items()))
         yield f"Training on pictures of {counted(len(counts), 'size')}: {shares} pixels."
+    else:
+        bounds = min(originals, key=math.prod), max(originals, key=math.prod)
+        given, made = (" to ".join(dict.fromkeys(f"{w} x {h}" for w, h in each)) for each in (bounds, sizes))
+        yield f"{counted(len(pictures), 'picture')} of {given} pixels, trained at {made}."
     small = sorted(
         size for size, picture in zip(originals, pictures, strict=True) if size[0] * size[1] < math.prod(picture.size)
     )

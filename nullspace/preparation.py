@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from nullspace.adapters import lora_targets
 from nullspace.buckets import bucket_sizes, common_multiple
-from nullspace.captions import counted, trained_prompts
+from nullspace.captions import counted, distinct_captions, trained_prompts
 from nullspace.checkpoint import (
     check_same_run,
     checkpoints,
@@ -139,6 +139,8 @@ def read_subject(accelerator, args):
         )
     for line in describe_sizes(pictures, sizes):
         logger.info(line)
+    prompts = [repr(prompt) for prompt in distinct_captions(captions)]
+    logger.info(f"{counted(len(prompts), 'prompt')}: {listed(prompts, 2)}")
     check_named(captions, args)
     given, args.instance_prompt = args.instance_prompt, trained_prompts(captions, args.instance_prompt)
     return pictures, captions, sizes, given

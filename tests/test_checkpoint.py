@@ -61,8 +61,10 @@ def test_every_flag_is_in_one_class():
     classes = [*flags.COMPARED]
     for names in (*flags.BY_CONTENT.values(), *flags.FREE.values()):
         classes += names
-    replaced = {flag.removeprefix("--") for flag in settling.REPLACED}
-    assert sorted(classes) == sorted(vars(parse()).keys() - replaced)
+    known = vars(parse()).keys() - {flag.removeprefix("--") for flag in settling.REPLACED}
+    assert not known - set(classes), "add them to COMPARED, BY_CONTENT or FREE of nullspace/flags.py"
+    assert not set(classes) - known, "these are gone: take them out of nullspace/flags.py"
+    assert len(classes) == len(set(classes))
 
 
 def test_the_help_lists_what_may_change(capsys):

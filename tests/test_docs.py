@@ -26,6 +26,7 @@ import nullspace_utils
 import train_dreambooth_nullspace as trainer
 from nullspace import finding, settling
 from nullspace.names import LORA_NAME, WORD_NAME
+from nullspace.report import LEAKAGE_BOUNDS
 from test_train import drawing_in_two_steps  # noqa: F401
 
 
@@ -380,6 +381,36 @@ def test_defaults_in_tables_are_those_of_the_trainer():
         assert (default == "none") if value is None else (type(value)(default) == value), flag
     criteria = {row[0].strip("`"): float(row[1]) for row in tables((ROOT / "docs/settings.md").read_text())[-1][1:]}
     assert criteria == trainer.DEFAULT_THRESHOLDS
+
+
+def test_the_bound_of_leakage_is_that_of_the_code():
+    full, half = (
+        f"{bound:.0e}".replace("e-0", "e-") for bound in (LEAKAGE_BOUNDS[torch.float32], LEAKAGE_BOUNDS[torch.float16])
+    )
+    assert f"more than {full} of a layer's change" in (ROOT / "README.md").read_text()
+    assert f"float32 file above {full}, or a 16-bit one above {half}," in (ROOT / "docs/how_it_works.md").read_text()
+
+
+def test_figures_in_prose_are_those_of_the_results():
+    """Of the README, where they stand out; tables are compared above."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found = json.loads((ROOT / "benchmarks/results/preservation.json").read_text())
+    headline, reached = found["headline"], found["levels"]["0.9"]
+    ours, plain = (reached[name] for name in ("null space, word", "plain LoRA"))
+    assert (
+        f"which {ours['reached']} of {ours['runs']} of its runs and {plain['reached']} of the plain LoRA's reached"
+        in text
+    )
+    drift, other, seconds = (headline[key] for key in ("drift_vs_plain", "drift_vs_prior", "time_vs_prior"))
+    assert f"drifted {drift:.3f} times as much as the plain LoRA and {other:.3f} times as much as prior" in text
+    assert f"in {seconds:.2f} of the latter's time" in text
+    steps = json.loads((ROOT / "benchmarks/results/step_overhead.json").read_text())
+    projections = steps["ranks"]["4"]["projections_per_step"] - 1
+    assert (
+        f"costs {steps['ratio_launched']:.2f} times an unprotected one, without them {steps['ratio']['rank 4']:.2f}"
+        in text
+    )
+    assert f"the projections take {projections:.4f}" in text
 
 
 def messages():

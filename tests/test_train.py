@@ -630,6 +630,8 @@ def test_help_is_grouped_and_fits_in_100_columns(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert {"null space:", "LoRA:", "pictures:", "training:", "publishing:"} <= set(lines)
+    first = lines[lines.index("what most trainings name:") : lines.index("model:")]
+    assert sum(line.startswith("  --") for line in first) == 10
     assert not any(flag in line for flag in settling.REPLACED for line in lines)
 
 
@@ -817,6 +819,8 @@ def test_what_is_unusual_is_said(tiny_sd1, bundle1, reference, tmp_path, caplog)
         "holds checkpoint-7 of an earlier",
     )
     assert not any(sentence in caplog.text for sentence in said)
+    assert "5 pictures of 256 x 256 pixels, trained at 32 x 32." in caplog.text
+    assert "1 prompt: 'a photo of a sks star'" in caplog.text
     (tmp_path / "lora" / "checkpoint-7").mkdir(parents=True)
     train(tiny_sd1, bundle1, tmp_path / "lora", "--resolution", 64, without=["--max_train_steps"])
     assert all(sentence in caplog.text for sentence in said)

@@ -218,6 +218,7 @@ def main(args):
             build(state, tell, args)
         elif state.is_main_process:
             print(publish(args))
+    state.destroy_process_group()  # its threads, still at work while Python ends, can abort the process
 
 
 def build(state, tell, args):

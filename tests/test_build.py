@@ -103,11 +103,22 @@ def test_collects_what_the_pipeline_reads(tiny_sd2, prompts_file, tmp_path):
     assert relative(joint[TEXT_INPUT], x.T @ x) < 2e-3
 
 
+BUILD_AND_LOOK = """
+import runpy, sys
+from torch import distributed
+
+sys.path.insert(0, ".")
+runpy.run_path("build_nullspace.py", run_name="__main__")
+assert not distributed.is_initialized(), "the threads of the process group are left to the end of Python"
+"""
+
+
 def test_two_processes_build_what_one_does(run_script, tiny_sd1, prompts_file, tmp_path):
+    (tmp_path / "build_and_look.py").write_text(BUILD_AND_LOOK)
     flags = ("--sampler", "euler_a", "--guidance_scale", 5, "--with_text_encoder")
     build(tmp_path / "one", tiny_sd1, prompts_file, *flags)
     run_script(
-        "build_nullspace.py", "--pretrained_model_name_or_path", tiny_sd1, "--prompts_file", prompts_file,
+        tmp_path / "build_and_look.py", "--pretrained_model_name_or_path", tiny_sd1, "--prompts_file", prompts_file,
         "--num_inference_steps", 4, "--output_dir", tmp_path / "two", *flags, processes=2,
     )  # fmt: skip
     one, two = (Bundle.load(tmp_path / name, text_encoder=True) for name in ("one", "two"))

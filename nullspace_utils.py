@@ -14,7 +14,7 @@ built and kept (`cache`).
 
 Imported, it has the pieces that the trainer is made of:
 
-    bundle = Bundle.load("demo/output/bundle")
+    bundle = Bundle.load("nullspace-sd15")
     bundle.check(unet)
     projector = NullSpaceProjector(unet, bundle.protected())
     projector.attach(optimizer)  # and call projector.project_gradients() before gradients are clipped
@@ -25,6 +25,7 @@ import os
 import sys
 from functools import reduce
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from nullspace import signals
 from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_writable, hub_token
@@ -186,7 +187,7 @@ from accelerate import PartialState
 from nullspace.adapters import model_of, write_layers
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict
 from nullspace.bundle import Bundle, check_output_folder
-from nullspace.embeddings import bundled_tokens, holds, loading_code, save_embedding, save_words, unbundled
+from nullspace.embeddings import bundled_tokens, holds, load_words, loading_code, save_embedding, save_words, unbundled
 from nullspace.finding import bundles_of_model, cache_folder, cached, describe_cache, remove_from_cache
 from nullspace.kohya import embedding_metadata, read_report, save_kohya
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
@@ -194,7 +195,7 @@ from nullspace.lora import LoraLayer, check_finite, load_lora, read_embeddings, 
 from nullspace.markdown import python_string
 from nullspace.moments import SecondMoments
 from nullspace.projector import NullSpaceProjector, Protected
-from nullspace.repair import repair, subject_moments
+from nullspace.repair import audit_repairable, repair, subject_moments
 from nullspace.samplers import make_scheduler
 from nullspace.spectrum import Spectrum
 from nullspace.stack import check_bundle, check_one_model, concatenated, read_stack
@@ -361,23 +362,29 @@ def repair_lora(args):
     if source.exists() and source.resolve() == (args.output_dir / LORA_NAME).resolve():
         raise NullSpaceError(f"--output_dir {args.output_dir} holds the LoRA itself; name another folder.")
     check_writable(args.output_dir)
-    layers = load_lora(args.lora)
+    layers, words = load_lora(args.lora), unbundled(read_embeddings(args.lora))
     check_finite(layers, args.lora)
     bundle, loras = open_bundle(args, reach_text_encoder(layers))
     pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, loras)
     pipeline.to(PartialState().device)
-    if args.instance_prompt:
-        pipeline.load_lora_weights(args.lora, **({"weight_name": LORA_NAME} if Path(args.lora).is_dir() else {}))
-        pipeline.scheduler = make_scheduler(bundle.config["sampler"], pipeline.scheduler.config)
     models = {name: getattr(pipeline, name) for name in ("unet", *TEXT_ENCODERS) if hasattr(pipeline, name)}
+    before = audit_repairable(layers, bundle, **models)
+    if args.instance_prompt:
+        with TemporaryDirectory() as folder:  # in the one format that diffusers reads with a word, too
+            write_layers(Path(folder), layers)
+            pipeline.load_lora_weights(folder)
+        load_words(pipeline, words)
+        pipeline.scheduler = make_scheduler(bundle.config["sampler"], pipeline.scheduler.config)
     subject = subject_moments(pipeline, bundle, args.instance_prompt)
-    repaired, rows = repair(layers, bundle, subject, args.drift_weight, **models)
+    repaired, rows = repair(layers, before, bundle, subject, args.drift_weight, **models)
 
     keys = ("drift_before", "drift", "leakage")
     table = [[row["module"], f"{row['kept']:.1%}", *(f"{row[key]:.2e}" for key in keys)] for row in rows]
     print_table(["module", "kept", "drift", "now", "leakage"], table)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_layers(args.output_dir, repaired)
+    if words:
+        save_words(args.output_dir, words)
     rms = {key: math.sqrt(sum(row[key] ** 2 for row in rows) / len(rows)) for key in ("drift_before", "drift")}
     print(
         f"Kept {sum(row['kept'] for row in rows) / len(rows):.0%} of what the LoRA does for its subject (mean of its "

@@ -2,8 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "accelerate>=1.4,<2", "datasets>=5.0,<6", "diffusers>=0.41,<1", "filelock>=3.25", "huggingface_hub>=1.32,<3",
-#     "numpy", "peft>=0.19,<1", "pillow>=10.3", "psutil", "pyyaml", "safetensors>=0.8,<1", "tensorboard",
-#     "torch>=2.7,<2.14", "tqdm", "transformers>=5.12,<6",
+#     "matplotlib", "numpy", "peft>=0.19,<1", "pillow>=10.3", "psutil", "pyyaml", "safetensors>=0.8,<1",
+#     "tensorboard", "torch>=2.7,<2.14", "tqdm", "transformers>=5.12,<6",
 # ]
 # ///
 """Teach Stable Diffusion, SDXL or an LCM a subject from pictures, with a LoRA that leaves the rest be.
@@ -156,7 +156,7 @@ def parse_args(argv=None):
         "--nullspace_name_or_path",
         help="Folder or Hub dataset id of its bundle (default: one of this very model from the cache or from "
         "--nullspace_namespace; where there is none, one is built from general prompts, in about the time of drawing "
-        "16 to 22 pictures in 25 steps, and kept in the cache).",
+        "16 to 22 pictures in 25 steps, of an LCM 100 in 4, and kept in the cache).",
     )
     group.add_argument("--nullspace_revision", help="Revision of the bundle on the Hub.")
     group.add_argument(
@@ -180,8 +180,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--nullspace_threshold",
         type=float,
-        help="More energy protects more, a lower eigenvalue or percentile protects more; energy 0 protects nothing "
-        f"(defaults: {listed_thresholds()}).",
+        help="More energy closes more directions, and so does a lower eigenvalue or percentile; energy 0 closes and "
+        f"holds back nothing (defaults: {listed_thresholds()}).",
     )
     group.add_argument(
         "--nullspace_softness",
@@ -218,7 +218,7 @@ def parse_args(argv=None):
         metavar="LORA",
         help="Go on from this LoRA: a folder, a file or a Hub id, in diffusers' or kohya's format. What it changes in "
         "directions that are closed is removed first, which a line tells; what it changes in those that are held back "
-        "stays. Rank, alpha and layers are its own; of its word, too, where that is --placeholder_token.",
+        "stays. Rank, alpha and layers are its own. Its word is taken along where it is --placeholder_token.",
     )
     group.add_argument("--rank", type=int, help=f"Rank of the LoRA (default: {DEFAULT_RANK}, or that of --init_lora).")
     group.add_argument(
@@ -235,7 +235,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--train_text_encoder",
         action="store_true",
-        help=f"Train a LoRA on the text encoders' attention too; build the bundle with {BUILDER} --with_text_encoder.",
+        help="Train a LoRA on the text encoders' attention too; a bundle that is named must have been built with "
+        f"{BUILDER} --with_text_encoder.",
     )
     group.add_argument(
         "--output_kohya_format",
@@ -396,7 +397,7 @@ def parse_args(argv=None):
         action="store_true",
         help="At the end, draw each prompt once with every checkpoint that is kept, and show them between base and "
         "result in checkpoints.png, which tells the step to keep. With --resume_from_checkpoint latest also of a "
-        "training that is over (default: no, for each takes a picture a prompt).",
+        "training that is over and has a checkpoint of its last step (default: no, for each takes a picture a prompt).",
     )
     group.add_argument("--num_validation_images", type=int, default=4, help="Pictures a prompt (default: 4).")
     group.add_argument("--validation_epochs", type=int, default=50, help="Draw every so many epochs (default: 50).")

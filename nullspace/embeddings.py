@@ -129,15 +129,14 @@ def words_beside(lora, token=None):
 # ---- In pipelines ----------------------------------------------------------------------------------------------------
 
 
-def load_word(pipeline, folder):
-    """Load the word in a folder, if there is one, into a pipeline as `loading_code` does."""
-    path = Path(folder) / WORD_NAME
-    word = read_word(path) if path.is_file() else None
-    for name, rows in word.rows.items() if word else ():
-        pipeline.load_textual_inversion(
-            rows, token=word.token, text_encoder=getattr(pipeline, name),
-            tokenizer=getattr(pipeline, tokenizer_of(name)),
-        )  # fmt: skip
+def load_words(pipeline, words):
+    """Load words into a pipeline as `loading_code` does."""
+    for word in words:
+        for name, rows in word.rows.items():
+            pipeline.load_textual_inversion(
+                rows, token=word.token, text_encoder=getattr(pipeline, name),
+                tokenizer=getattr(pipeline, tokenizer_of(name)),
+            )  # fmt: skip
 
 
 def loading_code(source, is_on_hub, tokens, text_encoders):

@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 
 from nullspace.bundle import Bundle, check_files, read_config
-from nullspace.checks import check_writable, own_resolution
+from nullspace.checks import check_writable, own_resolution, require
 from nullspace.collection import PRECISIONS, collect
 from nullspace.dataset_card import draw_spectra, write_dataset_card
 from nullspace.errors import NullSpaceError, StaleError, reason
@@ -284,6 +284,7 @@ def build(folder, wanted, prompts, source, accelerator, args):
     Raises:
         OSError, SafetensorError: if it cannot be written; no part of it is left then but the checkpoint.
     """
+    require("matplotlib", "The picture of the spectra")
     parts = {name: part for name, part in wanted.components.items() if name != "noise_scheduler"}
     for sentence in length_warnings(parts["tokenizer"], prompts, f"the prompts of {source.name}"):
         logger.warning(sentence)

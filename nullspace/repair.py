@@ -70,11 +70,29 @@ def kept(before, after, subject):
     return 1 - (size(difference, both) / whole).item() if whole else 1.0  # of nothing, nothing is lost
 
 
-def repair(layers, bundle, subject, drift_weight, **models):
+def audit_repairable(layers, bundle, **models):
+    """What `audit` says of a finished LoRA, before anything is drawn for its repair.
+
+    Raises:
+        NullSpaceError: if a layer is a DoRA, of another model, or not protected.
+    """
+    if magnitudes := [name for name, layer in layers.items() if layer.magnitude is not None]:
+        raise NullSpaceError(f"{listed(magnitudes, 3)} are of a DoRA, which cannot be repaired; train it anew.")
+    found = audit(layers, bundle, **models)
+    if found["unprotected"]:
+        raise NullSpaceError(
+            f"The bundle closes no direction of {listed(found['unprotected'], 3)}, which would go on to move any "
+            "picture; build one with build_nullspace.py --attention all --with_text_encoder."
+        )
+    return found
+
+
+def repair(layers, before, bundle, subject, drift_weight, **models):
     """A LoRA's layers in the null space, and what that cost: `dict[str, LoraLayer]`, and a `dict` for each layer.
 
     Args:
         layers (`dict[str, LoraLayer]`): of the finished LoRA.
+        before (`dict`): from `audit_repairable`.
         subject (`dict[str, Tensor]`): from `subject_moments`.
         drift_weight (`float`): see `repair_layer`.
         models: the base model's `unet` and text encoders, by their names in a pipeline.
@@ -84,16 +102,8 @@ def repair(layers, bundle, subject, drift_weight, **models):
         them, and `leakage` as `audit` does.
 
     Raises:
-        NullSpaceError: if a layer is a DoRA, of another model, or not protected.
+        NullSpaceError: if what the LoRA does is too large to be told.
     """
-    if magnitudes := [name for name, layer in layers.items() if layer.magnitude is not None]:
-        raise NullSpaceError(f"{listed(magnitudes, 3)} are of a DoRA, which cannot be repaired; train it anew.")
-    before = audit(layers, bundle, **models)
-    if before["unprotected"]:
-        raise NullSpaceError(
-            f"The bundle closes no direction of {listed(before['unprotected'], 3)}, which would go on to move any "
-            "picture; build one with build_nullspace.py --attention all --with_text_encoder."
-        )
     protected, spectra = bundle.protected(softness=math.inf), bundle.group(JOINT)
     repaired, rows = {}, []
     for name, layer in layers.items():

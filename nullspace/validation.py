@@ -9,7 +9,7 @@ from nullspace import signals
 from nullspace.adapters import enable_lora
 from nullspace.checkpoint import checkpoints_of_run
 from nullspace.divergence import Drawn, run_in_float32
-from nullspace.embeddings import load_word
+from nullspace.embeddings import load_words, words_beside
 from nullspace.families import get_family
 from nullspace.logs import log_picture
 from nullspace.names import CHECKPOINTS_NAME, LORA_NAME
@@ -123,7 +123,7 @@ def load_trained(pipeline, folder):
     """Load what a folder has, LoRA or word or both, into a pipeline."""
     if (folder / LORA_NAME).is_file():
         pipeline.load_lora_weights(folder)
-    load_word(pipeline, folder)
+    load_words(pipeline, words_beside(folder))
 
 
 def draw_checkpoints(run, step, prompts, device, dtype, args):

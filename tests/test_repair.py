@@ -6,11 +6,12 @@ from diffusers import StableDiffusionPipeline
 
 import nullspace_utils
 from nullspace.adapters import write_layers
+from nullspace.embeddings import read_words
 from nullspace.errors import NullSpaceError
 from nullspace.lora import LoraLayer, load_lora
+from nullspace.names import TEXT_ENCODER, WORD_NAME
 from nullspace.projector import Protected
-from nullspace.repair import kept, repair_layer
-from nullspace.repair import repair as repair_all
+from nullspace.repair import audit_repairable, kept, repair_layer
 from nullspace.spectrum import Spectrum
 from test_train import bundle1, drawing_in_two_steps, same, train  # noqa: F401
 
@@ -91,6 +92,26 @@ def test_a_plain_lora_is_repaired(plain, tiny_sd1, bundle1, tmp_path, capsys):  
     assert len(names) == sum(not name.startswith("text_encoder") for name in anyhow)
 
 
+def test_a_word_is_read_and_goes_along(tiny_sd1, bundle1, tmp_path, monkeypatch):  # noqa: F811
+    """Of a folder, and of a file that bundles it, which diffusers by itself does not read."""
+    flags = ("--placeholder_token", "sks-star", "--initializer_token", "star", "--num_vectors", 2)
+    train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--instance_prompt", "a sks-star", "--output_kohya_format")
+    (word,) = read_words(tmp_path / "lora" / WORD_NAME)
+    read = []
+
+    def subject_moments(pipeline, *args):
+        tokens = pipeline.tokenizer.convert_tokens_to_ids(["sks-star", "sks-star_1"])
+        read.append(pipeline.text_encoder.get_input_embeddings().weight[tokens])
+        return drawn(pipeline, *args)
+
+    drawn = nullspace_utils.subject_moments
+    monkeypatch.setattr(nullspace_utils, "subject_moments", subject_moments)
+    for number, lora in enumerate((tmp_path / "lora", tmp_path / "lora" / "lora.safetensors")):
+        repair(lora, bundle1, tmp_path / str(number), "--instance_prompt", "a sks-star")
+        torch.testing.assert_close(read[number].detach().cpu(), word.rows[TEXT_ENCODER], rtol=0, atol=0)
+        assert same(word.rows, read_words(tmp_path / str(number) / WORD_NAME)[0].rows)
+
+
 def test_what_cannot_be_repaired_is_refused(plain, bundle1, tmp_path):  # noqa: F811
     with pytest.raises(NullSpaceError, match="holds the LoRA itself"):
         repair(plain, bundle1, plain)
@@ -100,5 +121,5 @@ def test_what_cannot_be_repaired_is_refused(plain, bundle1, tmp_path):  # noqa: 
     with pytest.raises(NullSpaceError, match=r"closes no direction of .*attn1\.to_q, which would go on"):
         repair(tmp_path, bundle1, tmp_path / "new")
     with pytest.raises(NullSpaceError, match=f"{name} .* of a DoRA"):
-        repair_all({name: layer._replace(magnitude=torch.ones(len(layer.up)))}, None, {}, 1.0)
+        audit_repairable({name: layer._replace(magnitude=torch.ones(len(layer.up)))}, None)
     assert not (tmp_path / "new").exists()

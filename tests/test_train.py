@@ -662,8 +662,7 @@ def test_the_header_for_uv_names_what_the_script_imports(script):
         "wandb",
         "pillow_heif",
     }
-    # tensorboard is what accelerate logs to by default, and matplotlib draws for the builder alone
-    assert declared - {"tensorboard", "matplotlib"} == imported - {"matplotlib"}
+    assert declared - {"tensorboard"} == imported  # that is what accelerate logs to by default
 
 
 @pytest.mark.parametrize("flag", settling.REPLACED)

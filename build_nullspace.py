@@ -183,7 +183,7 @@ from nullspace.bundle import Bundle, check_output_folder
 from nullspace.collection import checkpoint_folder, collect, load_collected, settle_sampling
 from nullspace.dataset_card import draw_spectra, rank_table, write_dataset_card
 from nullspace.hub import base_license
-from nullspace.launch import PROCESS_TIMEOUT
+from nullspace.launch import PROCESS_TIMEOUT, share_cores
 from nullspace.locks import alone, beside
 from nullspace.models import download_model
 from nullspace.prompts import read_prompts
@@ -198,6 +198,7 @@ def main(args):
     """Build a bundle, or publish the one that is there: alone in --output_dir."""
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=on_cpu, timeout=PROCESS_TIMEOUT)  # as Accelerator reads it from `launch`
+    share_cores(state.device)
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

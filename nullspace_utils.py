@@ -182,6 +182,7 @@ if __name__ == "__main__":
     signals.listen()
     quiet_imports(hidden=["bitsandbytes"])
 
+import torch
 from accelerate import PartialState
 
 from nullspace.adapters import model_of, write_layers
@@ -220,6 +221,14 @@ def open_bundle(args, text_encoder=True):
     loras = read_stack(args.base_lora)
     check_bundle(bundle.config, args.nullspace, loras, "--nullspace")
     return bundle, loras
+
+
+def to_device(pipeline):
+    """Move a pipeline to the GPU in 16 bits, as trainings are, where there is one; else leave it in float32."""
+    device = PartialState().device
+    if device.type != "cpu":
+        is_wide = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        pipeline.to(device, torch.bfloat16 if is_wide else torch.float16)
 
 
 def reach_text_encoder(layers):
@@ -339,7 +348,7 @@ def verify_bundle(args):
             f"--prompts {args.prompts} is more than the {shipped} that the bundle ships; choose fewer."
         )
     pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, loras)
-    pipeline.to(PartialState().device)
+    to_device(pipeline)
     drawn = {"prompts": args.prompts, "whole": True} if args.prompts else {}
     findings = verify(bundle, pipeline, **drawn)
 
@@ -366,7 +375,7 @@ def repair_lora(args):
     check_finite(layers, args.lora)
     bundle, loras = open_bundle(args, reach_text_encoder(layers))
     pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, loras)
-    pipeline.to(PartialState().device)
+    to_device(pipeline)
     models = {name: getattr(pipeline, name) for name in ("unet", *TEXT_ENCODERS) if hasattr(pipeline, name)}
     before = audit_repairable(layers, bundle, **models)
     if args.instance_prompt:

@@ -335,7 +335,10 @@ def parse_args(argv=None):
         "--noise_offset", type=float, default=0.0, help="Noise added to whole channels (default: %(default)s)."
     )
     group.add_argument(
-        "--dataloader_num_workers", type=int, default=0, help="Processes that load pictures (default: %(default)s)."
+        "--dataloader_num_workers",
+        type=int,
+        default=0,
+        help="Processes that load pictures; none with --cache_latents, which has them ready (default: %(default)s).",
     )
     group.add_argument(
         "--local_rank",

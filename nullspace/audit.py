@@ -10,6 +10,7 @@ from nullspace.layers import base_layer, find_module
 from nullspace.lora import with_magnitude
 from nullspace.models import download_model, loading
 from nullspace.names import DEFAULT_THRESHOLDS, JOINT
+from nullspace.spectrum import in_double
 
 
 # Root mean square drifts of the layers between which the verdict changes. On the demo's model held-out pictures then
@@ -63,7 +64,7 @@ def _roots(spectrum):
 
 def _outputs(weight, roots):
     """tr(W C W^T)^(1/2), a scalar."""
-    return (weight.detach().to("cpu", torch.float64) @ roots).norm()
+    return (in_double(weight) @ roots).norm()
 
 
 class Auditor:

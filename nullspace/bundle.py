@@ -52,7 +52,7 @@ from nullspace.schema import (
     parse_config,
     tensor_specs,
 )
-from nullspace.spectrum import Spectrum
+from nullspace.spectrum import Spectrum, in_double
 from nullspace.system import replacing
 from nullspace.timesteps import groups_inside, joint_group, split_groups
 
@@ -387,7 +387,7 @@ class Bundle:
         for name, collected in _with_joint(moments, groups):
             for source, (total, tokens) in collected.items():
                 mine = self.spectra[name][source]
-                total = mine.sum() + total.to("cpu", torch.float64) * (mine.tokens / tokens)
+                total = mine.sum() + in_double(total) * (mine.tokens / tokens)
                 emphasized.spectra[name][source] = Spectrum.from_rounded(total, 2 * mine.tokens, name=source)
         return emphasized
 
@@ -541,7 +541,7 @@ def _with_joint(moments, groups):
         for name in names:
             for source, (total, tokens) in moments.group(name).items():
                 before, counted = totals.get(source, (0, 0))
-                totals[source] = (before + total.to("cpu", torch.float64), counted + tokens)
+                totals[source] = (before + in_double(total), counted + tokens)
         yield JOINT, totals
 
 

@@ -132,7 +132,8 @@ def make_dataloader(dataset, processes, args):
     batches = {"batch_size": args.train_batch_size, "shuffle": True}
     if args.enable_bucket:
         batches = {"batch_sampler": BucketBatches(dataset, processes, args)}
-    return DataLoader(dataset, **batches, num_workers=args.dataloader_num_workers, worker_init_fn=leave_to_parent)
+    workers = 0 if args.cache_latents else args.dataloader_num_workers  # which start anew each epoch: of what is there
+    return DataLoader(dataset, **batches, num_workers=workers, worker_init_fn=leave_to_parent)
 
 
 def epoch_batches(accelerator, dataset, dataloader, epoch, done):

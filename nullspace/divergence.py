@@ -1,6 +1,7 @@
 """Notices that a training has diverged: NaN or infinity in latents, loss, gradients, weights or pictures."""
 
 import math
+import weakref
 from contextlib import contextmanager
 from functools import wraps
 from itertools import islice
@@ -134,14 +135,16 @@ def run_in_float32(vae):
     """Have a VAE encode and decode in float32, whatever the type of what it is given, and autocast around it."""
     vae.float()
     for name in ("encode", "decode"):
-        setattr(vae, name, _outside_autocast(getattr(vae, name)))
+        setattr(vae, name, _outside_autocast(weakref.ref(vae), getattr(type(vae), name)))
     return vae
 
 
-def _outside_autocast(method):
+def _outside_autocast(vae, method):
+    """A method that does not hold its VAE, which would then stay in memory until cycles are looked for."""
+
     def call(tensor, *args, **kwargs):
         with torch.autocast(tensor.device.type, enabled=False):
-            return method(tensor.float(), *args, **kwargs)
+            return method(vae(), tensor.float(), *args, **kwargs)
 
     return call
 

@@ -12,6 +12,7 @@ from nullspace.errors import NullSpaceError, listed
 from nullspace.hub import patiently
 from nullspace.lora import check_finite, digest_with_words, load_lora, read_embeddings
 from nullspace.names import TEXT_ENCODERS
+from nullspace.spectrum import in_double
 
 
 logger = get_logger(__name__)
@@ -122,7 +123,7 @@ def removed_shares(layers, parameters):
         down, triangle = layers[name].down.double(), torch.linalg.qr(layers[name].up.double()).R  # norms as with B
         whole = (triangle @ down).norm().item()
         if whole:
-            shares[name] = (triangle @ (down - parameter.detach().double().cpu())).norm().item() / whole
+            shares[name] = (triangle @ (down - in_double(parameter))).norm().item() / whole
     return shares
 
 

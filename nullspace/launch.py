@@ -59,6 +59,20 @@ def check_launcher(distributed_type=None):
         )
 
 
+def share_cores(device):
+    """Have work on the CPU use all cores while a GPU waits for it: `accelerate launch` leaves each process one.
+
+    Of processes on the CPU, each of which has been given its share, nothing is changed; nor where more were asked for.
+
+    Args:
+        device (`torch.device`): that this process trains or draws on.
+    """
+    import torch
+
+    if device.type != "cpu" and torch.get_num_threads() == 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def without(argv, beginning):
     """A command line without a flag that has a value, under any of the shorter names that argparse takes for it."""
     kept, words = [], iter(argv)

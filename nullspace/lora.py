@@ -15,6 +15,7 @@ from nullspace.embeddings import BUNDLED, bundled, words_beside
 from nullspace.errors import NullSpaceError, kinds, listed, named, reason
 from nullspace.kohya import LAYERS_PER_BLOCK, kohya_names
 from nullspace.names import LORA_NAME, TEXT_ENCODERS
+from nullspace.spectrum import in_double
 
 
 KOHYA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
@@ -45,7 +46,7 @@ def with_magnitude(layer, weight):
     """
     if layer.magnitude is None:
         return layer
-    weight = weight.detach().to("cpu", torch.float64)
+    weight = in_double(weight)
     turned = weight + layer.scale * layer.up.double() @ layer.down.double()
     magnitude = layer.magnitude.double().reshape(-1, 1)
     change = magnitude / turned.norm(dim=1, keepdim=True).clamp_min(1e-300) * turned - weight

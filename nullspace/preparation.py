@@ -43,7 +43,7 @@ from nullspace.finding import Wanted, find_or_build
 from nullspace.hub import create_repository, hub_repository
 from nullspace.initial import describe_initial
 from nullspace.kohya import check_replaceable
-from nullspace.launch import PROCESS_TIMEOUT, check_launcher
+from nullspace.launch import PROCESS_TIMEOUT, check_launcher, share_cores
 from nullspace.layers import is_trained
 from nullspace.logs import start_trackers
 from nullspace.models import download_model, load_config, loading
@@ -96,6 +96,7 @@ def make_accelerator(args):
     except ValueError as error:  # a tracker that is not installed, a precision that the device does not have
         raise NullSpaceError(reason(error)) from error
     check_launcher(accelerator.distributed_type)
+    share_cores(accelerator.device)
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
         logger.warning("CPUs are many times slower in fp16: train with --mixed_precision no here.")
     if args.allow_tf32:
@@ -387,7 +388,7 @@ def start_or_resume(accelerator, checkpoint, adapted, word, parameters, count, a
             accelerator.load_state(checkpoint)
         except (NullSpaceError, torch.OutOfMemoryError):  # the latter is a RuntimeError, too
             raise
-        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise NullSpaceError(
                 f"{checkpoint} cannot be gone on from ({reason(error)}); name another, or start anew, without "
                 "--resume_from_checkpoint."

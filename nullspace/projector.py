@@ -19,6 +19,7 @@ from nullspace.spectrum import tf32
 # What optimizers keep of the weights in their state. Schedule-free ones (arXiv 2405.15682) average `z` into the
 # weights, so that it must stay in the null space as they do; Prodigy only measures how far it is from `p0`.
 AVERAGED, REFERENCE = "z", "p0"
+HELD_AT_ONCE = 16  # bases whose factors are in float32 at a time: of SDXL's all take 750 MB
 
 
 class Protected(NamedTuple):
@@ -55,7 +56,8 @@ class _Batch(NamedTuple):
         x = stacked.view(len(self.directions), -1, stacked.shape[-1])
         with tf32(False, x.device):  # it would leak about 1e-3
             if soft and self.held is not None:
-                x = torch.baddbmm(x, x, self.held.float(), alpha=-1)
+                parts = zip(x.split(HELD_AT_ONCE), self.held.split(HELD_AT_ONCE), strict=True)
+                x = torch.cat([torch.baddbmm(part, part, held.float(), alpha=-1) for part, held in parts])
             inside = torch.bmm(torch.bmm(x, self.directions), self.directions.mT)
         return (inside if self.free else x - inside).view_as(stacked).unbind()
 
@@ -232,10 +234,13 @@ class NullSpaceProjector:
         left = {each for each in trained if each.grad is not None and each.grad is not self._projected.pop(each, None)}
         if left:
             self._apply(lambda parameter: parameter.grad if parameter in left else None)
-        if self._is_soft:
-            for parameter in trained:
-                copy = self._averaged(optimizer, parameter)
-                self._before[parameter] = parameter.clone(), None if copy is None else copy.clone()
+        if self._is_soft:  # as few operations as can be, for each layer's would cost a GPU a launch
+            copies = torch._foreach_mul(trained, 1)
+            averaged = [self._averaged(optimizer, parameter) for parameter in trained]
+            self._before = {
+                parameter: (copy, None if mean is None else mean.clone())
+                for parameter, copy, mean in zip(trained, copies, averaged, strict=True)
+            }
 
     @torch.no_grad()
     def _after_step(self, optimizer, *_):
@@ -250,15 +255,15 @@ class NullSpaceProjector:
     def _project_changes(self, values):
         """Project what a step has changed, in the weights and in what is averaged into them."""
         for index, tensors in enumerate(values):
-            change, start = {}, {}
-            for parameter, tensor in tensors.items():
-                if tensor is not None:
-                    before = self._before[parameter]
-                    start[parameter] = before[0] if before[index] is None else before[index]  # copied in this step
-                    change[parameter] = tensor - start[parameter]
-            self._apply(change.get)
-            for parameter, before in start.items():
-                tensors[parameter].copy_(before + change[parameter])
+            now = {parameter: tensor for parameter, tensor in tensors.items() if tensor is not None}
+            if now:
+                both = [self._before[parameter] for parameter in now]
+                start = [
+                    before[0] if before[index] is None else before[index] for before in both
+                ]  # copied in this step
+                change = torch._foreach_sub(list(now.values()), start)
+                self._apply(dict(zip(now, change, strict=True)).get)
+                torch._foreach_copy_(list(now.values()), torch._foreach_add(start, change))
         self._before = {}
 
     def _averaged(self, optimizer, parameter):

@@ -8,6 +8,7 @@ from nullspace.audit import audit
 from nullspace.errors import NullSpaceError, listed
 from nullspace.names import JOINT
 from nullspace.protection import joint, moments_of
+from nullspace.spectrum import in_double
 
 
 RIDGE = 1e-6  # of the trace: what the subject's few tokens never showed is left at zero, not divided by it
@@ -32,7 +33,8 @@ def repair_layer(layer, protected, spectrum, subject, drift_weight):
         `LoraLayer`: A' in float32; the rest as it was.
     """
     free = protected.basis[:, protected.rank :].double()
-    subject = subject.double().cpu() / subject.double().trace().item()
+    subject = in_double(subject)
+    subject = subject / subject.trace()
     inside = free.T @ subject @ free + torch.diag(drift_weight * spectrum.shares()[protected.rank :] + RIDGE)
     down = torch.linalg.solve(inside, free.T @ subject @ layer.down.double().T).T @ free.T
     return layer._replace(down=down.float())
@@ -64,7 +66,7 @@ def kept(before, after, subject):
     both = torch.cat([before.down.double(), after.down.double()])
 
     def size(up, down):
-        return ((up.T @ up) * (down @ subject.double().cpu() @ down.T)).sum().clamp_min(0).sqrt()
+        return ((up.T @ up) * (down @ in_double(subject) @ down.T)).sum().clamp_min(0).sqrt()
 
     whole = size(before.scale * before.up.double(), before.down.double())
     return 1 - (size(difference, both) / whole).item() if whole else 1.0  # of nothing, nothing is lost

@@ -37,7 +37,7 @@ from nullspace.prompts import spread
 from nullspace.report import describe_drift, describe_word, make_report, save_audited, write_json
 from nullspace.system import make_inside, put, staging, write_text
 from nullspace.terminal import printable
-from nullspace.validation import draw_checkpoints, draw_saved
+from nullspace.validation import draw_checkpoints, draw_saved, while_memory_suffices
 from nullspace.word import NewWord
 
 
@@ -94,16 +94,17 @@ def save(accelerator, trained, earlier_logs, args):
 
 
 def draw_results(staged, trained, prompts, device, args):
-    """What `draw_saved` and `draw_checkpoints` give, both empty where memory does not suffice for it.
+    """What `draw_saved` and `draw_checkpoints` give, each empty where memory does not suffice for it.
 
     Drawing can take more than training did, and nothing that was trained is lost for want of its pictures.
     """
-    try:
+    rows, compared = {}, {}
+    with while_memory_suffices("drawing: what was trained is saved without pictures of it."):
         rows = draw_saved(staged, prompts, device, trained.dtype, args)
-        return rows, draw_checkpoints(trained.run, trained.step, prompts, device, trained.dtype, args)
-    except torch.OutOfMemoryError:
-        logger.warning("Memory does not suffice for drawing: what was trained is saved without pictures of it.")
-        return {}, {}
+    free_memory()
+    with while_memory_suffices("drawing with the checkpoints: there is no sheet of them."):
+        compared = draw_checkpoints(trained.run, trained.step, prompts, device, trained.dtype, args)
+    return rows, compared
 
 
 def tell_how_to_use(device, compared, args):

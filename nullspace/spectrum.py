@@ -16,6 +16,11 @@ from nullspace.names import DEFAULT_THRESHOLDS
 ROUNDING = 0.05
 
 
+def in_double(tensor):
+    """A tensor in float64 on the CPU: moved before it is cast, since Apple's GPUs have no float64."""
+    return tensor.detach().cpu().double()
+
+
 class Spectrum(NamedTuple):
     """Eigenvalues (in,) float32, largest first, and eigenvectors (in, in) as columns, of C = E[x x^T]; its tokens.
 
@@ -46,7 +51,7 @@ class Spectrum(NamedTuple):
                 f"The inputs collected for {name} contain NaN or infinity (or nothing at all); "
                 "build with --mixed_precision no or bf16."
             )
-        eigenvalues, eigenvectors = torch.linalg.eigh(total.to("cpu", torch.float64) / tokens)
+        eigenvalues, eigenvectors = torch.linalg.eigh(in_double(total) / tokens)
         stored = eigenvectors.flip(1).float().contiguous()
         distances = (stored - eigenvectors.flip(1)).norm(dim=0).float()
         return cls(eigenvalues.flip(0).clamp_min(0).float().contiguous(), stored, tokens, distances)

@@ -1,7 +1,10 @@
 """Pictures that show what a LoRA does, beside the base model's."""
 
+from contextlib import contextmanager
+
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import free_memory
 from tqdm.auto import tqdm
 
@@ -78,15 +81,22 @@ def validate(accelerator, scalars, adapted, kept, dtype, step, args):
     """
     if accelerator.is_main_process and not signals.asked():
         scalars.flush()
-        with signals.cut_short():
-            try:
-                picture = draw_in_training(accelerator, adapted, kept, dtype, step, args)
-            except torch.OutOfMemoryError:
-                logger.warning(f"Memory does not suffice for drawing at step {step}; the training goes on.")
-                free_memory()
-                return
+        with signals.cut_short(), while_memory_suffices(f"drawing at step {step}; the training goes on."):
+            picture = draw_in_training(accelerator, adapted, kept, dtype, step, args)
             save_picture(picture, args.output_dir / "validation" / f"{step:06d}.png")
             log_picture(accelerator, "validation", picture, step)
+        free_memory()  # only now has nothing a hold on what was drawn with
+
+
+@contextmanager
+def while_memory_suffices(what):
+    """Leave the block when memory runs out, and warn that it does not suffice for `what`, the rest of a sentence."""
+    try:
+        yield
+    except RuntimeError as error:  # as which some devices and libraries say so
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise
+        logger.warning(f"Memory does not suffice for {what}")
 
 
 def draw_in_training(accelerator, adapted, kept, dtype, step, args):
@@ -94,7 +104,8 @@ def draw_in_training(accelerator, adapted, kept, dtype, step, args):
     components, rows = {**kept, **adapted}, {}
     pipeline = base = load_pipeline(args, dtype, accelerator.device, **components)
     if args.placeholder_token and args.compare_with_base:  # the base model does not know the token
-        base = load_pipeline(args, dtype, accelerator.device, **{**components, **load_tokenizers(args)})
+        components |= {"vae": pipeline.vae, **load_tokenizers(args)}
+        base = load_pipeline(args, dtype, accelerator.device, **components)
     for model in adapted.values():
         model.eval()
     try:
@@ -140,6 +151,8 @@ def draw_checkpoints(run, step, prompts, device, dtype, args):
     pipeline, drawn = None, {}
     for folder in folders:
         if pipeline is None or args.placeholder_token:  # of which a pipeline takes one only
+            pipeline = None
+            free_memory()
             pipeline = load_pipeline(args, dtype, device)
         load_trained(pipeline, folder)
         (drawn[folder.name],) = draw(pipeline, prompts, args, f"Drawing with {folder.name}", 1)

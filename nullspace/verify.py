@@ -12,7 +12,7 @@ from nullspace.moments import SecondMoments
 from nullspace.names import JOINT, TEXT_INPUT, TIMELESS, tokenizer_of
 from nullspace.prompts import spread
 from nullspace.samplers import make_scheduler
-from nullspace.spectrum import tf32
+from nullspace.spectrum import in_double, tf32
 from nullspace.validation import load_pipeline
 from nullspace.word import spelled
 
@@ -266,8 +266,8 @@ def compare(bundle, moments):
             weights[item.rank :] = item.gains.double().square()
         basis = item.basis.to(total.device)
         with tf32(False, total.device):
-            energy = ((total @ basis) * basis).sum(0).double().cpu()  # of each direction
-        measured = total.trace().double().cpu()
+            energy = in_double(((total @ basis) * basis).sum(0))  # of each direction
+        measured = in_double(total.trace())
         energy = energy / measured
         findings.append(
             Finding(

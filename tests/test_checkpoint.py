@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,7 +225,8 @@ def test_what_is_no_state_is_one_sentence(tiny_sd1, bundle1, tmp_path):  # noqa:
     output = tmp_path / "lora"
     train(tiny_sd1, bundle1, output, "--checkpointing_steps", 2)
     checkpoint = output / "checkpoint-2"
-    for harm in (lambda path: torch.save({}, path), cut):
+    # The last is what resuming on another machine lacks: in fp16 GPUs scale the loss and keep its scale, CPUs do not
+    for harm in (lambda path: torch.save({}, path), cut, Path.unlink):
         harm(checkpoint / "optimizer.bin")
         reseal(checkpoint)
         with pytest.raises(NullSpaceError, match=f"{checkpoint} cannot be gone on from .*; name another, or start"):

@@ -1,9 +1,11 @@
 """nullspace/divergence.py: a training that diverged stops within ten steps, says why, and leaves what there was."""
 
+import gc
 import logging
 import math
 import re
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -278,6 +280,18 @@ def test_a_decoder_that_overflows_counts_too(tiny_sd1):
     picture = torch.rand(3, 32, 32) * 2 - 1
     assert overflows(vae, [picture]) is None
     assert overflows(vae.half(), [picture]) == 0
+
+
+def test_what_runs_in_float32_leaves_memory_at_once(overflowing):
+    """Without a cycle of references, which would keep it until the next collection."""
+    vae = run_in_float32(AutoencoderKL.from_pretrained(overflowing, subfolder="vae"))
+    left = weakref.ref(vae)
+    gc.disable()
+    try:
+        del vae
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_run_in_float32_holds_within_autocast(overflowing):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT
 from test_build import PROMPTS, build
 
@@ -137,6 +138,18 @@ def test_the_end_of_the_launcher_is_a_signal(start, tmp_path):
     assert launcher.stdout.readline() == "ready\n"
     launcher.kill()
     assert "Stopped by SIGTERM. All is saved." in launcher.stderr.read()
+
+
+@pytest.mark.parametrize(("device", "threads", "given"), [("cuda", 1, [4]), ("cuda", 3, []), ("cpu", 1, [])])
+def test_cores_are_shared_while_gpus_wait(device, threads, given, monkeypatch):
+    """accelerate leaves each process one thread; of 8 cores, two processes have 4 each."""
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    launch.share_cores(torch.device(device))
+    assert asked == given
 
 
 @pytest.mark.parametrize("program", [["/usr/bin/accelerate", "launch"], ["-m", "accelerate.commands.launch"]])

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +48,7 @@ from nullspace.latents import draw_noise
 from nullspace.layers import attention_inputs, find_module
 from nullspace.lora import load_lora
 from nullspace.names import (
+    CHECKPOINTS_NAME,
     COMPARISON_NAME,
     CONFIG_NAME,
     DEFAULT_SOFTNESS,
@@ -514,8 +516,10 @@ def test_nothing_that_was_learned_is_lost_for_want_of_memory_to_draw(
     train(tiny_sd1, bundle1, output, "--max_train_steps", 1)
     assert (output / COMPARISON_NAME).exists()
 
+    kinds = cycle([torch.OutOfMemoryError("no room"), RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")])
+
     def no_room(*args, **kwargs):
-        raise torch.OutOfMemoryError("no room")
+        raise next(kinds)
 
     monkeypatch.setattr(validation, "draw", no_room)
     assert same(train(tiny_sd1, bundle1, output, "--validation_epochs", 1), reference)
@@ -523,6 +527,24 @@ def test_nothing_that_was_learned_is_lost_for_want_of_memory_to_draw(
     assert not (output / COMPARISON_NAME).exists() and (output / REPORT_NAME).exists()
     card = (output / "README.md").read_text()
     assert "![" not in card and "Gallery" not in card and "widget" not in card and "# lora\n" in card
+
+
+def test_checkpoints_that_cannot_be_drawn_cost_their_sheet_alone(tiny_sd1, bundle1, tmp_path, monkeypatch, caplog):
+    def draw(pipeline, prompts, args, description, count=None):
+        if "checkpoint" in description:
+            raise torch.OutOfMemoryError("no room")
+        return drawn(pipeline, prompts, args, description, count)
+
+    drawn = validation.draw
+    monkeypatch.setattr(validation, "draw", draw)
+    train(tiny_sd1, bundle1, tmp_path / "lora", "--checkpointing_steps", 2, "--compare_checkpoints")
+    assert "there is no sheet of them" in caplog.text
+    assert (tmp_path / "lora" / COMPARISON_NAME).exists() and not (tmp_path / "lora" / CHECKPOINTS_NAME).exists()
+
+
+def test_other_faults_in_drawing_are_no_want_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"), validation.while_memory_suffices("drawing"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_what_was_learned_is_kept_where_its_pictures_fail(tiny_sd1, bundle1, reference, tmp_path, monkeypatch, caplog):
@@ -757,6 +779,23 @@ def test_dataloader_num_workers_load_the_same(tiny_sd1, bundle1, reference, tmp_
     tensors = train(tiny_sd1, bundle1, tmp_path / "lora", "--dataloader_num_workers", 2)
     assert made == [2]
     assert same(tensors, reference)
+    train(tiny_sd1, bundle1, tmp_path / "lora", "--dataloader_num_workers", 2, "--cache_latents")
+    assert made == [2, 0]
+
+
+def test_base_and_lora_are_drawn_with_one_vae(tiny_sd1, bundle1, tmp_path, monkeypatch):
+    """With a word, which the base model's own tokenizer does not know, and a VAE that training has let go of."""
+    made, load = [], validation.load_pipeline
+
+    def load_pipeline(*args, **kwargs):
+        made.append(load(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(validation, "load_pipeline", load_pipeline)
+    flags = ("--placeholder_token", "sks-star", "--initializer_token", "star", "--instance_prompt", "a sks-star")
+    train(tiny_sd1, bundle1, tmp_path / "lora", *flags, "--cache_latents", "--validation_epochs", 1)
+    tuned, base = made[:2]
+    assert tuned.vae is base.vae and tuned.tokenizer is not base.tokenizer
 
 
 def test_what_is_encoded_before_training_frees_its_model(tiny_sd1, bundle1, reference, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from nullspace.models import download_model
 from nullspace.names import CONFIG_NAME, JOINT, LORA_NAME, TEXT_ENCODER, TEXT_INPUT
 from nullspace.prompts import Prompts
 from nullspace.samplers import make_scheduler
+from nullspace.spectrum import in_double
 from nullspace.verify import compare, refuse, verify
 from test_train import command_line
 
@@ -288,3 +290,34 @@ def test_the_trainer_refuses_a_forged_bundle_before_it_trains(sd, folders, tmp_p
     with pytest.raises(NullSpaceError, match=f"of the energy of {TEXT_INPUT} it claims to let"):
         trainer.main(trainer.parse_args(command_line(sd.model, folders / "forged", tmp_path / "lora")))
     assert not (tmp_path / "lora" / LORA_NAME).exists()
+
+
+# ---- Other devices ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_cast_to_float64_is_moved_first():
+    class OfApple:
+        """A tensor of a device without float64, as far as `in_double` uses it."""
+
+        def detach(self):
+            return self
+
+        def cpu(self):
+            return torch.ones(2)
+
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    assert in_double(OfApple()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("device", "wide", "moved"),
+    [("cpu", True, None), ("cuda", True, torch.bfloat16), ("cuda", False, torch.float16), ("mps", True, torch.float16)],
+)
+def test_a_model_is_on_a_gpu_in_16_bits(device, wide, moved, monkeypatch):
+    calls = []
+    monkeypatch.setattr(nullspace_utils, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: wide)
+    nullspace_utils.to_device(SimpleNamespace(to=lambda *args: calls.append(args)))
+    assert calls == ([] if moved is None else [(torch.device(device), moved)])

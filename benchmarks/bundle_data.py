@@ -218,19 +218,10 @@ def medians(runs):
     }
 
 
-def main():
-    WORK.mkdir(exist_ok=True)
-    build_bundle()
-    results = Results(HERE / "results" / "bundle_data.json", make_base, measure, os.cpu_count())
-    trained = {"world": world_hash(), "method": asdict(METHODS[SHIPPED]), "steps": STEPS, "rates": [RATE, PLAIN_RATE]}
-    if results.content.get("trained") != json.loads(json.dumps(trained)):  # otherwise than now: begin anew
-        results.content = {"trained": trained}
-    measure_bundles(results)
-    for seed in SEEDS:
-        jobs = {f"{name}/{seed}": (setting, seed) for name, setting in {NONE: None, **settings()}.items()}
-        results.complete("runs", jobs, f"Seed {seed}")
+def tell(results, runs):
+    """Write, draw and print the medians over the seeds whose runs are all there."""
     results.content["machine"] = describe_machine()
-    table = results.content["medians"] = medians(results.content["runs"])
+    table = results.content["medians"] = medians(runs)
     for name, row in results.content["bundles"].items():
         table[name] |= row
     results.save()
@@ -247,6 +238,22 @@ def main():
         )
         moved = "".join(f"{row['moved'][sampler]:17.4f}" for sampler in SAMPLERS)
         print(f"{name:110}{built}{row['noise_drift']:9.5f}{row['subject']:9.3f}{moved}")
+
+
+def main():
+    WORK.mkdir(exist_ok=True)
+    build_bundle()
+    results = Results(HERE / "results" / "bundle_data.json", make_base, measure, os.cpu_count())
+    trained = {"world": world_hash(), "method": asdict(METHODS[SHIPPED]), "steps": STEPS, "rates": [RATE, PLAIN_RATE]}
+    if results.content.get("trained") != json.loads(json.dumps(trained)):  # otherwise than now: begin anew
+        results.content = {"trained": trained}
+    measure_bundles(results)
+    runs = {}
+    for seed in SEEDS:
+        jobs = {f"{name}/{seed}": (setting, seed) for name, setting in {NONE: None, **settings()}.items()}
+        runs |= results.complete("runs", jobs, f"Seed {seed}")
+        results.content["seeds"] = seed + 1
+        tell(results, runs)
 
 
 if __name__ == "__main__":

@@ -377,6 +377,7 @@ def tell(results, base):
         for name, likeness in LIKENESS.items():
             others[name] = compare(runs, base, likeness)
             print_table(others[name], [base[subject]], f"by {likeness}, {subject}")
+        others["at_the_end"] = at_the_end(runs, base)
         others["ranking"] = rank_correlation(runs)
     content["machine"] = describe_machine()
     results.save()

@@ -503,6 +503,7 @@ def test_bundles_are_tried_anew_where_training_changed(tmp_path, monkeypatch, ca
     def complete(self, section, jobs, *_):
         did.extend(key for key in jobs if key not in self.content.setdefault(section, {}))
         self.content[section] |= dict.fromkeys(jobs, score)
+        return dict.fromkeys(jobs, score)
 
     (tmp_path / "results").mkdir()
     for name, value in {"HERE": tmp_path, "WORK": tmp_path, "build_bundle": lambda: None}.items():

@@ -10,7 +10,7 @@ how far all else moved. Methods are compared at equal likeness, a share of the p
 
 Tier one chooses each method's learning rate, and its weight where it has one, on the two tuning subjects, and reports
 on the five others, on which nothing is tuned. Tier two chooses and reports on the first tuning subject: what comes
-near there belongs in tier one. Writes `results/preservation.json`, every run of the sweep in it, and a picture.
+near there belongs in tier one. Writes `results/preservation.json`, every run of the sweep in it, and a picture each.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import geometric_mean, mean, median
 
 import numpy as np
-from methods import METHODS, REFERENCES, SHIPPED, TIER_ONE, predicted_drifts, train
+from methods import METHODS, REFERENCES, SHIPPED, TIER_ONE, TRAINED, predicted_drifts, train
 from resumable import Results, describe_machine
 from scoring import (
     DRAWING_STEPS,
@@ -303,7 +303,7 @@ def plot(panels, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(9 * len(panels), 6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 8), layout="constrained", squeeze=False)
     for axis, (title, runs) in zip(axes[0], panels.items(), strict=True):
         methods = list(dict.fromkeys(run["method"] for run in runs))
         for number, method in enumerate(methods):
@@ -323,9 +323,21 @@ def plot(panels, path):
             yscale="log",
         )
         axis.invert_xaxis()
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def panels_of(runs):
+    """The runs of every method in panels that can be told apart, the shipped one's in each: `dict` by title."""
+    panels = {"other ways to keep the model": [], "the null space": [], "without captions, and another identifier": []}
+    others, ours, varied = panels.values()
+    for run in runs:
+        name = run["method"]
+        panel = varied if name.endswith((", no captions", f", {TRAINED}")) else ours if "null space" in name else others
+        for each in panels.values() if name == SHIPPED else [panel]:
+            each.append(run)
+    return panels
 
 
 SHOWN = {  # title and format of a table's columns
@@ -359,10 +371,11 @@ def _cell(value, form):
 
 def tell(results, base):
     """Compare what was run so far, write and print it."""
-    content, panels = results.content, {}
+    content = results.content
     runs = list(content.get("runs", {}).values())
     if runs:
-        panels[f"{len({run['subject'] for run in runs})} subjects, {len({run['seed'] for run in runs})} seeds"] = runs
+        title = f"{len({run['subject'] for run in runs})} subjects, {len({run['seed'] for run in runs})} seeds"
+        plot({title: runs}, results.path.with_suffix(".png"))
         for name, likeness in LIKENESS.items():
             content[name] = compare(runs, base, likeness)
             content[name.replace("levels", "headline")] = headline(content[name]["0.9"])
@@ -373,7 +386,7 @@ def tell(results, base):
     others = content.get("tier_two", {})
     if others:
         subject, runs = TUNING_SUBJECTS[0], list(others["runs"].values())
-        panels[f"{subject}, seed {TUNING_SEED}: chosen and shown on the same runs"] = runs
+        plot(panels_of(runs), results.path.with_name(f"{results.path.stem}_every_method.png"))
         for name, likeness in LIKENESS.items():
             others[name] = compare(runs, base, likeness)
             print_table(others[name], [base[subject]], f"by {likeness}, {subject}")
@@ -381,8 +394,6 @@ def tell(results, base):
         others["ranking"] = rank_correlation(runs)
     content["machine"] = describe_machine()
     results.save()
-    if panels:
-        plot(panels, results.path.with_suffix(".png"))
 
 
 # ---- Running ---------------------------------------------------------------------------------------------------------

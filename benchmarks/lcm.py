@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -23,25 +22,20 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+from scoring import DEMO, HERE, world_hash
 from tqdm.auto import tqdm
 
+import build_nullspace
+import train_dreambooth_nullspace as trainer
 from nullspace.adapters import add_lora
 from nullspace.bundle import Bundle
 from nullspace.families import get_family, latent_consistency
-from nullspace.names import REPORT_NAME
+from nullspace.names import CONFIG_NAME, REPORT_NAME
 from nullspace.optimizers import make_optimizer
 from nullspace.projector import NullSpaceProjector
-
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-import build_nullspace  # noqa: E402
-import train_dreambooth_nullspace as trainer  # noqa: E402
-from nullspace.names import CONFIG_NAME  # noqa: E402
-from train_world import CONTEXT, draw  # noqa: E402
-from world import DEMO, FOLDER, RESOLUTION, TUNING_SUBJECTS  # noqa: E402
-from world_reader import judge, subject_distance  # noqa: E402
+from train_world import CONTEXT, draw
+from world import FOLDER, RESOLUTION, TUNING_SUBJECTS
+from world_reader import judge, subject_distance
 
 
 MODEL = DEMO / "shapes-lcm"
@@ -210,7 +204,7 @@ def main():
         library.utils.logging.disable_progress_bar()
     settings = {
         "max_train_steps": args.max_train_steps, "methods": METHODS, "guidance_scale": GUIDANCE,
-        "huber": latent_consistency.HUBER,
+        "huber": latent_consistency.HUBER, "world": world_hash(MODEL),
     }  # fmt: skip
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if results.get("settings") != json.loads(json.dumps(settings)):  # of other settings: begin anew

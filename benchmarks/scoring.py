@@ -39,9 +39,9 @@ FIRST_SEED = {kind: 1000 * number for number, kind in enumerate(KINDS)}
 
 
 @cache
-def world_hash():
-    """12 hex digits that stand for the model's weights, the prompts and the subjects."""
-    files = [*MODEL.rglob("*.safetensors"), *FOLDER.rglob("*.*")]
+def world_hash(model=MODEL):
+    """12 hex digits that stand for a model's weights, the prompts and the subjects."""
+    files = [*model.rglob("*.safetensors"), *FOLDER.rglob("*.*")]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 

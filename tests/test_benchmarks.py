@@ -1,8 +1,8 @@
 """The benchmarks' own arithmetic, and the wiring of those that are meant for real weights."""
 
-import importlib
 import json
 import math
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -572,10 +572,38 @@ def test_bundles_are_stored_in_ways_that_let_ever_more_through():
 # ---- All of them -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted((DEMO.parent / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
-def test_benchmarks_find_what_they_import(path):
-    """Those that take hours are not run by any test: a name that has moved must show all the same."""
-    importlib.import_module(path.stem)
+IMPORT_EACH = """
+import os, sys, traceback
+import accelerate, datasets, matplotlib.pyplot, peft, torch  # once for all
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders import lora_pipeline
+from transformers import CLIPTextModel, CLIPTokenizer
+
+failed = []
+for path in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            sys.path[0], name = os.path.split(path)  # where Python looks first when it runs the file
+            __import__(name.removesuffix(".py"))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(path)
+sys.exit(f"cannot be started: {failed}" if failed else 0)
+"""
+
+
+def test_each_script_finds_what_it_imports(tmp_path):
+    """By itself, as its command starts it: what takes hours is run by no test, and here the path is already set."""
+    (tmp_path / "import_each.py").write_text(IMPORT_EACH)
+    scripts = [path for folder in ("benchmarks", "demo") for path in sorted((DEMO.parent / folder).glob("*.py"))]
+    assert len(scripts) > 20
+    command = [sys.executable, tmp_path / "import_each.py", *scripts]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- What fits on a card ---------------------------------------------------------------------------------------------

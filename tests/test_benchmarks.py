@@ -183,8 +183,8 @@ def test_every_method_is_swept_over_the_same_range():
 
 
 def test_both_tiers_are_told(tmp_path, capsys):
-    """Tier two has a panel, a table and levels of its own, which leave tier one's as they are."""
-    widths, told = [], []
+    """Tier two has a picture, a table and levels of its own, which leave tier one's as they are."""
+    told = []
     for others in ([], ["DCO", "OFT"]):
         results = preservation.Results(tmp_path / f"{len(others)}.json", None, None, 1)
         first = [PLAIN, PRIOR, SHIPPED]
@@ -193,13 +193,21 @@ def test_both_tiers_are_told(tmp_path, capsys):
             runs = {name: make_run(name, 100, [0.8, 0.7], 0.01, "star") for name in first + others}
             results.content["tier_two"] = {"runs": runs}
         preservation.tell(results, BASE | {"star": BASE["heart"]})
-        widths.append(Image.open(results.path.with_suffix(".png")).width)
         told.append(json.loads(results.path.read_text()))
-    assert widths[1] > 1.8 * widths[0]
+    assert not (tmp_path / "0_every_method.png").exists()
+    widths = [Image.open(tmp_path / name).width for name in ("0.png", "2.png", "2_every_method.png")]
+    assert widths[0] == widths[1] and widths[2] > 2 * widths[1]
     assert all(told[0][key] == told[1][key] for key in ("levels", "levels_anywhere", "headline", "ranking"))
     assert told[1]["headline"]["drift_vs_prior"] == told[1]["headline"]["time_vs_plain"] == pytest.approx(1)
     assert list(told[1]["tier_two"]["levels"]["0.9"]) == [PLAIN, PRIOR, SHIPPED, "DCO", "OFT"]
     assert "OFT" in capsys.readouterr().out
+
+
+def test_each_method_is_in_a_panel():
+    runs = [make_run(name, 100, [0.8, 0.7], 0.01) for name in METHODS]
+    others, ours, varied = ({run["method"] for run in panel} for panel in preservation.panels_of(runs).values())
+    assert others & ours == ours & varied == others & varied == {SHIPPED} and others | ours | varied == set(METHODS)
+    assert {PLAIN, "DCO"} < others and "null space" in ours and len(varied) == 1 + 2 * len(TIER_ONE)
 
 
 # ---- What is scored --------------------------------------------------------------------------------------------------

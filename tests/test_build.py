@@ -468,8 +468,9 @@ def test_bad_input_is_one_sentence(flags, message, tmp_path, prompts_file):
 def test_more_processes_than_prompts_are_refused(tmp_path, prompts_file, monkeypatch):
     """One without a prompt would have no sums to add to those of the others, who would wait for it for ever."""
     state = SimpleNamespace(
-        num_processes=7, is_main_process=True, wait_for_everyone=lambda: None, main_process_first=nullcontext
-    )
+        num_processes=7, is_main_process=True, wait_for_everyone=lambda: None, main_process_first=nullcontext,
+        device=torch.device("cpu"),
+    )  # fmt: skip
     monkeypatch.setattr(build_nullspace, "PartialState", lambda **settings: state)
     argv = ["--pretrained_model_name_or_path", NOWHERE, "--prompts_file", prompts_file, "--output_dir", tmp_path / "b"]
     args = build_nullspace.parse_args([str(word) for word in argv])

@@ -19,8 +19,7 @@ import matplotlib
 import numpy as np
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from common import HERE, write
+from common import HERE, call, write
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 
@@ -55,17 +54,14 @@ def instance_prompt(subject):
 def train(subject, budget, steps):
     """Train a subject, and return the folder and the predicted drift of its report."""
     folder = WORK / f"{subject}-{budget or 'free'}-{steps}"
-    words = ["--pretrained_model_name_or_path", MODEL, "--nullspace_cache_dir", WORK / "bundles"]
-    words += ["--instance_data_dir", FOLDER / subject, "--instance_prompt", instance_prompt(subject)]
-    words += ["--placeholder_token", f"sks-{subject}", "--initializer_token", subject, "--num_vectors", 4]
-    words += ["--caption_column", "word", "--output_dir", folder, "--resolution", RESOLUTION, "--cache_latents"]
-    words += ["--train_batch_size", 5, "--learning_rate", RATE, "--max_train_steps", steps]
-    words += ["--seed", SEED, "--checkpointing_steps", 10_000]
-    words += ["--num_validation_images", 1, "--validation_prompt", instance_prompt(subject), "--report_to", "none"]
-    words += ["--validation_epochs", 10_000, *(["--max_drift", budget] if budget else [])]
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()  # of the training before
-    trainer.main(trainer.parse_args([str(word) for word in words]))
+    call(
+        trainer, pretrained_model_name_or_path=MODEL, nullspace_cache_dir=WORK / "bundles",
+        instance_data_dir=FOLDER / subject, instance_prompt=instance_prompt(subject), caption_column="word",
+        placeholder_token=f"sks-{subject}", initializer_token=subject, num_vectors=4, output_dir=folder,
+        resolution=RESOLUTION, cache_latents=True, train_batch_size=5, learning_rate=RATE, max_train_steps=steps,
+        seed=SEED, checkpointing_steps=10_000, num_validation_images=1, validation_prompt=instance_prompt(subject),
+        validation_epochs=10_000, report_to="none", **({"max_drift": budget} if budget else {}),
+    )  # fmt: skip
     return folder, json.loads((folder / REPORT_NAME).read_text())["predicted_drift"]["rms"]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 
@@ -36,6 +37,16 @@ def inputs(batch):
         "timesteps": torch.randint(1000, (batch,)),
         "noise": torch.randn_like(latents),
     }
+
+
+def call(script, *words, **flags):
+    """Run a script of the project in this process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()  # what accelerate shares within a process must not leak from one run to the next
+    argv = list(words)
+    for name, value in flags.items():
+        argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    script.main(script.parse_args(argv))
 
 
 def alternate(functions, rounds):

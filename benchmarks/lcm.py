@@ -20,7 +20,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from common import call
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from scoring import DEMO, HERE, world_hash
 from tqdm.auto import tqdm
@@ -50,16 +50,6 @@ METHODS = {
 }
 GUIDANCE = 8.5  # the pipeline's own
 HELD_OUT = (FOLDER / "heldout_combinations.txt").read_text().splitlines()[:100]
-
-
-def call(script, **flags):
-    """Run a script of the project in this process."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()  # what accelerate shares within a process must not leak from one run to the next
-    argv = []
-    for name, value in flags.items():
-        argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    script.main(script.parse_args(argv))
 
 
 def prompt_of(subject):

@@ -14,11 +14,12 @@ from collections import defaultdict
 import diffusers
 import torch
 import transformers
+from common import call
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
 import lcm
-from lcm import DEMO, FOLDER, HELD_OUT, build_nullspace, call, draw, fine_detail, prompt_of, right, subject_distance
+from lcm import DEMO, FOLDER, HELD_OUT, build_nullspace, draw, fine_detail, prompt_of, right, subject_distance
 
 
 MODEL, SUBJECT, RANK = DEMO / "shapes-sd", "star", 16

@@ -98,7 +98,8 @@ class Checkpoint:
                         self.folder,
                     )
                 for group, source, tokens in json.loads(metadata["tokens"]):
-                    moments.sums[group, source] = file.get_tensor(f"{group} {source}").to(self.device)
+                    # Copied, for products in memory that is aligned otherwise may differ in the last bit
+                    moments.sums[group, source] = file.get_tensor(f"{group} {source}").to(self.device, copy=True)
                     moments.tokens[group, source] = tokens
         except (OSError, SafetensorError) as error:
             raise StaleError(f"{self.path} cannot be read ({error}); delete it to start anew.", self.folder) from error

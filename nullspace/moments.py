@@ -1,5 +1,6 @@
 """Second moments of layer inputs, summed while a model runs."""
 
+import math
 from contextlib import contextmanager
 
 import torch
@@ -9,10 +10,14 @@ from nullspace.names import TEXT_ENCODERS, TEXT_INPUT, TIMELESS
 from nullspace.spectrum import tf32
 
 
+TILES = 4  # of a matrix's rows: 5/8 of its entries are computed, the rest are their mirror images
+
+
 class SecondMoments:
     """Streams the uncentred second moments of layer inputs into one matrix for each input and timestep group.
 
-    Nothing else is kept: each input x (tokens, in) adds x^T x to a float32 matrix (in, in) on the model's device.
+    Nothing else is kept: each input x (tokens, in) adds x^T x to a float32 matrix (in, in) on the model's device. What
+    lies far above its diagonal is filled in when `collect` ends.
 
     Args:
         unet (`UNet2DConditionModel`): the model whose inputs are read.
@@ -44,6 +49,7 @@ class SecondMoments:
         finally:
             for handle in handles:
                 handle.remove()
+            self.mirror()
 
     def start_batch(self):
         """Say that new prompts follow: what does not depend on the timestep is then counted once."""
@@ -70,7 +76,7 @@ class SecondMoments:
         return read
 
     def add(self, group, source, x):
-        """Add inputs x (..., in) of the layer input `source` to a group's matrix."""
+        """Add inputs x (..., in) of the layer input `source` to a group's matrix, up to the diagonal: see `mirror`."""
         # What fits into 16 bits fits into TF32, which then loses nothing and is far faster than float32.
         fits_tf32 = x.dtype in (torch.float16, torch.bfloat16)
         x = x.reshape(-1, x.shape[-1]).float()
@@ -78,9 +84,17 @@ class SecondMoments:
         if key not in self.sums:
             self.sums[key] = x.new_zeros(x.shape[1], x.shape[1])
             self.tokens[key] = 0
+        size = math.ceil(x.shape[1] / TILES)
         with tf32(fits_tf32, x.device):
-            self.sums[key].addmm_(x.T, x)
+            for start in range(0, x.shape[1], size):
+                tile = slice(start, start + size)
+                self.sums[key][tile, : tile.stop].addmm_(x[:, tile].T, x[:, : tile.stop])
         self.tokens[key] += x.shape[0]
+
+    def mirror(self):
+        """Give every matrix above its diagonal what it has below."""
+        for total in self.sums.values():
+            total.copy_(total.tril() + total.tril(-1).T)
 
     def reduce(self, reduce_sum):
         """Replace every sum and count by that over all processes.

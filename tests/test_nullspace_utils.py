@@ -322,6 +322,7 @@ def test_sums_of_all_processes_are_added():
     moments = SecondMoments(None, {}, {})
     moments.add("first", "a", torch.ones(3, 2))
     moments.add("second", "b", torch.ones(5, 4))
+    moments.mirror()
     order = []
     moments.reduce(lambda tensor: order.append(tuple(tensor.shape)) or 2 * tensor)  # two processes with the same inputs
     assert order == [(2, 2), (), (4, 4), ()]
@@ -332,11 +333,23 @@ def test_sums_of_all_processes_are_added():
         assert isinstance(counted, int)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 9, 320, 321])
+def test_every_entry_of_a_sum_is_there(size):
+    moments, parts = SecondMoments(None, {}, {}), torch.randn(2, 50, size)
+    for part in parts:
+        moments.add("g", "layer", part)
+        moments.mirror()  # what is added later is mirrored, too
+    total, _ = moments.group("g")["layer"]
+    assert torch.equal(total, total.T)
+    assert distance(total, array(parts.flatten(0, 1)).T @ array(parts.flatten(0, 1))) < 1e-6
+
+
 def test_half_precision_inputs_are_summed_in_float32():
     moments = SecondMoments(None, {}, {})
     x = torch.full((4096, 2), 3.0, dtype=torch.float16)
     for _ in range(20):
         moments.add("g", "layer", x.view(64, 64, 2))
+    moments.mirror()
     total, tokens = moments.group("g")["layer"]
     assert (total.dtype, tokens) == (torch.float32, 20 * 4096)
     assert total.tolist() == [[9.0 * tokens] * 2] * 2  # beyond what float16 holds
@@ -827,6 +840,7 @@ def test_moments_use_tf32_only_where_it_loses_nothing(allowed, tf32):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TensorFloat32, "round", lambda self, x, dtype=dtype: (used.append(dtype), rounds(self, x))[1])
             moments.add(JOINT, "x", x)
+            moments.mirror()
         assert distance(moments.sums[JOINT, "x"], array(x).T @ array(x)) < 1e-6
         assert torch.backends.cuda.matmul.allow_tf32 == allowed
     assert set(used) == {torch.float16, torch.bfloat16}

@@ -22,21 +22,23 @@ Imported, it has the pieces that the trainer is made of:
 
 import math
 import os
+import shlex
 import sys
 from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nullspace import signals
-from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_writable, hub_token
+from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_output_dir, hub_token
 from nullspace.errors import NullSpaceError, listed
 from nullspace.families import FAMILIES
 from nullspace.flags import SINGLE_FILE_CONFIG
 from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER, TEXT_ENCODERS, embedding_path
-from nullspace.system import make_inside, quiet_imports
+from nullspace.system import make_inside, quiet_imports, without_folder
 from nullspace.terminal import print_table, printable
 
 
+HUB_TOKEN = "Token to use instead of the one you are logged in with."
 CACHE_HELP = "Where trainings keep the bundles that they build (default: nullspace in HF_HOME, ~/.cache/huggingface)."
 
 
@@ -52,6 +54,14 @@ def add_base_model(command, note, **options):
         help="LoRAs that are part of the base model, in order, as in the trainer: what was trained on top of them has "
         "bundles of its own.",
     )
+    command.add_argument("--revision", help="Revision of the base model on the Hub.")
+    command.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
+    add_hub_token(command)
+
+
+def add_hub_token(command):
+    """Add the flag for the secret to a command."""
+    command.add_argument("--hub_token", type=hub_token, help=HUB_TOKEN)
 
 
 def parse_args(argv=None):
@@ -82,6 +92,7 @@ def parse_args(argv=None):
     command.add_argument(
         "--output", type=Path, required=True, help="The file, *.safetensors, which it replaces if there is one."
     )
+    add_hub_token(command)
     command = commands.add_parser(
         "merge",
         help="Add bundles of one model up: a bundle of all their prompts, as if it had been built at once.",
@@ -95,6 +106,7 @@ def parse_args(argv=None):
         help="Folder or Hub dataset id of a bundle; give the flag for each of them.",
     )
     command.add_argument("--output_dir", type=Path, required=True, help="The folder of the new bundle.")
+    add_hub_token(command)
     command = commands.add_parser(
         "merge-loras",
         help="Put LoRAs into one that does what they do together, and their words into one file.",
@@ -107,6 +119,7 @@ def parse_args(argv=None):
         help="Folders, files or Hub ids of two LoRAs or more; one that was trained on top of others comes after them.",
     )
     command.add_argument("--output_dir", type=Path, required=True, help="The folder of the new LoRA.")
+    add_hub_token(command)
     command = commands.add_parser(
         "verify",
         help="Have a model read some of a bundle's prompts, and tell whether it protects what it says.",
@@ -150,8 +163,6 @@ def parse_args(argv=None):
         formatter_class=HelpFormatter,
     )
     add_base_model(command, "required", required=True)
-    command.add_argument("--revision", help="Revision of the base model on the Hub.")
-    command.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
     command.add_argument(
         "--model_type",
         choices=["auto", *FAMILIES],
@@ -160,7 +171,6 @@ def parse_args(argv=None):
     )
     command.add_argument("--nullspace_namespace", metavar="NAME", help="User or organization on the Hub to ask, too.")
     command.add_argument("--nullspace_cache_dir", type=Path, help=CACHE_HELP)
-    command.add_argument("--hub_token", type=hub_token, help="Token to use instead of the one you are logged in with.")
     command = commands.add_parser(
         "cache", help="List the bundles that trainings have built, or remove some.", formatter_class=HelpFormatter
     )
@@ -188,8 +198,10 @@ from accelerate import PartialState
 from nullspace.adapters import model_of, write_layers
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict
 from nullspace.bundle import Bundle, check_output_folder
+from nullspace.dataset_card import draw_spectra, write_dataset_card
 from nullspace.embeddings import bundled_tokens, holds, load_words, loading_code, save_embedding, save_words, unbundled
 from nullspace.finding import bundles_of_model, cache_folder, cached, describe_cache, remove_from_cache
+from nullspace.hub import base_license
 from nullspace.kohya import embedding_metadata, read_report, save_kohya
 from nullspace.layers import attention_inputs, find_module, text_encoder_inputs
 from nullspace.lora import LoraLayer, check_finite, load_lora, read_embeddings, read_lora
@@ -217,17 +229,28 @@ def open_bundle(args, text_encoder=True):
     Args:
         text_encoder (`bool`): whether to load what it protects in text encoders, too.
     """
-    bundle = Bundle.load(args.nullspace, text_encoder=text_encoder)
-    loras = read_stack(args.base_lora)
+    bundle = Bundle.load(args.nullspace, text_encoder=text_encoder, token=args.hub_token)
+    loras = read_stack(args.base_lora, args.hub_token)
     check_bundle(bundle.config, args.nullspace, loras, "--nullspace")
     return bundle, loras
+
+
+def base_model(args):
+    """What the flags say of the base model, by the names of `load_audited_models` and `load_verified`."""
+    return {
+        "name_or_path": args.pretrained_model_name_or_path,
+        "config": args.single_file_config,
+        "revision": args.revision,
+        "variant": args.variant,
+        "token": args.hub_token,
+    }
 
 
 def to_device(pipeline):
     """Move a pipeline to the GPU in 16 bits, as trainings are, where there is one; else leave it in float32."""
     device = PartialState().device
     if device.type != "cpu":
-        is_wide = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        is_wide = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         pipeline.to(device, torch.bfloat16 if is_wide else torch.float16)
 
 
@@ -238,15 +261,14 @@ def reach_text_encoder(layers):
 
 def audit_lora(args):
     """Print what a LoRA does to what a bundle protects, and what it brings besides."""
-    layers, unknown = read_lora(args.lora)
+    layers, unknown = read_lora(args.lora, args.hub_token)
     check_finite(layers, args.lora)
     if not layers:
         print(printable(verdict({}, unknown or ["nothing that is a LoRA layer"])))
         return
     with_text_encoder = reach_text_encoder(layers)
     bundle, loras = open_bundle(args, with_text_encoder)
-    base_model = args.pretrained_model_name_or_path
-    models = load_audited_models(bundle, base_model, with_text_encoder, args.single_file_config, loras)
+    models = load_audited_models(bundle, with_text_encoder, loras, **base_model(args))
     found = audit(layers, bundle, **models, threshold=args.nullspace_threshold)
 
     rows = []
@@ -255,7 +277,7 @@ def audit_lora(args):
         rows.append([row["module"], str(row["in_features"]), str(row["protected_rank"]), *values])
     print_table(["module", "inputs", "closed", "leakage", "drift"], rows)
     print(printable(verdict(found, unknown)))
-    if tokens := bundled_tokens(read_embeddings(args.lora)):
+    if tokens := bundled_tokens(read_embeddings(args.lora, args.hub_token)):
         told = f"It comes with an embedding of {listed(tokens, 3)}, which changes prompts that hold it, and no others."
         print(printable(told))
     beneath = (read_report(args.lora) or {}).get("base_model", {}).get("loras", [])
@@ -273,11 +295,11 @@ def export_lora(args):
         raise NullSpaceError(f"--output {output} lies in a folder that is not there; make it, or name another.")
     if output.exists() and any(source.exists() and output.samefile(source) for source in (lora, lora / LORA_NAME)):
         raise NullSpaceError(f"--output {output} is the LoRA itself; name another file.")
-    layers = load_lora(args.lora)
+    layers = load_lora(args.lora, args.hub_token)
     check_finite(layers, args.lora)
     if any(layer.magnitude is not None for layer in layers.values()):
         raise NullSpaceError(f"{args.lora} is a DoRA, which is not exported; give the programs the file itself.")
-    embeddings = read_embeddings(args.lora)
+    embeddings = read_embeddings(args.lora, args.hub_token)
     words = {embedding_path(output.parent, word.token): word for word in unbundled(embeddings)}
     for path, word in words.items():
         if path.exists() and not holds(path, word):
@@ -303,7 +325,7 @@ def merge_bundles(args):
             raise NullSpaceError(f"--output_dir {output} is one of the bundles that are merged; name another folder.")
     bundles = []
     for name in args.nullspace:
-        bundle = Bundle.load(name, text_encoder=True, every_group=True)
+        bundle = Bundle.load(name, text_encoder=True, every_group=True, token=args.hub_token)
         if twin := next((each for each in bundles if each.group_hashes() == bundle.group_hashes()), None):
             other = args.nullspace[bundles.index(twin)]
             raise NullSpaceError(
@@ -311,16 +333,21 @@ def merge_bundles(args):
             )
         bundles.append(bundle)
     merged = reduce(Bundle.merge, bundles)
-    merged.save(output)
+    named = [word for name in args.nullspace for word in ("--nullspace", without_folder(name))]
+    command = ["python", "nullspace_utils.py", "merge", *named, "--output_dir", without_folder(output)]
+    merged.config["command"] = shlex.join(command)
+    base = merged.config["base_model"]
+    license_name = base_license(base["id"], args.hub_token) if base.get("revision") else None  # of a folder
+    merged.save(output, [draw_spectra, write_dataset_card(license_name)])
     print(f"Wrote {merged.config['prompts']['count']:,} prompts of {len(bundles)} bundles to {output}")
 
 
 def merge_loras(args):
     """Write one LoRA that does what several do together, and print the code that loads it."""
+    check_output_dir(args.output_dir)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise NullSpaceError(f"--output_dir {args.output_dir} holds other files; name an empty folder.")
-    check_writable(args.output_dir)
-    loras = read_stack(args.lora, flag="--lora")
+    loras = read_stack(args.lora, args.hub_token, flag="--lora")
     check_one_model(loras)
     layers, words = concatenated(loras), [word for lora in loras for word in lora.words]
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -347,7 +374,7 @@ def verify_bundle(args):
         raise NullSpaceError(
             f"--prompts {args.prompts} is more than the {shipped} that the bundle ships; choose fewer."
         )
-    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, loras)
+    pipeline = load_verified(bundle, loras, **base_model(args))
     to_device(pipeline)
     drawn = {"prompts": args.prompts, "whole": True} if args.prompts else {}
     findings = verify(bundle, pipeline, **drawn)
@@ -370,11 +397,12 @@ def repair_lora(args):
     source = Path(args.lora) / LORA_NAME if Path(args.lora).is_dir() else Path(args.lora)
     if source.exists() and source.resolve() == (args.output_dir / LORA_NAME).resolve():
         raise NullSpaceError(f"--output_dir {args.output_dir} holds the LoRA itself; name another folder.")
-    check_writable(args.output_dir)
-    layers, words = load_lora(args.lora), unbundled(read_embeddings(args.lora))
+    check_output_dir(args.output_dir)
+    layers = load_lora(args.lora, args.hub_token)
+    words = unbundled(read_embeddings(args.lora, args.hub_token))
     check_finite(layers, args.lora)
     bundle, loras = open_bundle(args, reach_text_encoder(layers))
-    pipeline = load_verified(bundle, args.pretrained_model_name_or_path, args.single_file_config, loras)
+    pipeline = load_verified(bundle, loras, **base_model(args))
     to_device(pipeline)
     models = {name: getattr(pipeline, name) for name in ("unet", *TEXT_ENCODERS) if hasattr(pipeline, name)}
     before = audit_repairable(layers, bundle, **models)
@@ -408,10 +436,12 @@ def list_bundles(args):
     for where, config in found:
         layers = config["attention"] + " attention" + " and text encoder" * (TEXT_ENCODER in config)
         steps, prompts = ", ".join(map(str, config["num_inference_steps"])), config["prompts"]
-        print(
-            f"{where}\n  {layers}; {prompts['count']:,} prompts of {prompts['source']}; {config['sampler']}, {steps} "
-            f"steps, guidance scale {config['guidance_scale']:g}, {config['resolution']} pixels"
+        print(printable(str(where)))
+        told = (
+            f"{layers}; {prompts['count']:,} prompts of {prompts['source']}; {config['sampler']}, {steps} steps, "
+            f"guidance scale {config['guidance_scale']:g}, {config['resolution']} pixels"
         )
+        print(printable(f"  {told}"))
     if not found:
         print("There is no bundle of this very model; a training without --nullspace_name_or_path builds one.")
 
@@ -427,7 +457,7 @@ def list_cache(args):
     rows = describe_cache(folder)
     width = max((len(name) for name, _, _ in rows), default=0)
     for name, size, what in rows:
-        print(f"{name:{width}}{size / 1e6:10.1f} MB  {what}")
+        print(printable(f"{name:{width}}{size / 1e6:10.1f} MB  {what}"))
     print(f"{len(rows)} bundles, {sum(size for _, size, _ in rows) / 1e6:.1f} MB, in {folder}")
 
 

@@ -536,7 +536,7 @@ def train(accelerator, args):
     dataloader = make_dataloader(dataset, accelerator.num_processes, args)
     scale, known = vae.config.scaling_factor, family.needs_float32(vae.config)
     reload = partial(family.load_vae, args.base_model)
-    vae = sound_vae(vae, dataset.first_epoch, reload, args.learning_rate, known)
+    vae = sound_vae(vae, dataset.first_epoch, reload, args, known)
     args.vae_in_float32 = weight_dtype != vae.dtype
     if args.cache_latents:
         dataset.cache(partial(encode_pictures, vae))
@@ -559,6 +559,7 @@ def train(accelerator, args):
     budget = hold_drift(optimizer, bundle, targets, adapted, args)
     tell_cost(initial, projector, args)
     auditor = Auditor(bundle, protected, adapted)
+    del protected
 
     # Captions, encoded once where no text encoder learns
     prompt_encoder = PromptEncoder(tokenizers, text_encoders, prompts, accelerator.device, args)
@@ -580,7 +581,7 @@ def train(accelerator, args):
 
     # Training: whatever is drawn depends on seed, step and process alone, so that a resumed run draws it again
     batch_loss = BatchLoss(family, wrapped["unet"], unet.config, noise_scheduler, vae, scale, weight_dtype, args)
-    scalars = ScalarLog(accelerator, lr_scheduler, step, args.max_train_steps)
+    scalars = ScalarLog(accelerator, lr_scheduler, step, args)
     checkpointer = Checkpointer(accelerator, parameters, scalars, run, step if checkpoint else None, args)
     # Resumed from its last checkpoint, a run has nothing left to do, even in the middle of an epoch
     epochs = range(step // steps_per_epoch, args.num_train_epochs) if step < args.max_train_steps else ()
@@ -625,7 +626,7 @@ def train(accelerator, args):
             checkpointer.stop_if_asked(step)
     scalars.close()
     lora_dtype = torch.float32 if args.upcast_before_saving else weight_dtype
-    check_weights(parameters, step, args.learning_rate, lora_dtype)
+    check_weights(parameters, step, args, lora_dtype)
     return Trained(auditor, word, weight_dtype, lora_dtype, step, checkpointer.saved, run)
 
 

@@ -8,6 +8,7 @@ left out. Writes `results/build_overhead.json`.
 """
 
 import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -25,7 +26,7 @@ from nullspace.timesteps import timestep_groups
 from train_world import make_tokenizer
 
 
-PROMPTS, STEPS, ROUNDS, RESOLUTION = 1, 4, 5, 256
+PROMPTS, STEPS, ROUNDS, RESOLUTION = 1, 10, 4, 256
 
 
 def sd1_pipeline(folder):
@@ -45,6 +46,17 @@ def sd1_pipeline(folder):
     return pipeline
 
 
+def timed(function, seconds):
+    """The same function, whose CPU seconds are put into a list."""
+
+    def call(*args):
+        start = time.process_time()
+        function(*args)
+        seconds.append(time.process_time() - start)
+
+    return call
+
+
 def main():
     with tempfile.TemporaryDirectory() as scratch:
         pipeline = sd1_pipeline(Path(scratch) / "tokenizer")
@@ -55,7 +67,7 @@ def main():
         groups = timestep_groups(pipeline.scheduler.timesteps.tolist(), 1)
         state = PartialState()
         prompts = ["a photo of a cat"] * PROMPTS
-        collected = []
+        collected, seconds = [], []
 
         def collecting():
             checkpoint = Checkpoint(Path(scratch) / "bundle", {}, state)
@@ -65,14 +77,18 @@ def main():
         def drawing():
             with patch.object(SecondMoments, "collect", lambda moments: nullcontext()):
                 collecting()
-            assert not collected.pop().sums
+            assert not collected.pop().sums  # no hook was there
 
-        runs = alternate({"drawing": drawing, "collecting": collecting}, ROUNDS)
+        with patch.object(SecondMoments, "add", timed(SecondMoments.add, seconds)):
+            with patch.object(SecondMoments, "mirror", timed(SecondMoments.mirror, seconds)):
+                runs = alternate({"drawing": drawing, "collecting": collecting}, ROUNDS)
     per_step = {name: median(runs[name]) / (PROMPTS * STEPS) for name in runs}
     write(
         "build_overhead",
         setting=f"{PROMPTS} prompt x {STEPS} steps with guidance, {RESOLUTION} pixels, float32; CPU seconds",
         ratio=ratio(runs["collecting"], runs["drawing"]),
+        # Far less noisy than the difference of two runs: what collecting takes by itself
+        collecting_alone=1 + sum(seconds) / (ROUNDS + 1) / median(runs["drawing"]),
         ratio_wall=ratio(runs["collecting"], runs["drawing"], "wall"),
         seconds_per_prompt_and_step=per_step,
         tokens=sum(count for (group, _), count in collected[-1].tokens.items() if group == JOINT),

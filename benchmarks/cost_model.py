@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nullspace.layers import attention_inputs
+from nullspace.moments import TILES
 from nullspace.names import TEXT_INPUT
 
 
@@ -36,7 +37,7 @@ MODELS = {
         128,
     ),
 }
-TEXT_TOKENS = 77
+TEXT_TOKENS, COMPUTED = 77, (TILES + 1) / (2 * TILES)  # the latter of the entries of each x^T x
 # Assumed: an A100's dense throughput by its data sheet, at 40% utilisation; a network of 200 Gbit/s; a CPU that
 # decomposes in float64 at 60 GFLOP/s (half of what `bundle_size.py` reached in float32 on 2 cores); a start of 60 s.
 GPU_FLOPS = {"bf16": 0.4 * 312e12, "tf32": 0.4 * 156e12, "float32": 0.4 * 19.5e12}
@@ -77,8 +78,8 @@ def build_cost(forward, inputs, guidance=True):
     text = next(size for source, _, size, _ in inputs if source == TEXT_INPUT)
     return {
         "flops": branches * forward,
-        "collect_flops": branches * sum(2 * tokens * size**2 for tokens, size in per_step),
-        "collect_once_flops": branches * 2 * TEXT_TOKENS * text**2,
+        "collect_flops": branches * sum(COMPUTED * 2 * tokens * size**2 for tokens, size in per_step),
+        "collect_once_flops": branches * COMPUTED * 2 * TEXT_TOKENS * text**2,
         "bytes": 4 * sum(size**2 for _, size in per_step),
         "bundle_bytes": sum(size**2 + 8 * size for _, size in per_step),  # and the leading directions, which are few
         "text_bytes": 4 * text**2,

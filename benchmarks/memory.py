@@ -21,6 +21,7 @@ from common import inputs, sd1_unet, write
 from torch.nn.utils import clip_grad_norm_
 
 from nullspace.adapters import add_lora
+from nullspace.audit import Auditor
 from nullspace.families.stable_diffusion import diffusion_loss
 from nullspace.layers import attention_inputs
 from nullspace.optimizers import make_optimizer
@@ -54,10 +55,13 @@ def train(folder, threshold=None):
     optimizer = make_optimizer(parameters, args)
     projector = NullSpaceProjector(unet, protected)
     projector.attach(optimizer)
+    auditor = None if bundle is None else Auditor(bundle, protected, {"unet": unet})  # as the trainer keeps it
+    del protected
     diffusion_loss(unet, **inputs(1)).backward()
     projector.project_gradients()
     clip_grad_norm_(parameters, 1.0)
     optimizer.step()
+    del auditor
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 

@@ -31,7 +31,7 @@ from nullspace.names import JOINT, TEXT_ENCODER, TEXT_INPUT  # noqa: E402
 from nullspace.optimizers import make_optimizer, parameter_groups  # noqa: E402
 from nullspace.projector import NullSpaceProjector  # noqa: E402
 from nullspace.prompt_encoder import PromptEncoder  # noqa: E402
-from nullspace.protection import joint, moments_of, protect  # noqa: E402
+from nullspace.protection import moments_of, protect  # noqa: E402
 from nullspace.samplers import make_scheduler  # noqa: E402
 from nullspace.word import NewWord  # noqa: E402
 from train_dreambooth_nullspace import parse_args  # noqa: E402
@@ -336,7 +336,7 @@ def protecting(base, args):
     """The bundle, with the prompts of --nullspace_extra_prompts as the trainer adds them."""
     bundle = Bundle.load(args.nullspace_name_or_path) if args.nullspace_name_or_path else base.bundle
     if args.nullspace_extra_prompts:
-        pipeline, groups = base.tuned(), [joint(bundle)]
+        pipeline, groups = base.tuned(), [bundle.joint]
         pipeline.scheduler = make_scheduler(bundle.config["sampler"], pipeline.scheduler.config)
         moments = moments_of(
             args.nullspace_extra_prompts, bundle, groups, pipeline, args.train_batch_size, "Extra prompts", disable=True

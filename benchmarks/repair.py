@@ -11,6 +11,7 @@ Writes `results/repair.json`.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 from statistics import median
@@ -31,7 +32,8 @@ from world import FOLDER, REPORTED_SUBJECTS, RESOLUTION
 
 STEPS, SEEDS, WEIGHTS = 800, (0, 1, 2), (0.1, 1.0, 10.0)
 PLAIN, ANEW = "plain LoRA", "null space"
-RATES = {PLAIN: 2e-3, ANEW: 5e-3, SHIPPED: 1e-2}  # as `preservation.py` chose them
+CHOSEN = json.loads((HERE / "results" / "preservation.json").read_text())["chosen"]
+RATES = {method: CHOSEN[method]["rate"] for method in (PLAIN, ANEW, SHIPPED)}
 SHOWN = ("subject", "placed", "class", "class_right", "noise_drift", "seconds")
 
 

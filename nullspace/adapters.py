@@ -9,7 +9,6 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
@@ -52,7 +51,7 @@ def lora_targets(unet, text_encoders, bundle, protected, args):
             f"The bundle leaves {len(unprotected)} layers to train unprotected ({kinds_of(unprotected)}); name others "
             "in --lora_layers, build the bundle with --attention all, or pass --allow_unprotected."
         )
-    if unprotected:
+    if unprotected and protected is not None:
         logger.warning(f"{len(unprotected)} of {len(targets)} layers train unprotected: {kinds_of(unprotected)}.")
     weights = {name: find_module(name, unet, **text_encoders).weight.flatten(1) for name in targets}
     if fault := rank_fault(args.rank, {name: tuple(weight.shape) for name, weight in weights.items()}):
@@ -141,14 +140,6 @@ def check_layers(where, layers, name, unet, text_encoders):
                 "LoRA of this model."
             )
     return modules
-
-
-def enable_lora(adapted, enabled):
-    """Let the adapted models answer with or without their LoRA."""
-    for model in adapted.values():
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.enable_adapters(enabled)
 
 
 def save_lora(folder, unet, dtype=torch.float32, adapter="default", **text_encoders):

@@ -10,7 +10,7 @@ from nullspace.layers import base_layer, find_module
 from nullspace.lora import with_magnitude
 from nullspace.models import download_model, loading
 from nullspace.names import DEFAULT_THRESHOLDS, JOINT
-from nullspace.spectrum import in_double
+from nullspace.spectrum import Spectrum, in_double
 
 
 # Root mean square drifts of the layers between which the verdict changes. On the demo's model held-out pictures then
@@ -71,6 +71,7 @@ class Auditor:
     """Tells what LoRAs of one model do to the inputs that a bundle protects at all of its timesteps: `audit`.
 
     What the layers' outputs weigh does not depend on the LoRA, takes a minute or more for SDXL, and is computed once.
+    The bases, which take 840 MB of SDXL's, are unpacked for each audit.
 
     Args:
         bundle (`Bundle`): with its joint group loaded, and that of the text encoder if LoRAs have layers there.
@@ -79,23 +80,30 @@ class Auditor:
     """
 
     def __init__(self, bundle, protected, models):
-        self.bundle, self.protected, self.models = bundle, protected, models
+        self.bundle, self.models = bundle, models
+        self.closed = {name: item._replace(basis=None, gains=None) for name, item in protected.items()}
         self._outputs = {}  # of each layer, once it is asked for
 
     def __call__(self, layers):
         """What `audit` returns of layers, `dict[str, LoraLayer]`."""
-        return summarize([self._row(name, layer) for name, layer in layers.items()])
+        source_of = {name: self.bundle.modules[name]["input"] for name in layers if name in self.closed}
+        packed = {source: self.bundle.group(JOINT)[source] for source in source_of.values()}
+        unpacked = {
+            source: packed[source]._replace(eigenvectors=basis, rest=None)
+            for source, basis in zip(packed, Spectrum.orthonormal_all(list(packed.values())), strict=True)
+        }
+        return summarize([self._row(name, layer, unpacked.get(source_of.get(name))) for name, layer in layers.items()])
 
-    def _row(self, name, layer):
+    def _row(self, name, layer, spectrum):
         row = {"module": name, "in_features": layer.down.shape[1]}
         row |= {"protected_rank": 0, "leakage": None, "predicted_drift": None, "rounding": None}
-        if name not in self.protected:
+        if spectrum is None:
             return row
-        item, weight = self.protected[name], base_layer(find_module(name, **self.models)).weight
+        item = self.closed[name]._replace(basis=spectrum.eigenvectors)
+        weight = base_layer(find_module(name, **self.models)).weight
         if (len(layer.up), *layer.down.shape[1:]) != (len(weight), len(item.basis)):
             raise NullSpaceError(f"The LoRA was made for another model than the bundle: their sizes of {name} differ.")
-        spectrum = self.bundle.group(JOINT)[self.bundle.modules[name]["input"]]
-        roots = _roots(spectrum._replace(eigenvectors=item.basis, rest=None))  # unpacked, which takes a while
+        roots = _roots(spectrum)
         if name not in self._outputs:
             self._outputs[name] = _outputs(weight, roots)
         layer = with_magnitude(layer, weight)
@@ -109,14 +117,14 @@ class Auditor:
         return row
 
 
-def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS["energy"], **text_encoders):
+def audit(layers, bundle, unet, threshold=DEFAULT_THRESHOLDS["energy"], **text_encoders):
     """What a LoRA does to the inputs that a bundle protects at all of its timesteps.
 
     Args:
         layers (`dict[str, LoraLayer]`): from `load_lora`.
         bundle (`Bundle`): with its joint group loaded, and that of the text encoder if the LoRA has layers there.
         unet (`UNet2DConditionModel`), text_encoder (`CLIPTextModel`, *optional*): the base model's.
-        criterion, threshold: what counts as protected, see `Spectrum.rank`.
+        threshold (`float`): leakage is that into the directions that hold this share of the energy.
 
     Returns:
         `dict`: `layers`, one `dict` for each with `module`, `in_features`, `protected_rank`, `leakage` (None where
@@ -129,7 +137,7 @@ def audit(layers, bundle, unet, criterion="energy", threshold=DEFAULT_THRESHOLDS
         NullSpaceError: if a layer's sizes are not those of the bundle, or `Bundle.protected` refuses the threshold.
         AttributeError: if the models are not the bundle's and lack a layer that it covers.
     """
-    protected = bundle.protected(criterion, threshold, math.inf)
+    protected = bundle.protected("energy", threshold, math.inf)
     return Auditor(bundle, protected, {"unet": unet, **text_encoders})(layers)
 
 
@@ -146,22 +154,24 @@ def summarize(rows):
     return {**summary, "unprotected": unprotected, "layers": rows}
 
 
-def load_audited_models(bundle, name_or_path, with_text_encoder, config=None, loras=()):
+def load_audited_models(
+    bundle, with_text_encoder, loras=(), name_or_path=None, revision=None, variant=None, token=None, config=None
+):
     """The base model's UNet, and its text encoders if asked for: arguments for `audit`.
 
     Args:
-        name_or_path (`str` or `None`): of the base model; None is the one that the bundle names.
-        config (`str`, *optional*): folder or Hub id of the configuration of a single file, see `find_configuration`.
         loras (`tuple[Earlier]`): that were in it.
+        name_or_path, revision, variant, token (`str`, *optional*): of the base model, see `Bundle.base_model`.
+        config (`str`, *optional*): folder or Hub id of the configuration of a single file, see `find_configuration`.
 
     Raises:
         NullSpaceError: if they cannot be had, or are not those that the bundle was built from.
     """
-    base, family = bundle.config["base_model"], get_family(bundle.config["model_type"])
+    family = get_family(bundle.config["model_type"])
     parts = ["unet", *(family.text_encoders if with_text_encoder else ())]
     skip = {*family.text_encoders, "vae"} - set(parts)
-    where = {key: base[key] for key in ("revision", "variant")} if name_or_path is None else {}
-    model = download_model(name_or_path or base["id"], **where, config=config, skip=skip)._replace(loras=loras)
+    where = bundle.base_model(name_or_path, revision, variant)
+    model = download_model(*where, token, config, skip=skip)._replace(loras=loras)
     with loading(model.name):
         models = family.load_models(model, parts)
     bundle.check(**models)

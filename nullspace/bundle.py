@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -187,6 +187,18 @@ class Bundle:
     def group_hashes(self):
         """The sha256 of each group's file, by which a bundle is known whatever its card and its configuration say."""
         return {name: digest for name, digest in self.config["files"].items() if name.endswith(group_file(""))}
+
+    def base_model(self, name_or_path=None, revision=None, variant=None):
+        """Name, revision and variant of the base model: as given, or without a name what it was built from."""
+        base = self.config["base_model"]
+        if name_or_path:
+            return name_or_path, revision, variant
+        return base["id"], revision or base["revision"], variant or base["variant"]
+
+    @property
+    def joint(self):
+        """The group of all of its timesteps, as the configuration has it: the first."""
+        return self.config["groups"][0]
 
     @property
     def clip_skip(self):
@@ -382,7 +394,7 @@ class Bundle:
             moments (`SecondMoments`): of what the model reads on those prompts, of inputs that are loaded.
             groups (`list[dict]`): of timesteps, by which they were collected.
         """
-        emphasized = Bundle(copy.deepcopy(self.config), revision=self.revision)
+        emphasized = replace(self, config=copy.deepcopy(self.config))
         emphasized.spectra = {name: dict(spectra) for name, spectra in self.spectra.items()}
         for name, collected in _with_joint(moments, groups):
             for source, (total, tokens) in collected.items():
@@ -404,12 +416,13 @@ class Bundle:
     def merge(self, other):
         """The bundle of both bundles' prompts together, as if built at once, to the precision that is stored.
 
-        Both must describe the same weights and hold the same groups, all loaded.
+        Both must describe the same weights, have drawn in the same way, and hold the same groups, all loaded.
 
         Raises:
             NullSpaceError: if they do not.
         """
-        for key in ("model_type", "base_model", "modules", "groups", *TEXT_ENCODERS, "clip_skip"):
+        sampling = ("sampler", "guidance_scale", "resolution", "clip_skip")
+        for key in ("model_type", "base_model", "modules", "groups", *TEXT_ENCODERS, *sampling):
             mine, theirs = (config.get(key) or None for config in (self.config, other.config))
             if key == "base_model":
                 mine, theirs = mine["fingerprint"], theirs["fingerprint"]

@@ -10,7 +10,7 @@ class Checkpointer:
     """Writes checkpoints, after a look at whether what they are to hold is finite.
 
     Args:
-        parameters (`list[Tensor]`): of the LoRA.
+        parameters (`list[Tensor]`): all that are trained, of LoRA and word.
         scalars (`ScalarLog`): flushed first.
         run (`dict`): what the result depends on, see `describe_run`.
         saved (`int` or `None`): the step of the checkpoint that the training goes on from.
@@ -31,7 +31,7 @@ class Checkpointer:
             DivergedError: if the training has diverged, with nothing written.
         """
         self.scalars.flush()
-        check_weights(self.parameters, step, self.args.learning_rate)
+        check_weights(self.parameters, step, self.args)
         folder, self.saved = save_checkpoint(self.accelerator, step, self.args, self.run), step
         return folder
 

@@ -109,6 +109,9 @@ class Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(words, namespace)
         for action in self._actions:
             value = getattr(found, action.dest, None)
+            if isinstance(value, list):
+                expanded = [os.path.expanduser(one) if str(one).startswith("~/") else one for one in value]
+                setattr(found, action.dest, expanded)
             if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~")):
                 value = type(value)(os.path.expanduser(value))
                 setattr(found, action.dest, value)
@@ -315,8 +318,16 @@ def check_softness(softness):
         raise NullSpaceError(f"--nullspace_softness {softness} is out of range: it must be above 0 (inf: no damping).")
 
 
+def check_output_dir(folder):
+    """Raise `NullSpaceError` if results cannot be written into a folder, which may not exist yet, or should not be."""
+    if fault := output_folder_fault(folder):
+        raise NullSpaceError(fault)
+    if not Path(folder).is_dir():
+        check_writable(folder)
+
+
 def check_writable(folder, flag="--output_dir"):
-    """Raise `NullSpaceError` if a folder, which may not exist yet, cannot be made or written to."""
+    """Raise `NullSpaceError` if a folder cannot be made, or another beside it that would take its place."""
     folder = first = Path(folder).resolve()
     try:
         while not first.parent.exists():

@@ -166,12 +166,12 @@ def collect_moments(pipeline, prompts, groups, checkpoint, args, state):
                 advance,
                 args.clip_skip,
             )
-            number_asked = signals.asked()
-            if number % args.checkpointing_steps == 0 or number == last or number_asked:
+            signal_number = signals.asked()
+            if number % args.checkpointing_steps == 0 or number == last or signal_number:
                 checkpoint.save(moments, number)
-            if number_asked:
+            if signal_number:
                 progress.close()  # which would write over the sentence that follows
-                raise signals.Stopped(number_asked, f"{number} of {last} batches are in {checkpoint.folder}.")
+                raise signals.Stopped(signal_number, f"{number} of {last} batches are in {checkpoint.folder}.")
     progress.close()
     if state.num_processes == 1:  # one that builds alone must not wait for others, which wait for it
         return moments

@@ -5,6 +5,7 @@ import random
 from itertools import cycle, islice
 
 import torch
+from accelerate import PartialState
 from diffusers.image_processor import VaeImageProcessor
 from PIL import ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -93,7 +94,8 @@ class InstanceDataset(Dataset):
     def cache(self, encode):
         """From now on give what `encode` makes of each picture (1, 3, height, width) in its place, crops fixed."""
         flips = (False, True) if self.args.random_flip else (False,)
-        numbers = tqdm(range(len(self.pictures)), desc="Caching latents", unit="picture")
+        disable = not PartialState().is_local_main_process
+        numbers = tqdm(range(len(self.pictures)), desc="Caching latents", unit="picture", disable=disable)
         framed = ([self.picture(number, flip) for flip in flips] for number in numbers)
         self.cached = [[(encode(picture[None])[0].cpu(), framing) for picture, framing in each] for each in framed]
 

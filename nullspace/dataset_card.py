@@ -19,7 +19,6 @@ from nullspace.names import (
     TEXT_ENCODERS,
     TEXT_INPUT,
 )  # fmt: skip
-from nullspace.spectrum import Spectrum
 
 
 THIS_REPOSITORY = "<this repository>"  # in a card's command, until it is known
@@ -137,7 +136,11 @@ def write_dataset_card(license_name):
         steps = ", ".join(map(str, config["num_inference_steps"]))
         sampling = f"{config['sampler']}, {steps} steps, guidance scale {config['guidance_scale']}"
         spectra = [item for spectra in bundle.spectra.values() for item in spectra.values()]
-        hidden, hidden_drift = (max(map(bound, spectra)) for bound in (Spectrum.distance, Spectrum.drift_distance))
+        hidden = hidden_drift = "not known, as of all bundles that were added up"
+        if all(item.distances is not None for item in spectra):
+            hidden = f"at most {max(item.distance() for item in spectra):.1e}"
+            drift = max(item.drift_distance() for item in spectra)
+            hidden_drift = f"at most {drift:.1e} of a LoRA that were free"
         own_flags = f"  --clip_skip {bundle.clip_skip} \\\n" if bundle.clip_skip else ""
         named = link(model["id"], f"https://huggingface.co/{model['id']}") if is_hub_id else code_span(model["id"])
         loras = model.get("loras", [])  # a folder's by its name alone
@@ -181,8 +184,8 @@ its subject and leaves these prompts as they were.
 | sampling | {sampling}, {config["resolution"]} pixels |
 | clip skip | {bundle.clip_skip} |
 | prompts | {prompts["count"]:,}, sha256 `{prompts["sha256"]}` |
-| what rounding may hide of a leakage | at most {hidden:.1e} |
-| what it may hide of a drift | at most {hidden_drift:.1e} of a LoRA that were free |
+| what rounding may hide of a leakage | {hidden} |
+| what it may hide of a drift | {hidden_drift} |
 
 Median number of directions, over the inputs of one size, that hold a share of the energy (the trace of the second
 moment). Layers that read the same input share it; each layer is a row of `{TABLE_NAME}`.

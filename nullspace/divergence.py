@@ -23,11 +23,12 @@ class DivergedError(UnsoundError):
     """A training has come to numbers that are not finite, and there is nothing to save of it."""
 
 
-def diverged(what, when, learning_rate):
+def diverged(what, when, args):
     """The `DivergedError` that says what is not finite, when it was found so, and what usually mends it."""
+    flag = "word_learning_rate" if args.word_only else "learning_rate"
     return DivergedError(
-        f"The training diverged: {what} {when}; what usually mends it is a lower --learning_rate (it is "
-        f"{learning_rate:g}), --mixed_precision bf16 where it is fp16, or a VAE that does not overflow in it"
+        f"The training diverged: {what} {when}; what usually mends it is a lower --{flag} (it is "
+        f"{getattr(args, flag):g}), --mixed_precision bf16 where it is fp16, or a VAE that does not overflow in it"
     )
 
 
@@ -51,7 +52,7 @@ def what_is_left(folder):
     return f"; {folder} still holds {' and '.join(left)}, left as before" if left else ""
 
 
-def check_scalars(values, step, learning_rate, skipped=False):
+def check_scalars(values, step, args, skipped=False):
     """Raise `DivergedError` if a value of a step is not finite.
 
     Args:
@@ -66,16 +67,16 @@ def check_scalars(values, step, learning_rate, skipped=False):
     for name, value in values.items():
         if not math.isfinite(value) and not (skipped and name not in whats):
             what = whats.get(name, f"the gradients ({name}) are")
-            raise diverged(f"{what} not finite", f"at step {step}", learning_rate)
+            raise diverged(f"{what} not finite", f"at step {step}", args)
 
 
-def check_weights(parameters, step, learning_rate, dtype=torch.float32):
+def check_weights(parameters, step, args, dtype=torch.float32):
     """Raise `DivergedError` unless all weights that are trained are finite in the type that they are to be saved in."""
     finite = torch.stack([parameter.detach().to(dtype).isfinite().all() for parameter in parameters])
     if not finite.all():
         bad, kind = len(finite) - int(finite.sum()), str(dtype).removeprefix("torch.")
         what = f"the weights of {bad} of the {len(finite)} trained matrices are not finite in {kind}"
-        raise diverged(what, f"at step {step}", learning_rate)
+        raise diverged(what, f"at step {step}", args)
 
 
 class SkippedSteps:
@@ -84,12 +85,12 @@ class SkippedSteps:
     def __init__(self):
         self.count = 0
 
-    def add(self, skipped, step, learning_rate):
+    def add(self, skipped, step, args):
         """Raise `DivergedError` once there are too many."""
         self.count = self.count + 1 if skipped else 0
         if self.count == MOST_SKIPPED:
             what = f"the gradients were infinite in {self.count} steps in a row, which fp16's loss scaling skipped,"
-            raise diverged(what, f"up to step {step}", learning_rate)
+            raise diverged(what, f"up to step {step}", args)
 
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
@@ -121,11 +122,11 @@ class Drawn:
         finite = tensor.isfinite().all()
         self.finite[what] = self.finite.get(what, finite) & finite
 
-    def check(self, where, learning_rate):
+    def check(self, where, args):
         """Raise `DivergedError` if some were not finite; `where` says what was done with the pictures."""
         for what, finite in self.finite.items():
             if not finite:
-                raise diverged(f"the {what} are not finite", f"({where})", learning_rate)
+                raise diverged(f"the {what} are not finite", f"({where})", args)
 
 
 # ---- The VAE --------------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def overflows(vae, pictures):
     return None
 
 
-def sound_vae(vae, pictures, reload, learning_rate, known=False):
+def sound_vae(vae, pictures, reload, args, known=False):
     """A VAE whose latents and pictures are finite: the one given, or in float32 where it overflows in float16.
 
     In float16, unless it is `known` to overflow there, it is tried on all pictures, in other types, which hardly
@@ -172,7 +173,7 @@ def sound_vae(vae, pictures, reload, learning_rate, known=False):
         vae (`AutoencoderKL`): in the type that is trained in.
         pictures (`Callable[[], Iterable[Tensor]]`): gives the training pictures (3, side, side).
         reload (`Callable[[], AutoencoderKL]`): gives it anew in float32, for float16 may not hold its weights.
-        learning_rate (`float`): as given, for the sentence.
+        args: the rates that were given, for the sentence.
 
     Raises:
         DivergedError: if it is not finite, in float16 if it is not in float32 either.
@@ -187,5 +188,5 @@ def sound_vae(vae, pictures, reload, learning_rate, known=False):
             logger.warning("The VAE overflows in fp16: it is run in fp32, and the rest in fp16.")
     if number is not None:
         what = f"the latents that the VAE makes of picture {number + 1}, or the picture of them, are not finite"
-        raise diverged(what, when, learning_rate)
+        raise diverged(what, when, args)
     return vae

@@ -131,7 +131,7 @@ def tell_cost(initial, projector, args):
     """Say in a line what the projector, which has just been made, took from --init_lora."""
     if initial is None:
         return
-    closed = {name for name, item in projector.protected.items() if item.rank}
+    closed = {name for name, rank in projector.ranks.items() if rank}
     shares = removed_shares(initial.layers, {name: projector.parameters[name] for name in closed}).values()
     if not shares:
         logger.info(f"Going on from {args.init_lora} as it is: nothing is closed to it.")

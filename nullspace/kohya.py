@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nullspace.errors import NullSpaceError
-from nullspace.names import REPORT_NAME, TEXT_ENCODER, TEXT_ENCODERS
+from nullspace.names import LORA_NAME, REPORT_NAME, TEXT_ENCODER, TEXT_ENCODERS
 from nullspace.system import replacing, sort_header
 
 
@@ -154,14 +154,14 @@ def _bundle_id(nullspace):
 
 
 def read_report(lora):
-    """The report that lies beside a LoRA, given as its folder or file; None where there is none.
+    """The report of a LoRA, given as its folder or file; None where there is none, or it is not of that file.
 
     Raises:
         NullSpaceError: if there is one that cannot be read.
     """
-    folder = Path(lora) if Path(lora).is_dir() else Path(lora).parent
-    path = folder / REPORT_NAME
-    if not path.is_file():
+    lora = Path(lora)
+    path = (lora if lora.is_dir() else lora.parent) / REPORT_NAME
+    if not path.is_file() or not (lora.is_dir() or lora.name == LORA_NAME or is_ours(lora)):
         return None
     try:
         report = json.loads(path.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 import os
 import sys
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -89,19 +90,26 @@ def without_token(argv):
     return without(argv, "--hub_t")
 
 
+@cache
+def launcher():
+    """The words of the command that this process was launched by, where the system tells them."""
+    try:
+        return psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):  # not ours to read, or gone
+        return []
+
+
 def command_line(resume=None):
     """The command that this process was started with, the launcher's part included, without the token: its words.
 
     Args:
         resume (`str`, *optional*): what --resume_from_checkpoint is to say in it.
     """
-    command, launcher = ["python", *sys.argv], []
-    if LAUNCHED in os.environ:
-        started = psutil.Process().parent().cmdline()
-        launcher = started[: started.index(sys.argv[0])] if sys.argv[0] in started else []
-    for number, word in enumerate(launcher):
+    command, started = ["python", *sys.argv], launcher() if LAUNCHED in os.environ else []
+    started = started[: started.index(sys.argv[0])] if sys.argv[0] in started else []
+    for number, word in enumerate(started):
         if word == "accelerate.commands.launch" or Path(word).name == "accelerate":
-            flags = launcher[number + (1 if word == "accelerate.commands.launch" else 2) :]
+            flags = started[number + (1 if word == "accelerate.commands.launch" else 2) :]
             command = ["accelerate", "launch", *flags, *sys.argv]
             break
     command = without_token(command)

@@ -9,10 +9,13 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from nullspace.divergence import SkippedSteps, check_scalars
+from nullspace.system import without_folder
 from nullspace.terminal import printable
 
 
 logger = get_logger(__name__)
+
+AT_ONCE = 10  # steps whose scalars are read together
 
 
 class PrintableFormatter(logging.Formatter):
@@ -40,14 +43,20 @@ def set_up_logging(accelerator):
 
 
 def start_trackers(accelerator, args):
-    """Tell the trackers the flags, but no secret."""
+    """Tell the trackers the flags, but no secret, and no folder of this machine: their files may be published."""
     if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        settings = {
-            key: value if isinstance(value, (int, float, str)) else str(value) for key, value in vars(args).items()
-        }
-        del settings["hub_token"], settings["base_model"], settings["config"]
+        hidden = ("hub_token", "base_model", "config")
+        settings = {key: _without_folders(value) for key, value in vars(args).items() if key not in hidden}
         accelerator.init_trackers("dreambooth-nullspace", config=settings)
+
+
+def _without_folders(value):
+    """The value of a flag as a number or text, in which what is on this machine goes by its last name."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(_without_folders(each)) for each in value)
+    return without_folder(value)
 
 
 class ScalarLog:
@@ -60,15 +69,14 @@ class ScalarLog:
 
     Args:
         lr_scheduler: whose learning rate goes with each step.
-        step, total (`int`): where the bar begins and ends.
-        every (`int`): so many steps at a time.
+        step (`int`): where the bar begins.
+        args: --max_train_steps, where it ends, and the rates, for the sentence of a training that has diverged.
     """
 
-    def __init__(self, accelerator, lr_scheduler, step, total, every=10):
-        self.accelerator, self.lr_scheduler, self.every = accelerator, lr_scheduler, every
-        self.progress = tqdm(
-            total=total, initial=step, desc="Training", unit="step", disable=not accelerator.is_local_main_process
-        )
+    def __init__(self, accelerator, lr_scheduler, step, args):
+        self.accelerator, self.lr_scheduler, self.args = accelerator, lr_scheduler, args
+        disable = not accelerator.is_local_main_process
+        self.progress = tqdm(total=args.max_train_steps, initial=step, desc="Training", unit="step", disable=disable)
         self.pending = []  # (step, lr, whether the step was skipped, scalar tensors by name)
         self.audited = {}  # what was found in the last checkpoint, for the bar
         self.skipped_steps = SkippedSteps()
@@ -78,9 +86,9 @@ class ScalarLog:
         lr, skipped = self.lr_scheduler.get_last_lr()[0], self.accelerator.optimizer_step_was_skipped
         self.pending.append((step, lr, skipped, tensors))
         self.progress.update()
-        if len(self.pending) == self.every:
+        if len(self.pending) == AT_ONCE:
             self.flush()
-        self.skipped_steps.add(skipped, step, lr)
+        self.skipped_steps.add(skipped, step, self.args)
 
     def flush(self):
         """Send what is pending; `DivergedError` if it shows that the training has diverged."""
@@ -90,7 +98,7 @@ class ScalarLog:
         for (step, lr, skipped, tensors), row in zip(self.pending, rows, strict=True):
             values = dict(zip(tensors, row, strict=True))
             self.accelerator.log({name: values[name] for name in values if name != "latents"} | {"lr": lr}, step=step)
-            check_scalars(values, step, lr, skipped)
+            check_scalars(values, step, self.args, skipped)
         drift = {"drift": values["predicted_drift"]} if "predicted_drift" in values else {}
         self.progress.set_postfix({"loss": values["loss"], "lr": lr} | self.audited | drift)
         self.pending.clear()

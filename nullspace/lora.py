@@ -225,19 +225,17 @@ def read_lora(name_or_path, token=None):
 
 def _check_config(config):
     """Raise `ValueError` unless what a file has of peft is what scales can be read from, for each model."""
-    parts = {}
-    if isinstance(config, dict):
-        for key, value in config.items():
-            model, _, name = key.partition(".")
-            parts.setdefault(model, {})[name] = value
+    fault, parts = ValueError("the configuration of peft in it has no alphas by which it is scaled"), {}
+    if not isinstance(config, dict):
+        raise fault
+    for key, value in config.items():
+        model, _, name = key.partition(".")
+        parts.setdefault(model, {})[name] = value
     for part in parts.values():
         patterns = part.get("alpha_pattern") or {}
         plain = isinstance(patterns, dict) and all(map(_is_plain, patterns))
         if not plain or not all(map(_is_finite, [part.get("lora_alpha"), *patterns.values()])):
-            parts = None
-            break
-    if parts is None or not isinstance(config, dict):
-        raise ValueError("the configuration of peft in it has no alphas by which it is scaled")
+            raise fault
 
 
 def _is_plain(pattern):

@@ -13,7 +13,7 @@ from nullspace.markdown import code_span, link, plain, python_string, table_cell
 from nullspace.names import CARD_NAME, CHECKPOINTS_NAME, COMPARISON_NAME, EMBEDDINGS, REPORT_NAME, kohya_path
 from nullspace.pictures import save_picture
 from nullspace.protection import describe_setting
-from nullspace.system import write_text
+from nullspace.system import without_folder, write_text
 
 
 def write_model_card(bundle, report, prompts, pictures, args):
@@ -67,7 +67,7 @@ Use {triggers} to trigger the subject.
 ## Use it with diffusers
 
 ```py
-{usage_code("cuda", args)}
+{usage_code("cuda", args, here=False)}
 ```
 {elsewhere}
 {describe_figures(bundle, report, args)}
@@ -78,19 +78,29 @@ Use {triggers} to trigger the subject.
     return names
 
 
-def usage_code(device, args):
-    """Python that loads base model, LoRA and word on a device, and draws the subject."""
-    model = args.base_model
-    loaded = f"DiffusionPipeline.from_pretrained({python_string(model.name)}, "
-    if model.file:
-        pipeline = get_family(args.model_type).pipeline.__name__
-        loaded = f"{pipeline}.from_single_file({python_string(model.name)}, "
-    elif args.revision:
-        loaded += f"revision={python_string(model.revision)}, "
-    imports, lines = loading_lines(loaded.partition(".")[0], args)
-    dtype = "float32" if device == "cpu" else "float16"
-    loaded = f'pipeline = {loaded}torch_dtype=torch.{dtype}).to("{device}")'
-    return f"{imports}\n\n{loaded}\n{lines}\n{drawing_line(args)}"
+def usage_code(device, args, here=True):
+    """Python that loads base model, LoRA and word on a device, and draws the subject.
+
+    Args:
+        here (`bool`): whether it is for this machine; a card names files and other VAEs by their last name.
+    """
+    model, classes, vae = args.base_model, [], []
+    dtype = f"torch_dtype=torch.{'float32' if device == 'cpu' else 'float16'}"
+    if model.vae_folder:
+        given = Path(args.pretrained_vae_model_name_or_path)
+        part = ['subfolder="vae"'] * (model.vae_folder.name == "vae" != given.name)
+        named = python_string(str(given) if here else model.vae)
+        vae = [f"vae=AutoencoderKL.from_pretrained({', '.join([named, *part, dtype])})"]
+        classes.append("AutoencoderKL")
+    classes.append(get_family(args.model_type).pipeline.__name__ if model.file else "DiffusionPipeline")
+    method = "from_single_file" if model.file else "from_pretrained"
+    where = python_string(str(model.file) if here and model.file else model.name)
+    config = args.single_file_config and (args.single_file_config if here else without_folder(args.single_file_config))
+    asked = {"revision": args.revision and model.revision, "variant": model.variant, "config": config}
+    options = [f"{key}={python_string(value)}" for key, value in asked.items() if value]
+    imports, lines = loading_lines(", ".join(classes), args)
+    loaded = f"{classes[-1]}.{method}({', '.join([where, *options, *vae, dtype])})"
+    return f'{imports}\n\npipeline = {loaded}.to("{device}")\n{lines}\n{drawing_line(args)}'
 
 
 def in_web_uis(args):
@@ -119,9 +129,9 @@ def in_web_uis(args):
     return lines
 
 
-def loading_lines(pipeline, args):
-    """The imports of the card's code, a class of pipeline's among them, and its lines that load what was trained."""
-    source, imports, lines = args.hub_model_id or args.output_dir, [f"from diffusers import {pipeline}"], []
+def loading_lines(classes, args):
+    """The imports of the card's code, diffusers' `classes` among them, and its lines that load what was trained."""
+    source, imports, lines = args.hub_model_id or args.output_dir, [f"from diffusers import {classes}"], []
     text_encoders, beneath, adapters = list(get_family(args.model_type).text_encoders), args.base_model.loras, []
     # In order: where it is, whether that is on the Hub, whether there is a LoRA, and the words
     stack = [(*shown(lora, args), bool(lora.layers), [word.token for word in lora.words]) for lora in beneath]
@@ -176,8 +186,7 @@ def describe_training(bundle, report, args):
             f"not, and may change any picture: {kinds_of(unprotected)}."
         )
     if args.init_lora:
-        is_local = Path(args.init_lora).exists()
-        initial = link_or_code(Path(args.init_lora).name if is_local else args.init_lora, is_local)
+        initial = link_or_code(without_folder(args.init_lora), Path(args.init_lora).exists())
         protection += f" The training went on from another LoRA, {initial}."
     protection += beneath
     if token:
@@ -210,7 +219,7 @@ def describe_figures(bundle, report, args):
         shown["predicted_drift"] += (
             f", root mean square {report['predicted_drift']['rms']:.4g} of {args.max_drift:g} allowed"
         )
-    covered = args.nullspace_timestep_range or bundle.config["groups"][0]["range"]
+    covered = args.nullspace_timestep_range or bundle.joint["range"]
     setting = describe_setting(args)
     vae_row = f"| VAE | {table_cell(code_span(args.base_model.vae))} |\n" if args.base_model.vae else ""
     total, unprotected = len(report["layers"]), report["unprotected"]

@@ -143,7 +143,7 @@ def load_whole(kind, model, part):
     if missing := sorted(info["missing_keys"]):
         whose = f"the VAE {model.vae}" if is_other else f"its {part}"
         raise ValueError(f"the file of {whose} lacks the weights {listed(missing, 3)}")
-    return loaded
+    return loaded.float()  # transformers gives the type of the file
 
 
 # ---- Another VAE -----------------------------------------------------------------------------------------------------

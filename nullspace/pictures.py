@@ -29,6 +29,7 @@ from nullspace.captions import (
     counted,
     kohya_repeats,
 )
+from nullspace.checks import require
 from nullspace.errors import NullSpaceError, listed, reason
 from nullspace.names import INTERPOLATION
 from nullspace.system import make_inside, replacing
@@ -109,10 +110,10 @@ def check_shape(picture):
 def upright_rgb(picture, background):
     """An opened picture of any mode as its camera was held, in RGB, transparency laid on `background` (r, g, b)."""
     check_shape(picture)
-    return flatten(eight_bit(picture_upright(picture)), background)
+    return flatten(eight_bit(turned_upright(picture)), background)
 
 
-def picture_upright(picture):
+def turned_upright(picture):
     """A picture turned as its EXIF says, with the format that it was read from."""
     form = picture.format
     picture = ImageOps.exif_transpose(picture)
@@ -345,8 +346,7 @@ def read_instances(args, background=(255, 255, 255), keep=lambda picture: pictur
 
 def read_dataset(args, background, keep, tell, need_captions):
     """The same from the split "train" of --dataset_name; a row without a caption has the instance prompts."""
-    if importlib.util.find_spec("datasets") is None:
-        raise NullSpaceError("--dataset_name needs datasets, which is not installed: pip install datasets")
+    require("datasets", "--dataset_name")
     from datasets import load_dataset  # slow to import, and seldom needed
     from datasets.exceptions import DatasetsError
 

@@ -123,10 +123,13 @@ class NullSpaceProjector:
         trained (`bool`): whether A holds what was learned: its value is then kept out of the closed directions only.
             Holding it back would undo what was learned where steps were held back already.
         text_encoders (`CLIPTextModel`, *optional*): with LoRA layers, by the name that begins those of their layers.
+
+    Attributes:
+        ranks (`dict[str, int]`): how many directions are closed, by module name.
     """
 
     def __init__(self, unet, protected, adapter="default", trained=False, **text_encoders):
-        self.protected = protected
+        self.ranks = {name: item.rank for name, item in protected.items()}
         self.parameters = {name: find_module(name, unet, **text_encoders).lora_A[adapter].weight for name in protected}
         device = next(unet.parameters()).device
         with tf32(False, device):

@@ -1,6 +1,7 @@
 """Captions, encoded for training."""
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
@@ -61,7 +62,8 @@ class PromptEncoder:
         self.encoded = None
         if not any(is_trained(text_encoder) for text_encoder in text_encoders.values()):
             batches = torch.arange(len(captions)).split(16)
-            progress = tqdm(batches, desc="Encoding prompts", unit="batch", disable=len(batches) == 1)
+            disable = len(batches) == 1 or not PartialState().is_local_main_process
+            progress = tqdm(batches, desc="Encoding prompts", unit="batch", disable=disable)
             with torch.no_grad():
                 parts = [self.encode(text_encoders, batch) for batch in progress]
             self.encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

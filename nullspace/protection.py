@@ -81,7 +81,7 @@ def add_extra_prompts(bundle, components, accelerator, dtype, args):
     pipeline.scheduler = make_scheduler(config["sampler"], pipeline.scheduler.config)
     groups = split_groups(config)
     if not all(group["name"] in bundle.spectra for group in groups):
-        groups = [joint(bundle)]
+        groups = [bundle.joint]
     moments = moments_of(
         args.nullspace_extra_prompts, bundle, groups, pipeline, args.train_batch_size, "Protecting extra prompts",
         disable=not accelerator.is_local_main_process,
@@ -89,11 +89,6 @@ def add_extra_prompts(bundle, components, accelerator, dtype, args):
     # Every process drew the same; their sum is the same in all of them, to the last bit.
     moments.reduce(lambda tensor: reduce(tensor, "sum"))
     return bundle.emphasize(moments, groups)
-
-
-def joint(bundle):
-    """The group of all of a bundle's timesteps, as its configuration has it."""
-    return next(group for group in bundle.config["groups"] if group["name"] == JOINT)
 
 
 def moments_of(prompts, bundle, groups, pipeline, batch_size, title, disable=False):
@@ -141,11 +136,11 @@ def log_protection(bundle, protected, args):
 
 def describe_protection(bundle, protected, args):
     """The lines that say what this run protects, by what `protect` gave."""
-    prompts, groups = bundle.config["prompts"], bundle.config["groups"]
+    prompts = bundle.config["prompts"]
     extra = f" and {len(args.nullspace_extra_prompts)} of your own" if args.nullspace_extra_prompts else ""
     yield (
         f"Protecting {prompts['count']:,} prompts of {prompts['source']}{extra} at "
-        f"{len(groups[0]['timesteps'])} timesteps ({describe_setting(args)}):"
+        f"{len(bundle.joint['timesteps'])} timesteps ({describe_setting(args)}):"
     )
     ranks_of = {}
     for name, item in protected.items():

@@ -7,7 +7,7 @@ import torch
 from nullspace.audit import audit
 from nullspace.errors import NullSpaceError, listed
 from nullspace.names import JOINT
-from nullspace.protection import joint, moments_of
+from nullspace.protection import moments_of
 from nullspace.spectrum import in_double
 
 
@@ -49,7 +49,7 @@ def subject_moments(pipeline, bundle, prompts):
     """
     if not prompts:
         return {source: torch.eye(len(item.eigenvalues)) for source, item in bundle.group(JOINT).items()}
-    moments = moments_of(prompts, bundle, [joint(bundle)], pipeline, DRAWN_AT_ONCE, "Drawing the subject")
+    moments = moments_of(prompts, bundle, [bundle.joint], pipeline, DRAWN_AT_ONCE, "Drawing the subject")
     return {source: total for (_, source), total in moments.sums.items()}
 
 

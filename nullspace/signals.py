@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 from nullspace.errors import NullSpaceError
-from nullspace.launch import LAUNCHED, command_line
+from nullspace.launch import LAUNCHED, command_line, launcher
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -39,6 +39,7 @@ def listen():
     for each in SIGNALS:
         signal.signal(each, _handle)
     if LAUNCHED in os.environ:  # `accelerate launch` of one process passes no signal on
+        launcher()  # its command line, as long as it is there
         threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
 
 

@@ -148,7 +148,8 @@ def read_training(path):
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        prompts, loras = report["training"]["instance_prompt"], report["base_model"].get("loras", [])
+        # The report of one's own loop names no prompt
+        prompts, loras = report["training"].get("instance_prompt", []), report["base_model"].get("loras", [])
         texts = [*prompts, *(each[key] for each in loras for key in ("id", "sha256"))]
         if not isinstance(prompts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError("what should be text is none")
@@ -297,8 +298,8 @@ def unnamed_subjects(loras):
     if not unknown:
         return None
     return (
-        f"No prompt of {listed(unknown)} is known, for no {REPORT_NAME} lies beside it, so that none is protected; "
-        "name some in --nullspace_extra_prompts."
+        f"No prompt of {listed(unknown)} is known, for no {REPORT_NAME} beside it names one, so that none is "
+        "protected; name some in --nullspace_extra_prompts."
     )
 
 

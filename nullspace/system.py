@@ -116,6 +116,11 @@ def make_inside(folder):
         raise NullSpaceError(write_fault(folder, folder, error)) from error
 
 
+def without_folder(name):
+    """A path of this machine by its last name, for what may be published; a Hub id, or any other text, as it is."""
+    return Path(name).resolve().name if isinstance(name, Path) or os.path.exists(str(name)) else str(name)
+
+
 def write_text(path, text):
     """Write a text file that matters, in UTF-8."""
     content = text.encode("utf-8")

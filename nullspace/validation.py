@@ -6,10 +6,10 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import free_memory
+from diffusers.utils import set_adapter_layers
 from tqdm.auto import tqdm
 
 from nullspace import signals
-from nullspace.adapters import enable_lora
 from nullspace.checkpoint import checkpoints_of_run
 from nullspace.divergence import Drawn, run_in_float32
 from nullspace.embeddings import load_words, words_beside
@@ -51,7 +51,7 @@ def draw(pipeline, prompts, args, description, count=None):
     family = get_family(args.model_type)
     rows, drawn = [], Drawn()
     for index in tqdm(range(count or args.num_validation_images), desc=description, unit="row"):
-        seed = (args.seed or 0) + index
+        seed = args.seed + index
         with drawn.decoding(pipeline.vae):
             rows.append(
                 [
@@ -64,7 +64,7 @@ def draw(pipeline, prompts, args, description, count=None):
                     for prompt in prompts
                 ]
             )  # fmt: skip
-        drawn.check(description, args.learning_rate)
+        drawn.check(description, args)
     return rows
 
 
@@ -106,17 +106,22 @@ def draw_in_training(accelerator, adapted, kept, dtype, step, args):
     if args.placeholder_token and args.compare_with_base:  # the base model does not know the token
         components |= {"vae": pipeline.vae, **load_tokenizers(args)}
         base = load_pipeline(args, dtype, accelerator.device, **components)
+
+    def enable_lora(enabled):
+        for model in adapted.values():
+            set_adapter_layers(model, enabled)
+
     for model in adapted.values():
         model.eval()
     try:
         with accelerator.autocast():
             if args.compare_with_base:
-                enable_lora(adapted, False)
+                enable_lora(False)
                 rows["base"] = draw(base, args.validation_prompt, args, "Validating, base")
-                enable_lora(adapted, True)
+                enable_lora(True)
             rows["tuned"] = draw(pipeline, args.validation_prompt, args, "Validating")
     finally:
-        enable_lora(adapted, True)
+        enable_lora(True)
         for model in adapted.values():
             model.train()
     return comparison_grid(rows, args.validation_prompt, args.seed, step)

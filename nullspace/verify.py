@@ -70,22 +70,20 @@ def check_against_model(bundle, components, device, dtype, args):
     refuse(verify(bundle, load_pipeline(args, dtype, device, **components)))
 
 
-def load_verified(bundle, name_or_path, config=None, loras=()):
+def load_verified(bundle, loras=(), name_or_path=None, revision=None, variant=None, token=None, config=None):
     """The pipeline of the base model, in float32, once it turned out to be the one that a bundle was built from.
 
     Args:
-        name_or_path (`str` or `None`): of the base model; None is the one that the bundle names.
-        config (`str`, *optional*): folder or Hub id of the configuration of a single file, see `find_configuration`.
         loras (`tuple[Earlier]`): that were in it.
+        name_or_path, revision, variant, token (`str`, *optional*): of the base model, see `Bundle.base_model`.
+        config (`str`, *optional*): folder or Hub id of the configuration of a single file, see `find_configuration`.
 
     Raises:
         NullSpaceError: if it cannot be had, or is another.
     """
-    base = bundle.config["base_model"]
-    revision, variant = (None, None) if name_or_path else (base["revision"], base["variant"])
-    name_or_path = name_or_path or base["id"]
-    family = recognise(name_or_path, revision, wanted=bundle.config["model_type"], config=config)
-    model = download_model(name_or_path, revision, variant, config=config)._replace(loras=loras)
+    name_or_path, revision, variant = bundle.base_model(name_or_path, revision, variant)
+    family = recognise(name_or_path, revision, token, bundle.config["model_type"], config)
+    model = download_model(name_or_path, revision, variant, token, config)._replace(loras=loras)
     with loading(model.name):
         pipeline = family.load_pipeline(model)
     pipeline.to(torch.float32)
@@ -118,12 +116,12 @@ def refuse(findings):
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def verify(bundle, pipeline, prompts=PROMPTS, whole=False, seed=None):
+def verify(bundle, pipeline, prompts=PROMPTS, whole=False):
     """Have a model read some of a bundle's prompts, and compare: `list[Finding]`, one for each input that is loaded.
 
     Arguments as for `read`, which says what is raised.
     """
-    return compare(bundle, read(bundle, pipeline, prompts, whole, seed))
+    return compare(bundle, read(bundle, pipeline, prompts, whole))
 
 
 def read(bundle, pipeline, prompts=PROMPTS, whole=False, seed=None):
@@ -173,7 +171,7 @@ def draw(bundle, pipeline, prompts, whole, seed):
     Arguments as for `read`, which says what is raised.
     """
     config, family = bundle.config, get_family(bundle.config["model_type"])
-    first, last = next(group["range"] for group in config["groups"] if group["name"] == JOINT)
+    first, last = bundle.joint["range"]
     inputs = inputs_of(bundle, timeless=False) | (inputs_of(bundle, timeless=True) if whole else {})
     group_of = dict.fromkeys(range(first, last + 1), JOINT)
     moments = SecondMoments(pipeline.unet, inputs, group_of, **readers(pipeline, family)[0])

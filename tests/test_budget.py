@@ -131,7 +131,7 @@ ROUNDED = ("--mixed_precision", "bf16", "--no-upcast_before_saving")
 def read_back(folder, bundle):
     """The root mean square of the predicted drifts of a LoRA, and its largest leakage, by the audit of its file."""
     bundle = Bundle.load(bundle, text_encoder=True)
-    found = audit(load_lora(folder), bundle, **load_audited_models(bundle, None, with_text_encoder=True))
+    found = audit(load_lora(folder), bundle, **load_audited_models(bundle, with_text_encoder=True))
     return found["predicted_drift"]["rms"], found["leakage"]["max"]
 
 

@@ -528,7 +528,7 @@ def test_files_that_lack_weights_are_refused(part, tiny_sd1, bundle1, prompts, t
     assert not (tmp_path / "o").exists()
     if part != "vae":  # which the audit does not load
         with pytest.raises(NullSpaceError, match=re.escape(f"its {part} lacks the weights {lost}")):
-            load_audited_models(Bundle.load(bundle1), model, with_text_encoder=True)
+            load_audited_models(Bundle.load(bundle1), True, name_or_path=model)
 
 
 @pytest.mark.parametrize(("name", "what"), [("nullspace_config.json", "a bundle"), ("model_index.json", "a model")])

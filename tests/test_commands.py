@@ -39,6 +39,7 @@ def folders(tiny_sd1, tmp_path_factory):
     base = {"id": "tiny/other", "fingerprint": {"unet": "0" * 64}}
     world.bundle(base_model=base).save(folder / "other")
     world.bundle(base_model={"id": "tiny/model", "fingerprint": "0" * 64}).save(folder / "old")
+    world.bundle(guidance_scale=1.0).save(folder / "unguided")
     return folder
 
 
@@ -46,6 +47,10 @@ def test_merged_bundles_are_that_of_all_their_prompts(folders, tmp_path, capsys)
     merge("--nullspace", folders / "half-0", "--nullspace", folders / "half-1", "--output_dir", tmp_path / "merged")
     assert capsys.readouterr().out == f"Wrote 4 prompts of 2 bundles to {tmp_path / 'merged'}\n"
     check_files(tmp_path / "merged")
+    assert "merge --nullspace half-0 --nullspace half-1" in Bundle.load(tmp_path / "merged").config["command"]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "- null-space\n" in card and "--nullspace half-1" in card and "not known, as of all" in card
+    assert (tmp_path / "merged" / "spectra.png").exists()
     merged, whole = (Bundle.load(folder, every_group=True) for folder in (tmp_path / "merged", folders / "whole"))
     assert merged.spectra.keys() == whole.spectra.keys() and len(merged.spectra) == 5
     for group, spectra in whole.spectra.items():
@@ -73,6 +78,7 @@ def test_bundles_that_are_not_merged(folders, tmp_path):
         (tmp_path / "signed anew", "new", "is the same bundle as .*half-0"),
         (folders / "other", "new", "their base model differ"),
         (folders / "joint", "new", "their groups differ"),
+        (folders / "unguided", "new", "their guidance scale differ"),
         (folders / "old", "new", "one is of the old format"),
         (tmp_path, "new", "it is not a bundle"),
         (tmp_path / "copy", "copy", "is one of the bundles that are merged"),

@@ -36,6 +36,10 @@ def test_what_a_run_was_told_can_be_passed_back(tmp_path):
     other = parse("--config", path, "--nullspace_extra_prompts", "a cat", "--rank=8", "--compare_with_base")
     assert (other.nullspace_extra_prompts, other.rank, other.compare_with_base) == (["a cat"], 8, True)
     assert other.instance_prompt == told.instance_prompt
+    # A file has no shell that knows the home folder
+    path.write_text(told.config + "base_lora: [~/loras/a, ada/b]\nlogging_dir: ~/logs\n")
+    assert parse("--config", path).base_lora == [str(Path.home() / "loras/a"), "ada/b"]
+    assert Path(parse("--config", path).logging_dir) == Path.home() / "logs"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,9 @@ from nullspace.names import LORA_NAME, REPORT_NAME
 from test_train import ScalingAccelerator, bundle1, drawing_in_two_steps, same, train  # noqa: F401 (fixtures)
 
 
+RATES = SimpleNamespace(word_only=False, learning_rate=1e-3, word_learning_rate=5e-3)
+
+
 # ---- What is looked at -----------------------------------------------------------------------------------------------
 
 
@@ -46,37 +50,42 @@ from test_train import ScalingAccelerator, bundle1, drawing_in_two_steps, same, 
 )
 def test_a_value_that_is_not_finite_is_named_with_its_step_and_what_mends_it(name, what, value):
     good = {"latents": 3.0, "loss": 1.0, "grad_norm": 0.0, "grad_norm_projected": 1e30}
-    check_scalars(good, 7, 1e-3)
+    check_scalars(good, 7, RATES)
     with pytest.raises(DivergedError, match=re.escape(what)) as caught:
-        check_scalars(good | {name: value}, 7, 1e-3)
+        check_scalars(good | {name: value}, 7, RATES)
     assert all(part in str(caught.value) for part in ("lower --learning_rate (it is 0.001)", "bf16", "VAE"))
     if name.startswith("grad"):
-        check_scalars(good | {name: value}, 7, 1e-3, skipped=True)
+        check_scalars(good | {name: value}, 7, RATES, skipped=True)
     else:
         with pytest.raises(DivergedError):
-            check_scalars(good | {name: value}, 7, 1e-3, skipped=True)
+            check_scalars(good | {name: value}, 7, RATES, skipped=True)
+
+
+def test_where_a_word_alone_is_trained_its_rate_is_what_mends_it():
+    with pytest.raises(DivergedError, match=r"lower --word_learning_rate \(it is 0\.005\)"):
+        check_scalars({"loss": math.nan}, 7, SimpleNamespace(**vars(RATES) | {"word_only": True}))
 
 
 def test_weights_are_finite_in_the_type_that_they_are_saved_in():
     parameters = [torch.ones(2, 3), torch.full((3, 2), 1e5)]
-    check_weights(parameters, 4, 1e-3)
-    check_weights(parameters, 4, 1e-3, torch.bfloat16)
+    check_weights(parameters, 4, RATES)
+    check_weights(parameters, 4, RATES, torch.bfloat16)
     with pytest.raises(DivergedError, match="of 1 of the 2 trained matrices are not finite in float16 at step 4"):
-        check_weights(parameters, 4, 1e-3, torch.float16)
+        check_weights(parameters, 4, RATES, torch.float16)
     parameters[0][0, 0] = math.nan
     with pytest.raises(DivergedError, match="of 1 of the 2 trained matrices are not finite in float32"):
-        check_weights(parameters, 4, 1e-3)
+        check_weights(parameters, 4, RATES)
 
 
 def test_twenty_skipped_steps_in_a_row_are_too_many():
     steps = SkippedSteps()
     for step in range(MOST_SKIPPED - 1):
-        steps.add(True, step, 1e-3)
-    steps.add(False, MOST_SKIPPED, 1e-3)
+        steps.add(True, step, RATES)
+    steps.add(False, MOST_SKIPPED, RATES)
     for step in range(MOST_SKIPPED - 1):
-        steps.add(True, step, 1e-3)
+        steps.add(True, step, RATES)
     with pytest.raises(DivergedError, match="infinite in 20 steps in a row, .* up to step 40"):
-        steps.add(True, 40, 1e-3)
+        steps.add(True, 40, RATES)
 
 
 # ---- The trainer -----------------------------------------------------------------------------------------------------
@@ -268,9 +277,9 @@ def test_a_vae_that_is_nowhere_finite_is_refused_before_the_first_step(overflowi
     vae = anew().half()
     pictures = [torch.rand(3, 32, 32) * 2 - 1 for _ in range(2)]
     assert overflows(vae, pictures) == 0
-    assert sound_vae(vae, lambda: iter(pictures), anew, 1e-3).dtype == torch.float32
+    assert sound_vae(vae, lambda: iter(pictures), anew, RATES).dtype == torch.float32
     with pytest.raises(DivergedError, match="of picture 2.* before the first step, in float32 too"):
-        sound_vae(vae, lambda: iter([pictures[0], pictures[1] * math.nan]), anew, 1e-3)
+        sound_vae(vae, lambda: iter([pictures[0], pictures[1] * math.nan]), anew, RATES)
 
 
 def test_a_decoder_that_overflows_counts_too(tiny_sd1):

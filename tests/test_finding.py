@@ -535,6 +535,12 @@ def test_find_lists_the_bundles_of_a_model(tiny_sd1, tiny_sd2, built, tmp_path, 
     utils("find", *words, tiny_sd1)
     said = capsys.readouterr().out
     assert said.startswith(f"{folder}\n  cross attention; {PROMPTS} prompts of general.txt; ddim, 2 steps")
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["prompts"]["source"] = "\x1b[2Jgeneral.txt"
+    (folder / CONFIG_NAME).write_text(json.dumps(config | {"sha256": config_sha256(config)}))
+    utils("find", *words, tiny_sd1)
+    said = capsys.readouterr().out
+    assert "general.txt" in said and "\x1b" not in said
     utils("find", *words, tiny_sd2)
     assert capsys.readouterr().out.startswith("There is no bundle of this very model")
 

@@ -1,6 +1,7 @@
 """The file for AUTOMATIC1111, Forge and ComfyUI: kohya's names, the LoRA to the last bit, and what its metadata say."""
 
 import json
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 import nullspace_utils
 from nullspace.errors import NullSpaceError
 from nullspace.families import stable_diffusion
-from nullspace.kohya import check_replaceable, kohya_metadata, kohya_name, save_kohya
+from nullspace.kohya import check_replaceable, kohya_metadata, kohya_name, read_report, save_kohya
 from nullspace.lora import LoraLayer, load_lora
 from nullspace.names import LORA_NAME
 from nullspace.results import write_kohya
@@ -63,6 +64,18 @@ def test_the_trainer_writes_it_as_well(trained, tiny_sd1, bundle1):  # noqa: F81
     assert float(found["ss_nullspace_leakage"]) == pytest.approx(written["leakage"]["max"], rel=1e-3)
     assert written["nullspace"]["prompts"]["sha256"] in found["ss_nullspace_bundle"]
     assert found["ss_nullspace_bundle"].startswith(f"{bundle1.name} ")
+
+
+def test_a_report_is_given_to_no_other_file(trained, tmp_path):
+    """A LoRA that lies in the folder of another has none: its guarantee is not that one's."""
+    folder = shutil.copytree(trained, tmp_path / "lora")
+    shutil.copy(folder / LORA_NAME, folder / "other.safetensors")
+    export("--lora", folder / "other.safetensors", "--output", tmp_path / "exported.safetensors")
+    with safe_open(tmp_path / "exported.safetensors", "pt") as file:
+        assert "ss_nullspace_bundle" not in file.metadata()
+    assert read_report(folder / "other.safetensors") is None
+    for own in (folder, folder / LORA_NAME, folder / "sks-dog.safetensors"):
+        assert read_report(own) is not None
 
 
 def test_export_is_the_same_file_and_reproducible(trained, tmp_path):

@@ -10,6 +10,7 @@ from hub_server import HubServer, User
 from safetensors.torch import load_file, save_file
 from test_divergence import spoil
 from test_hub import contents, fetched, seed
+from transformers import CLIPTextModel
 
 import nullspace_utils
 from nullspace.bundle import read_config
@@ -77,7 +78,8 @@ def test_an_older_revision_of_a_model(mixed, tiny_sd1, hub, tmp_path, capsys):
     for found in (read_config(bundle), report(tmp_path / "lora")):
         assert {key: found["base_model"][key] for key in base} == base
     card = (tmp_path / "lora" / CARD_NAME).read_text()
-    assert f'DiffusionPipeline.from_pretrained("{MODEL}", revision="{commit}", torch_dtype=torch.float16)' in card
+    where = f'"{MODEL}", revision="{commit}", variant="fp16"'
+    assert f"DiffusionPipeline.from_pretrained({where}, torch_dtype=torch.float16)" in card
     assert f"base_model: {MODEL}\n" in card and f"revision `{commit}`" in (bundle / CARD_NAME).read_text()
     shutil.rmtree(tmp_path / "cache")
     del hub.requests[:]
@@ -85,10 +87,20 @@ def test_an_older_revision_of_a_model(mixed, tiny_sd1, hub, tmp_path, capsys):
     assert "this LoRA changes its layers' outputs" in capsys.readouterr().out
     files = fetched(hub.requests, MODEL)
     assert {HALF, "text_encoder/model.safetensors"} <= files.keys() and not any("vae" in name for name in files)
-    command("verify", "--nullspace", bundle)
-    assert "the bundle protects what it claims" in capsys.readouterr().out
+    # The same where a name is given that the bundle does not say the files of
+    for named in ([], ["--pretrained_model_name_or_path", MODEL, *flags]):
+        command("verify", "--nullspace", bundle, *named)
+        assert "the bundle protects what it claims" in capsys.readouterr().out
     with pytest.raises(NullSpaceError, match=f"{MODEL} cannot be had .*model_index.json"):
         download_model(MODEL)
+
+
+def test_parts_come_in_float32_whatever_their_files_hold(tiny_sd1, tmp_path):
+    """Of transformers and of diffusers, so that what is added to them is not rounded."""
+    folder = shutil.copytree(tiny_sd1, tmp_path / "model")
+    CLIPTextModel.from_pretrained(folder / "text_encoder").half().save_pretrained(folder / "text_encoder")
+    models = FAMILY.load_models(download_model(folder))
+    assert {parameter.dtype for model in models.values() for parameter in model.parameters()} == {torch.float32}
 
 
 # ---- Another VAE -----------------------------------------------------------------------------------------------------
@@ -114,8 +126,10 @@ def test_another_vae_encodes_and_decodes(other, tiny_sd1, bundle1, tmp_path):  #
     assert len({(tmp_path / name / COMPARISON_NAME).read_bytes() for name in runs}) == 1
     key = "pretrained_vae_model_name_or_path"
     assert [report(tmp_path / name)["training"][key] for name in runs] == [None, "vae"]
-    rows = ["| VAE | `vae` |" in (tmp_path / name / CARD_NAME).read_text() for name in runs]
-    assert rows == [False, True]
+    cards = [(tmp_path / name / CARD_NAME).read_text() for name in runs]
+    assert ["| VAE | `vae` |" in card for card in cards] == [False, True]
+    code = 'vae=AutoencoderKL.from_pretrained("vae", torch_dtype=torch.float16), torch_dtype=torch.float16)'
+    assert [code in card for card in cards] == [False, True]
 
 
 def test_no_bundle_depends_on_the_vae(other, tiny_sd1, bundle1, tmp_path):  # noqa: F811

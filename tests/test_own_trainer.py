@@ -38,6 +38,7 @@ from nullspace.kohya import read_report
 from nullspace.lora import load_lora
 from nullspace.names import LORA_NAME, UNPROTECTED_NAME
 from nullspace.projector import NullSpaceProjector
+from nullspace.stack import read_stack, unnamed_subjects
 from test_train import BESIDE, INSTANCES, bundle1, needs  # noqa: F401
 
 
@@ -142,7 +143,7 @@ def test_without_a_call_gradients_are_projected_in_the_step(make_optimizer, lowe
                 projector.project_gradients()
             optimizer.step()
         steps.append([parameter.detach().clone() for parameter in model.parameters()])
-        assert worst_share(projector) < 1e-6
+        assert worst_share(projector, protected) < 1e-6
     assert all(torch.equal(*pair) for pair in zip(*steps, strict=True))
 
 
@@ -184,9 +185,9 @@ def test_what_is_averaged_into_the_weights_stays_in_the_null_space(lowest):
             # A gradient near zero is divided by little more
             np.testing.assert_allclose(array(optimizer.state[parameter]["z"]), expected, atol=1e-4)
     optimizer.eval()
-    assert worst_share(projector) < 1e-6
+    assert worst_share(projector, protected) < 1e-6
     optimizer.train()
-    assert worst_share(projector) < 1e-6
+    assert worst_share(projector, protected) < 1e-6
     for name, parameter in down(unet).items():
         z = optimizer.state[parameter]["z"]
         assert inside(z, protected[name]) < 1e-5 * z.norm()
@@ -249,7 +250,7 @@ def test_accelerates_optimizer_with_accumulation(attach_first):
         for name, parameter in down(twin).items():
             parameter.data = torch.from_numpy(projected(parameter, protected[name])).float()
             assert_close(down(unet)[name], array(parameter))
-    assert worst_share(projector) < 1e-6
+    assert worst_share(projector, protected) < 1e-6
 
 
 @pytest.mark.parametrize("lowest", [None, EXACT])
@@ -291,7 +292,7 @@ def test_scaled_gradients_and_a_step_that_is_skipped(lowest):
             change = projected(torch.from_numpy(-0.1 * gradient), protected[name])
             change = projected(torch.from_numpy(change), protected[name])
             assert_close(parameter, before + (0 if overflows else change))
-    assert worst_share(projector) < 1e-6
+    assert worst_share(projector, protected) < 1e-6
 
 
 @needs("bitsandbytes")
@@ -309,7 +310,7 @@ def test_eight_bit_states_wrapped_by_accelerate():
         optimizer.step()
     assert any(state["state1"].dtype == torch.uint8 for state in optimizer.state.values())
     assert all((before[name] - parameter).norm() > 0.1 for name, parameter in down(unet).items())
-    assert worst_share(projector) < 1e-6
+    assert worst_share(projector, protected) < 1e-6
 
 
 # ---- Three lines in a loop of one's own ------------------------------------------------------------------------------
@@ -370,6 +371,8 @@ def test_a_lora_is_trained_and_saved_with_its_report(unet_of, text_encoder_of, b
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == ["nullspace_report.json", LORA_NAME]
     assert report == json.loads((tmp_path / "lora" / "nullspace_report.json").read_text())
     assert read_report(tmp_path / "lora") == report
+    (earlier,) = read_stack([str(tmp_path / "lora")])
+    assert "No prompt of" in unnamed_subjects([earlier])
     assert report["guarantee"].startswith("Guaranteed: at most ") and report["leakage"]["max"] < 1e-5
     assert report["training"]["max_train_steps"] == 3 and report["training"]["train_text_encoder"]
     assert not report["unprotected"] and 0 < report["predicted_drift"]["max"]

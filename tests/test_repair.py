@@ -115,6 +115,9 @@ def test_a_word_is_read_and_goes_along(tiny_sd1, bundle1, tmp_path, monkeypatch)
 def test_what_cannot_be_repaired_is_refused(plain, bundle1, tmp_path):  # noqa: F811
     with pytest.raises(NullSpaceError, match="holds the LoRA itself"):
         repair(plain, bundle1, plain)
+    (tmp_path / "file").touch()
+    with pytest.raises(NullSpaceError, match="--output_dir .*file is a file; choose a folder"):
+        repair(plain, bundle1, tmp_path / "file")
     layers = load_lora(plain)
     name, layer = next(item for item in layers.items() if item[0].endswith("attn2.to_q"))
     write_layers(tmp_path, {name.replace("attn2", "attn1"): layer})

@@ -128,16 +128,19 @@ def test_workers_take_no_part_and_are_not_left(start):
 
 
 def test_the_end_of_the_launcher_is_a_signal(start, tmp_path):
-    code = "import subprocess, sys; subprocess.Popen(sys.argv[1:]); input()"
+    """Its flags are part of the command to go on with, though it is no longer there to ask."""
+    program, flags = tmp_path / "accelerate", ["launch", "--num_processes", "1"]
+    program.write_text("import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[4:]]); input()")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_MIXED_PRECISION": "no"}
     start("import").kill()  # writes nothing; the script is there
     launcher = subprocess.Popen(
-        [sys.executable, "-c", code, sys.executable, tmp_path / "a script.py", "steps"], env=environment,
+        [sys.executable, program, *flags, tmp_path / "a script.py", "steps"], env=environment,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert launcher.stdout.readline() == "ready\n"
     launcher.kill()
-    assert "Stopped by SIGTERM. All is saved." in launcher.stderr.read()
+    said = launcher.stderr.read()
+    assert "Stopped by SIGTERM. All is saved." in said and "accelerate launch --num_processes 1 " in said
 
 
 @pytest.mark.parametrize(("device", "threads", "given"), [("cuda", 1, [4]), ("cuda", 3, []), ("cpu", 1, [])])
@@ -160,6 +163,7 @@ def test_the_launchers_flags_are_part_of_the_command(program, monkeypatch):
     monkeypatch.setattr(launch.psutil, "Process", lambda: parent)
     monkeypatch.setattr(sys, "argv", typed)
     monkeypatch.delenv(launch.LAUNCHED, raising=False)
+    monkeypatch.setattr(launch, "launcher", launch.launcher.__wrapped__)  # asked anew
     assert launch.command_line() == ["python", "train.py", "--rank", "4"]
     monkeypatch.setenv(launch.LAUNCHED, "no")
     expected = ["accelerate", "launch", "--num_processes", "2", "train.py", "--rank", "4"]

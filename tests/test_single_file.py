@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,7 +67,8 @@ def test_a_file_and_its_folder_are_one_model(sd_file, tiny_sd1, configuration, b
         torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=1e-5)
     assert [report(folder)["base_model"]["id"] for folder in (file_lora, lora)] == [NAME, str(tiny_sd1)]
     card = (file_lora / CARD_NAME).read_text()
-    assert f'StableDiffusionPipeline.from_single_file("{NAME}", torch_dtype=torch.float16)' in card
+    where = f'"{NAME}", config="{Path(configuration).name}"'
+    assert f"StableDiffusionPipeline.from_single_file({where}, torch_dtype=torch.float16)" in card
     assert "from diffusers import StableDiffusionPipeline\n" in card and "\nbase_model:" not in card
     assert str(sd_file.parent) not in card + json.dumps(report(file_lora))
 

@@ -961,6 +961,10 @@ def test_trackers_get_losses_norms_and_leakage(tiny_sd1, bundle1, tmp_path):
     assert after[-1] < before[-1]
     assert events.Scalars("leakage/max")[-1].value == pytest.approx(report(tmp_path / "lora")["leakage"]["max"])
     assert set(events.Tags()["images"]) == {"validation", "comparison"}
+    # They are published with the rest, and name no folder of this machine
+    logs = [path for path in (tmp_path / "lora" / "events").rglob("*") if path.is_file()]
+    assert any(path.name == "hparams.yml" for path in logs)
+    assert not any(bytes(folder.parent) in path.read_bytes() for path in logs for folder in (tmp_path, tiny_sd1))
 
 
 def test_the_progress_bar_has_leakage_and_drift(tiny_sd1, bundle1, tmp_path, capsys):

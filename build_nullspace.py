@@ -26,7 +26,6 @@ from nullspace import signals
 from nullspace.checks import (
     HelpFormatter,
     Parser,
-    hub_token,
     launched,
     listed_thresholds,
     refuse_unread,
@@ -35,8 +34,8 @@ from nullspace.checks import (
 )
 from nullspace.config_file import CONFIG_HELP
 from nullspace.errors import NullSpaceError
-from nullspace.families import FAMILIES, recognise
-from nullspace.flags import SINGLE_FILE_CONFIG
+from nullspace.families import recognise
+from nullspace.flags import SINGLE_FILE_CONFIG, add_hub_token, add_model_files, add_model_type
 from nullspace.names import DEFAULT_THRESHOLDS, JOINT
 from nullspace.samplers import SAMPLERS
 from nullspace.system import quiet_imports, remove_leftovers
@@ -64,15 +63,8 @@ def parse_args(argv=None):
         metavar="LORA",
         help="LoRAs that are part of the model, as in the trainer; prompts of their subjects are protected besides.",
     )
-    group.add_argument("--revision", help="Revision of the base model on the Hub.")
-    group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
-    group.add_argument(
-        "--model_type",
-        choices=["auto", *FAMILIES],
-        default="auto",
-        help="Stable Diffusion, Stable Diffusion XL, or what was distilled from them; auto reads it from the model's "
-        "UNet and scheduler (default: %(default)s).",
-    )
+    add_model_files(group)
+    add_model_type(group)
     group.add_argument(
         "--attention",
         choices=["cross", "self", "all"],
@@ -151,7 +143,7 @@ def parse_args(argv=None):
     group.add_argument("--push_to_hub", action="store_true", help="Publish the bundle as a dataset on the Hub.")
     group.add_argument("--hub_dataset_id", help="Its repository (default: the folder's name under your account).")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    group.add_argument("--hub_token", type=hub_token, help="Token to use instead of the one you are logged in with.")
+    add_hub_token(group)
     args = parser.parse_args(argv)
 
     if args.pretrained_model_name_or_path is None and not args.push_to_hub:

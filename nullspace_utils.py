@@ -29,16 +29,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nullspace import signals
-from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_output_dir, hub_token
+from nullspace.checks import COUNT, NATURAL, RANGES, SHARE, HelpFormatter, Parser, check_output_dir
 from nullspace.errors import NullSpaceError, listed
-from nullspace.families import FAMILIES
-from nullspace.flags import SINGLE_FILE_CONFIG
+from nullspace.flags import SINGLE_FILE_CONFIG, add_hub_token, add_model_files, add_model_type
 from nullspace.names import DEFAULT_THRESHOLDS, LORA_NAME, TEXT_ENCODER, TEXT_ENCODERS, embedding_path
 from nullspace.system import make_inside, quiet_imports, without_folder
 from nullspace.terminal import print_table, printable
 
 
-HUB_TOKEN = "Token to use instead of the one you are logged in with."
 CACHE_HELP = "Where trainings keep the bundles that they build (default: nullspace in HF_HOME, ~/.cache/huggingface)."
 
 
@@ -54,14 +52,8 @@ def add_base_model(command, note, **options):
         help="LoRAs that are part of the base model, in order, as in the trainer: what was trained on top of them has "
         "bundles of its own.",
     )
-    command.add_argument("--revision", help="Revision of the base model on the Hub.")
-    command.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
+    add_model_files(command)
     add_hub_token(command)
-
-
-def add_hub_token(command):
-    """Add the flag for the secret to a command."""
-    command.add_argument("--hub_token", type=hub_token, help=HUB_TOKEN)
 
 
 def parse_args(argv=None):
@@ -163,12 +155,7 @@ def parse_args(argv=None):
         formatter_class=HelpFormatter,
     )
     add_base_model(command, "required", required=True)
-    command.add_argument(
-        "--model_type",
-        choices=["auto", *FAMILIES],
-        default="auto",
-        help="Its family; auto reads it from the model (default: %(default)s).",
-    )
+    add_model_type(command)
     command.add_argument("--nullspace_namespace", metavar="NAME", help="User or organization on the Hub to ask, too.")
     command.add_argument("--nullspace_cache_dir", type=Path, help=CACHE_HELP)
     command = commands.add_parser(

@@ -28,13 +28,11 @@ from nullspace.checks import (
     HelpFormatter,
     Parser,
     colour,
-    hub_token,
     launched,
     listed_thresholds,
 )
 from nullspace.config_file import CONFIG_HELP, flags_as_yaml
-from nullspace.families import FAMILIES
-from nullspace.flags import SINGLE_FILE_CONFIG, resume_help
+from nullspace.flags import SINGLE_FILE_CONFIG, add_hub_token, add_model_files, add_model_type, resume_help
 from nullspace.names import (
     BUILDER,
     DEFAULT_RANK,
@@ -126,15 +124,8 @@ def parse_args(argv=None):
         "the base model, and stay as they are; prompts of their subjects are protected too, so that the new LoRA "
         "leaves them alone. It is to be loaded with them.",
     )
-    group.add_argument("--revision", help="Revision of the base model on the Hub.")
-    group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
-    group.add_argument(
-        "--model_type",
-        choices=["auto", *FAMILIES],
-        default="auto",
-        help="Stable Diffusion, Stable Diffusion XL, or what was distilled from them; auto reads it from the model's "
-        "UNet and scheduler (default: %(default)s).",
-    )
+    add_model_files(group)
+    add_model_type(group)
     group.add_argument("--tokenizer_name", help="Folder or Hub id of another tokenizer than the model's own.")
     group.add_argument("--tokenizer_max_length", type=int, help="Tokens of a prompt (default: the tokenizer's own).")
     group.add_argument(
@@ -420,7 +411,7 @@ def parse_args(argv=None):
     group.add_argument("--push_to_hub", action="store_true", help="Publish the LoRA as a model on the Hub.")
     group.add_argument("--hub_model_id", help="Its repository (default: the folder's name under your account).")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    group.add_argument("--hub_token", type=hub_token, help="Token to use instead of the one you are logged in with.")
+    add_hub_token(group)
     refuse_prior_preservation(parser)
     args = parser.parse_args(argv)
     args.config = flags_as_yaml(args, parser)  # as they were given

@@ -37,7 +37,10 @@ def leakage(layer, protected):
     Returns:
         `float`: the share.
     """
-    compact = _compact(layer)
+    return _share_inside(_compact(layer), protected)
+
+
+def _share_inside(compact, protected):
     inside = compact @ protected.basis[:, : protected.rank].double()
     return (inside.norm() / compact.norm().clamp_min(1e-300)).item() + (protected.distance or 0.0)
 
@@ -86,31 +89,33 @@ class Auditor:
 
     def __call__(self, layers):
         """What `audit` returns of layers, `dict[str, LoraLayer]`."""
-        source_of = {name: self.bundle.modules[name]["input"] for name in layers if name in self.closed}
-        packed = {source: self.bundle.group(JOINT)[source] for source in source_of.values()}
-        unpacked = {
-            source: packed[source]._replace(eigenvectors=basis, rest=None)
-            for source, basis in zip(packed, Spectrum.orthonormal_all(list(packed.values())), strict=True)
-        }
-        return summarize([self._row(name, layer, unpacked.get(source_of.get(name))) for name, layer in layers.items()])
+        unknown = {"protected_rank": 0, "leakage": None, "predicted_drift": None, "rounding": None}
+        rows = {name: {"module": name, "in_features": item.down.shape[1], **unknown} for name, item in layers.items()}
+        readers = {}  # input -> the layers that read it
+        for name in filter(self.closed.__contains__, layers):
+            readers.setdefault(self.bundle.modules[name]["input"], []).append(name)
+        spectra = [self.bundle.group(JOINT)[source] for source in readers]
+        bases = Spectrum.orthonormal_all(spectra)
+        for names, packed, basis in zip(readers.values(), spectra, bases, strict=True):
+            spectrum = packed._replace(eigenvectors=basis, rest=None)
+            roots = _roots(spectrum)
+            for name in names:
+                rows[name] |= self._measure(name, layers[name], spectrum, roots)
+        return summarize(list(rows.values()))
 
-    def _row(self, name, layer, spectrum):
-        row = {"module": name, "in_features": layer.down.shape[1]}
-        row |= {"protected_rank": 0, "leakage": None, "predicted_drift": None, "rounding": None}
-        if spectrum is None:
-            return row
+    def _measure(self, name, layer, spectrum, roots):
         item = self.closed[name]._replace(basis=spectrum.eigenvectors)
         weight = base_layer(find_module(name, **self.models)).weight
         if (len(layer.up), *layer.down.shape[1:]) != (len(weight), len(item.basis)):
             raise NullSpaceError(f"The LoRA was made for another model than the bundle: their sizes of {name} differ.")
-        roots = _roots(spectrum)
         if name not in self._outputs:
             self._outputs[name] = _outputs(weight, roots)
-        layer = with_magnitude(layer, weight)
-        compact, distance = _compact(layer), spectrum.drift_distance()
-        row["protected_rank"] = item.rank
-        row["leakage"] = leakage(layer, item) if item.rank else None
-        row["predicted_drift"] = ((compact @ roots).norm() / self._outputs[name]).item()
+        compact, distance = _compact(with_magnitude(layer, weight)), spectrum.drift_distance()
+        row = {
+            "protected_rank": item.rank,
+            "leakage": _share_inside(compact, item) if item.rank else None,
+            "predicted_drift": ((compact @ roots).norm() / self._outputs[name]).item(),
+        }
         if distance is not None:
             hidden = (compact.norm() * roots.norm() * distance / self._outputs[name]).item()
             row["rounding"] = {"leakage": item.distance, "predicted_drift": hidden}

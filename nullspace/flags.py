@@ -1,4 +1,8 @@
-"""What each flag of the trainer is to a run that is resumed, and helps of several scripts: standard library only."""
+"""What each flag of the trainer is to a run that is resumed, and flags of several scripts."""
+
+from nullspace.checks import hub_token
+from nullspace.families import FAMILIES
+
 
 # Every flag of the trainer belongs to one of these three. The result of a training depends on the value of these:
 COMPARED = (
@@ -73,6 +77,28 @@ SINGLE_FILE_CONFIG = (
     "which configurations, noise schedule, prediction type and tokenizers are taken (default: the model on the Hub "
     "that diffusers takes such weights for)."
 )
+
+
+def add_model_files(group):
+    """Add the flags that choose among a base model's files."""
+    group.add_argument("--revision", help="Revision of the base model on the Hub.")
+    group.add_argument("--variant", help="Variant of the base model's files, for instance fp16.")
+
+
+def add_model_type(group):
+    """Add the flag that names a base model's family."""
+    group.add_argument(
+        "--model_type",
+        choices=["auto", *FAMILIES],
+        default="auto",
+        help="Stable Diffusion, Stable Diffusion XL, or what was distilled from them; auto reads it from the model's "
+        "UNet and scheduler (default: %(default)s).",
+    )
+
+
+def add_hub_token(group):
+    """Add the flag of the secret."""
+    group.add_argument("--hub_token", type=hub_token, help="Token to use instead of the one you are logged in with.")
 
 
 def resume_help():

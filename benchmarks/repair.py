@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -22,7 +22,7 @@ from common import HERE, call
 from diffusers import StableDiffusionPipeline
 from methods import METHODS, SHIPPED
 from resumable import Results, describe_machine
-from scoring import MODEL, Base, build_bundle, bundle_folder, world_hash
+from scoring import HELD_OUT, MODEL, Base, build_bundle, bundle_folder, world_hash
 
 import nullspace_utils
 import train_dreambooth_nullspace as trainer
@@ -34,7 +34,7 @@ STEPS, SEEDS, WEIGHTS = 800, (0, 1, 2), (0.1, 1.0, 10.0)
 PLAIN, ANEW = "plain LoRA", "null space"
 CHOSEN = json.loads((HERE / "results" / "preservation.json").read_text())["chosen"]
 RATES = {method: CHOSEN[method]["rate"] for method in (PLAIN, ANEW, SHIPPED)}
-SHOWN = ("subject", "placed", "class", "class_right", "noise_drift", "seconds")
+SHOWN = ("subject", "placed", "class", "others_right", "noise_drift", "seconds")
 
 
 def called(subject, word):
@@ -103,8 +103,13 @@ def follow(base, job):
 
 def medians(runs):
     """Medians over the runs: `dict` of what is shown, by way."""
-    runs = list(runs)
+    runs = [{way: row | {"others_right": others_right(row)} for way, row in run.items()} for run in runs]
     return {way: {key: median(run[way][key] for run in runs) for key in SHOWN} for way in runs[0]}
+
+
+def others_right(row):
+    """The share of held-out pictures that show what they are asked for: as many of each kind."""
+    return mean(row[f"{kind}_right"] for kind in HELD_OUT)
 
 
 def print_table(table):

@@ -355,6 +355,18 @@ def test_tables_of_methods_are_those_of_the_results(path):
     assert compared >= 24
 
 
+def test_the_table_of_repair_is_that_of_the_results():
+    found = json.loads((ROOT / "benchmarks/results/repair.json").read_text())["medians"]
+    section = (ROOT / "docs/benchmarks.md").read_text().partition("\n## Repair\n")[2].partition("\n## ")[0]
+    forms = {"subject": ".2f", "placed": ".2f", "class": ".2f", "others_right": ".2f", "noise_drift": ".4f"}
+    ((header, *rows),) = tables(section)
+    assert len(header) == 7 and [row[0].strip("*") for row in rows] == list(found)
+    for way, *values, seconds in rows:
+        scores = found[way.strip("*")]
+        assert values == [format(scores[key], form) for key, form in forms.items()], way
+        assert seconds == format(scores["seconds"], ".0f"), way
+
+
 def test_every_figure_has_its_command():
     """Each section with a table of numbers names what made it, and what it names has left its results."""
     for path in (ROOT / "README.md", ROOT / "docs/benchmarks.md", ROOT / "docs/quickstart.md"):

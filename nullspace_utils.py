@@ -185,6 +185,7 @@ from accelerate import PartialState
 from nullspace.adapters import model_of, write_layers
 from nullspace.audit import audit, leakage, load_audited_models, predicted_drift, verdict
 from nullspace.bundle import Bundle, check_output_folder
+from nullspace.captions import counted
 from nullspace.dataset_card import draw_spectra, write_dataset_card
 from nullspace.embeddings import bundled_tokens, holds, load_words, loading_code, save_embedding, save_words, unbundled
 from nullspace.finding import bundles_of_model, cache_folder, cached, describe_cache, remove_from_cache
@@ -264,13 +265,23 @@ def audit_lora(args):
         rows.append([row["module"], str(row["in_features"]), str(row["protected_rank"]), *values])
     print_table(["module", "inputs", "closed", "leakage", "drift"], rows)
     print(printable(verdict(found, unknown)))
+    report = read_report(args.lora) or {}
+    if of_another_model(report, bundle):
+        trained_on = report["base_model"]["id"]
+        print(printable(f"It was trained on another model, {trained_on}; this is what it does to the bundle's."))
     if tokens := bundled_tokens(read_embeddings(args.lora, args.hub_token)):
         told = f"It comes with an embedding of {listed(tokens, 3)}, which changes prompts that hold it, and no others."
         print(printable(told))
-    beneath = (read_report(args.lora) or {}).get("base_model", {}).get("loras", [])
+    beneath = report.get("base_model", {}).get("loras", [])
     if beneath and not loras:
         shown = listed(lora["id"] for lora in beneath)
         print(printable(f"It was trained on top of {shown}, which are to be loaded with it and are not counted here."))
+
+
+def of_another_model(report, bundle):
+    """Whether a LoRA's report names other weights of the UNet than the bundle's configuration."""
+    trained, built = (each.get("base_model", {}).get("fingerprint") for each in (report, bundle.config))
+    return isinstance(trained, dict) and isinstance(built, dict) and trained.get("unet") != built.get("unet")
 
 
 def export_lora(args):
@@ -329,11 +340,16 @@ def merge_bundles(args):
     print(f"Wrote {merged.config['prompts']['count']:,} prompts of {len(bundles)} bundles to {output}")
 
 
+def check_empty(folder):
+    """Raise `NullSpaceError` unless a folder can be written to and holds nothing, as a report of another LoRA."""
+    check_output_dir(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise NullSpaceError(f"--output_dir {folder} holds other files; name an empty folder.")
+
+
 def merge_loras(args):
     """Write one LoRA that does what several do together, and print the code that loads it."""
-    check_output_dir(args.output_dir)
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        raise NullSpaceError(f"--output_dir {args.output_dir} holds other files; name an empty folder.")
+    check_empty(args.output_dir)
     loras = read_stack(args.lora, args.hub_token, flag="--lora")
     check_one_model(loras)
     layers, words = concatenated(loras), [word for lora in loras for word in lora.words]
@@ -384,9 +400,12 @@ def repair_lora(args):
     source = Path(args.lora) / LORA_NAME if Path(args.lora).is_dir() else Path(args.lora)
     if source.exists() and source.resolve() == (args.output_dir / LORA_NAME).resolve():
         raise NullSpaceError(f"--output_dir {args.output_dir} holds the LoRA itself; name another folder.")
-    check_output_dir(args.output_dir)
+    check_empty(args.output_dir)
     layers = load_lora(args.lora, args.hub_token)
     words = unbundled(read_embeddings(args.lora, args.hub_token))
+    tokens = [word.token for word in words]
+    if tokens and args.instance_prompt and not any(token in text for token in tokens for text in args.instance_prompt):
+        raise NullSpaceError(f"--instance_prompt does not name the LoRA's subject; write {tokens[0]} in it.")
     check_finite(layers, args.lora)
     bundle, loras = open_bundle(args, reach_text_encoder(layers))
     pipeline = load_verified(bundle, loras, **base_model(args))
@@ -410,10 +429,10 @@ def repair_lora(args):
     if words:
         save_words(args.output_dir, words)
     rms = {key: math.sqrt(sum(row[key] ** 2 for row in rows) / len(rows)) for key in ("drift_before", "drift")}
+    of_what = "what the LoRA does for its subject" if args.instance_prompt else "the LoRA's change"
     print(
-        f"Kept {sum(row['kept'] for row in rows) / len(rows):.0%} of what the LoRA does for its subject (mean of its "
-        f"layers); predicted drift {rms['drift']:.2g}, {rms['drift_before']:.2g} before (RMS). "
-        f"Wrote {args.output_dir / LORA_NAME}"
+        f"Kept {sum(row['kept'] for row in rows) / len(rows):.0%} of {of_what} (mean of its layers); predicted drift "
+        f"{rms['drift']:.2g}, {rms['drift_before']:.2g} before (RMS). Wrote {args.output_dir / LORA_NAME}"
     )
 
 
@@ -445,7 +464,7 @@ def list_cache(args):
     width = max((len(name) for name, _, _ in rows), default=0)
     for name, size, what in rows:
         print(printable(f"{name:{width}}{size / 1e6:10.1f} MB  {what}"))
-    print(f"{len(rows)} bundles, {sum(size for _, size, _ in rows) / 1e6:.1f} MB, in {folder}")
+    print(f"{counted(len(rows), 'bundle')}, {sum(size for _, size, _ in rows) / 1e6:.1f} MB, in {folder}")
 
 
 def main(args):

@@ -194,7 +194,12 @@ def verdict(found, unknown=()):
     if drift is None:
         return "Verdict: the bundle covers no layer of this LoRA, so nothing can be said."
     word = "little" if drift < LITTLE else "noticeably" if drift < MUCH else "strongly"
-    text = f"Verdict: on what the bundle protects, this LoRA changes its layers' outputs {word} (by {drift:.2g}, RMS)"
+    text = (
+        f"Verdict: on what the bundle protects, this LoRA changes its layers' outputs {word} (by {drift:.2g}, RMS; "
+        f"noticeably from {LITTLE:g}, strongly from {MUCH:g})"
+    )
+    if (share := found["leakage"]["max"]) is not None:
+        text += f"; up to {share:.2g} of a layer's change reaches what it closes"
     if uncovered:
         text += f"; {uncovered} of its {len(found['layers'])} layers are not covered and not counted"
     return f"{text}."

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 
 from nullspace.adapters import restore_lora, save_lora
 from nullspace.captions import distinct_captions
-from nullspace.errors import NullSpaceError, UnsoundError
+from nullspace.errors import NullSpaceError, UnsoundError, listed
 from nullspace.fingerprints import weights_sha256
 from nullspace.flags import BY_CONTENT, COMPARED, READ_BY
 from nullspace.hashes import config_sha256, sha256
@@ -290,6 +290,7 @@ def find_checkpoint(args):
                 f"--resume_from_checkpoint latest finds no whole checkpoint in {args.output_dir}: {names} are damaged; "
                 "start anew, without it."
             )
+        logger.warning(f"There is no checkpoint in {args.output_dir}: this run starts anew.")
     elif args.resume_from_checkpoint:
         for path in (Path(args.resume_from_checkpoint), args.output_dir / args.resume_from_checkpoint):
             if (path / RECORD_NAME).is_file():
@@ -300,7 +301,11 @@ def find_checkpoint(args):
                     f"--resume_from_checkpoint names {path}, {wrong}; name an earlier one, or latest, which passes "
                     "over damaged ones."
                 )
-        raise NullSpaceError(f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a checkpoint.")
+        there = listed(path.name for path in checkpoints(args.output_dir)) or "none"
+        raise NullSpaceError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a checkpoint; of those in "
+            f"{args.output_dir} name one ({there})."
+        )
     return None
 
 

@@ -1,6 +1,7 @@
 """Values and folders that the scripts refuse, and why: standard library only, so that it imports in milliseconds."""
 
 import argparse
+import difflib
 import errno
 import importlib.util
 import math
@@ -88,8 +89,15 @@ class Parser(argparse.ArgumentParser):
         if rest:
             if any(word.startswith("--hub") for word in words):  # they may be a token, or the second half of one
                 rest = [word.split("=")[0] if word.startswith("-") else "***" for word in rest]
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._meant(rest)}")
         return found
+
+    def _meant(self, words):
+        """What a misspelt flag may have meant, as the end of a sentence."""
+        flags = [flag for action in self._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
+        close = [difflib.get_close_matches(word.split("=")[0], flags, 1) for word in words if word.startswith("--")]
+        near = [match for matches in close for match in matches]
+        return f"; did you mean {' and '.join(near)}?" if near else ""
 
     def format_help(self):
         plain = {action: action.help for action in self._actions}

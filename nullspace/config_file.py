@@ -26,6 +26,8 @@ def flags_in(path, parser, words):
 
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except FileNotFoundError as error:
+        raise NullSpaceError(f"--config {path} is not there; check its name.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise NullSpaceError(f"--config {path} cannot be read as YAML ({reason}); mend it.") from error

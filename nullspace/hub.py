@@ -145,7 +145,8 @@ def fetch_files(name_or_path, names, revision=None, token=None, force=False):
         raise NullSpaceError(f"The Hub dataset {name_or_path} has no revision {revision or 'main'}.") from error
     except LocalEntryNotFoundError as error:
         raise NullSpaceError(
-            f"{where} is not in the local cache and cannot be downloaded now ({reason(error)})."
+            f"{where} is no folder here, not in the local cache and cannot be downloaded now ({reason(error)}); "
+            "nullspace_utils.py find lists the bundles of a model."
         ) from error
     except EntryNotFoundError as error:
         raise NullSpaceError(f"{where} has no {name}: it is not a bundle, or not a whole one.") from error

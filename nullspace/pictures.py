@@ -283,7 +283,8 @@ def find_instances(folder, column, tell):
     """
     where = f"--instance_data_dir {folder}"
     if not folder.is_dir():
-        raise NullSpaceError(f"{where} is not a folder.")
+        what = "is a file; name the folder that it is in" if folder.exists() else "is not there; check its name"
+        raise NullSpaceError(f"{where} is not a folder: it {what}.")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise NullSpaceError(f"{where} may not be read by this user; change its permissions.")
     own = pictures_in(folder, tell)
@@ -293,7 +294,7 @@ def find_instances(folder, column, tell):
     if own and kohya:
         raise NullSpaceError(f"{where} holds pictures both itself and in '{next(iter(kohya)).name}'; {LAYOUT}.")
     if not own and not kohya:
-        inside = f", but its folders do ({listed(others)}); {LAYOUT}" if others else ""
+        inside = f", but its folders do ({listed(others)}); {LAYOUT}" if others else "; put 3 to 5 of the subject there"
         raise NullSpaceError(f"{where} holds no pictures{inside}.")
     if others:
         tell(f"Passed over {counted(len(others), 'folder')} of {folder} with pictures: {listed(others)}.")

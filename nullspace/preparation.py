@@ -381,7 +381,13 @@ def start_or_resume(accelerator, checkpoint, adapted, word, parameters, count, a
     check_space(args.output_dir, space, "what this run will write")
     if not checkpoint and (left := [path.name for path in checkpoints(args.output_dir)]):
         logger.warning(
-            f"{args.output_dir} holds {listed(left, 3)} of an earlier run, which stay until this one has them."
+            f"{args.output_dir} holds {listed(left, 3)} of an earlier run; each stays until this run writes one of its "
+            "number."
+        )
+    if not checkpoint and (left := [name for name in (LORA_NAME, WORD_NAME) if (args.output_dir / name).exists()]):
+        logger.warning(
+            f"{args.output_dir} holds {' and '.join(left)} of an earlier run, which this one replaces at its end; name "
+            "another --output_dir to keep them."
         )
     if checkpoint:
         try:

@@ -130,6 +130,10 @@ def log_protection(bundle, protected, args):
     elif closes_any(protected):
         for line in describe_protection(bundle, protected, args):
             logger.info(line)
+        if not args.placeholder_token:
+            logger.info(
+                "The subject's class is not protected; with a --placeholder_token of its own it stays as it was."
+            )
     else:
         logger.warning("Nothing is protected: this trains a plain DreamBooth LoRA.")
 

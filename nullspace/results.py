@@ -111,10 +111,10 @@ def tell_how_to_use(device, compared, args):
     """Print what to paste and where to put files: not logged, since the log escapes the ends of lines."""
     told = ["", "To use it:", "", *usage_code(device.type, args).splitlines(), "", *in_web_uis(args)]
     if compared:
-        told.append(
-            f"An earlier step: load {args.output_dir / list(compared)[-1]} in place of {args.output_dir}; for web UIs "
-            f"nullspace_utils.py export --lora {args.output_dir / list(compared)[-1]} --output ..."
-        )
+        earlier = args.output_dir / list(compared)[-1]
+        file = f"{args.output_dir.resolve().name}-{earlier.name.rpartition('-')[2]}.safetensors"
+        command = ["python", "nullspace_utils.py", "export", "--lora", str(earlier), "--output", file]
+        told.append(f"An earlier step: load {earlier} in place of {args.output_dir}; for web UIs {shlex.join(command)}")
     print(*map(printable, told), sep="\n", flush=True)
 
 

@@ -7,6 +7,7 @@ other rows are no parameters of the optimizer, so that they stay as they are, to
 """
 
 import hashlib
+import re
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -40,6 +41,17 @@ def check_named(captions, args):
             f"--placeholder_token {token} is missing in {counted(len(lacking), 'prompt')} to train on "
             f"({listed(lacking, 3)}); write it there for the subject, in --instance_prompt and in captions."
         )
+    within = [repr(caption) for caption in distinct_captions(captions) if token and _is_within(token, caption)]
+    if within:
+        raise NullSpaceError(
+            f"--placeholder_token {token} is part of another word in {listed(within, 3)}; write it as a word by itself."
+        )
+
+
+def _is_within(token, caption):
+    """Whether a token stands nowhere but in longer words, of which tokenizers make other rows than its own."""
+    letter = r"[\w-]"
+    return not re.search(rf"(?<!{letter}){re.escape(token)}(?!{letter})", caption)
 
 
 def check_not_protected(prompts, token):

@@ -287,6 +287,16 @@ def test_a_changed_vae_and_a_moved_model(tiny_sd1, bundle1, tmp_path):  # noqa: 
         train(tmp_path / "moved", bundle1, output, *flags)
 
 
+def test_what_of_an_earlier_run_is_replaced_and_what_stays_is_said(tiny_sd1, bundle1, tmp_path, caplog):  # noqa: F811
+    with caplog.at_level(logging.WARNING):
+        train(tiny_sd1, bundle1, tmp_path / "lora", "--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
+        assert f"There is no checkpoint in {tmp_path / 'lora'}: this run starts anew" in caplog.text
+        assert "of an earlier run" not in caplog.text
+        train(tiny_sd1, bundle1, tmp_path / "lora", "--max_train_steps", 1)
+    assert f"{tmp_path / 'lora'} holds {LORA_NAME} of an earlier run, which this one replaces at its end" in caplog.text
+    assert "holds checkpoint-2" in caplog.text and "each stays until this run writes one of its number" in caplog.text
+
+
 def test_checkpoints_are_loras_and_a_sheet_compares_them(tiny_sd1, bundle1, tmp_path, monkeypatch, caplog):  # noqa: F811
     """All of this run that are kept, when it is over too; without them there is no sheet, nor one of an earlier run."""
     output, sheets, grid = tmp_path / "lora", [], results.checkpoint_grid

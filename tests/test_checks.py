@@ -134,6 +134,10 @@ def test_values_are_refused_by_name(flags, capsys):
             "--nullspace_threshold must be at least 0 and below",
         ),
         ("audit --lora l --nullspace n --rank 3", "unrecognized arguments: --rank 3"),
+        (
+            "audit --lora l --nulspace n --nullspace n",
+            "unrecognized arguments: --nulspace n; did you mean --nullspace?",
+        ),
         ("export --lora l --output x --format y", "argument --format: invalid choice"),
         ("export --lora l --output x", "--output x must end in .safetensors"),
     ],

@@ -65,7 +65,7 @@ def test_files_that_are_refused(text, sentence, tmp_path, capsys):
     path.unlink()
     with pytest.raises(SystemExit):
         parse("--config", path, script=build_nullspace)
-    assert "cannot be read" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: --config {path} is not there; check its name.\n"
 
 
 def test_a_result_has_its_flags_beside_it_and_says_how_it_is_used(tiny_sd1, bundle1, tmp_path, capsys, caplog):  # noqa: F811

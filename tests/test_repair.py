@@ -76,18 +76,18 @@ def test_a_plain_lora_is_repaired(plain, tiny_sd1, bundle1, tmp_path, capsys):  
     of_kohya = repair(plain / "kohya.safetensors", bundle1, tmp_path / "of-kohya")
     for name, layer in anyhow.items():
         torch.testing.assert_close(layer.down, of_kohya[name].down)
-    capsys.readouterr()
+    assert "of the LoRA's change (mean of its layers)" in capsys.readouterr().out
     told = {}
     for weight in (0.1, 10):
         flags = ("--instance_prompt", "a photo of a sks star", "--drift_weight", weight)
-        repair(plain, bundle1, tmp_path / "prompted", *flags)
+        repair(plain, bundle1, tmp_path / f"prompted-{weight}", *flags)
         rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.count("e-") or line.count("e+")]
         told[weight] = [[float(value.rstrip("%")) for value in row[1:]] for row in rows if row[1].endswith("%")]
     assert len(told[10]) == len(anyhow) and max(row[3] for row in told[10]) < 1e-5
     assert all(0 < few[0] < many[0] <= 100 for few, many in zip(told[10], told[0.1], strict=True))
     assert all(few[2] < many[2] < many[1] for few, many in zip(told[10], told[0.1], strict=True))
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1, safety_checker=None)
-    pipeline.load_lora_weights(tmp_path / "prompted")
+    pipeline.load_lora_weights(tmp_path / "prompted-10")
     names = {name for name, _ in pipeline.unet.named_parameters() if "lora_A" in name}
     assert len(names) == sum(not name.startswith("text_encoder") for name in anyhow)
 
@@ -106,6 +106,8 @@ def test_a_word_is_read_and_goes_along(tiny_sd1, bundle1, tmp_path, monkeypatch)
 
     drawn = nullspace_utils.subject_moments
     monkeypatch.setattr(nullspace_utils, "subject_moments", subject_moments)
+    with pytest.raises(NullSpaceError, match="does not name the LoRA's subject; write sks-star in it"):
+        repair(tmp_path / "lora", bundle1, tmp_path / "none", "--instance_prompt", "a star")
     for number, lora in enumerate((tmp_path / "lora", tmp_path / "lora" / "lora.safetensors")):
         repair(lora, bundle1, tmp_path / str(number), "--instance_prompt", "a sks-star")
         torch.testing.assert_close(read[number].detach().cpu(), word.rows[TEXT_ENCODER], rtol=0, atol=0)
@@ -115,6 +117,10 @@ def test_a_word_is_read_and_goes_along(tiny_sd1, bundle1, tmp_path, monkeypatch)
 def test_what_cannot_be_repaired_is_refused(plain, bundle1, tmp_path):  # noqa: F811
     with pytest.raises(NullSpaceError, match="holds the LoRA itself"):
         repair(plain, bundle1, plain)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "nullspace_report.json").write_text("{}")  # of another LoRA
+    with pytest.raises(NullSpaceError, match="used holds other files; name an empty folder"):
+        repair(plain, bundle1, tmp_path / "used")
     (tmp_path / "file").touch()
     with pytest.raises(NullSpaceError, match="--output_dir .*file is a file; choose a folder"):
         repair(plain, bundle1, tmp_path / "file")

@@ -1402,8 +1402,9 @@ NOWHERE = "no/such/model"  # given with bad input that must be found before the 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--instance_data_dir", "{tmp}/none"], "is not a folder"),
-        (["--instance_data_dir", "{tmp}/empty"], "holds no pictures"),
+        (["--instance_data_dir", "{tmp}/none"], "is not a folder: it is not there"),
+        (["--instance_data_dir", "{tmp}/file"], "is not a folder: it is a file; name the folder"),
+        (["--instance_data_dir", "{tmp}/empty"], "holds no pictures; put 3 to 5"),
         (["--instance_data_dir", "{tmp}/broken"], "bad.png cannot be read"),
         (["--instance_data_dir", "{tmp}/truncated"], "cut.png cannot be read"),
         (["--output_dir", "{tmp}/file/lora"], "cannot be written"),

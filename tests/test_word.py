@@ -316,6 +316,8 @@ def test_prompts_that_do_not_fit(tiny_sd1, bundle1, tmp_path, monkeypatch):  # n
         match=r"--placeholder_token sks-star is missing in 1 prompt to train on \('a sks star'\); write it",
     ):
         train(tiny_sd1, bundle1, tmp_path / "lora", *WORD, "--instance_prompt", PROMPT, "a sks star")
+    with pytest.raises(NullSpaceError, match="sks-star is part of another word in 'two sks-stars'; write it as a word"):
+        train(tiny_sd1, bundle1, tmp_path / "lora", *WORD, "--instance_prompt", "(sks-star), red", "two sks-stars")
     flags = [*WORD, "--placeholder_token", "blue-heart", "--instance_prompt", "a blue-heart"]
     config = json.loads((bundle1 / "nullspace_config.json").read_text())
     assert config["prompts"]["examples"] == ["a red star", "a blue heart on a white background"]

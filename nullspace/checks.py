@@ -89,12 +89,14 @@ class Parser(argparse.ArgumentParser):
         if rest:
             if any(word.startswith("--hub") for word in words):  # they may be a token, or the second half of one
                 rest = [word.split("=")[0] if word.startswith("-") else "***" for word in rest]
-            self.error(f"unrecognized arguments: {' '.join(rest)}{self._meant(rest)}")
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._meant(rest, found)}")
         return found
 
-    def _meant(self, words):
-        """What a misspelt flag may have meant, as the end of a sentence."""
-        flags = [flag for action in self._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
+    def _meant(self, words, found):
+        """What misspelt flags may have meant, as the end of a sentence; those of the command, where there is one."""
+        commands = [action for action in self._actions if isinstance(action.choices, dict)]
+        actions = [*self._actions, *(each for one in commands for each in one.choices[vars(found)[one.dest]]._actions)]
+        flags = [flag for action in actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
         close = [difflib.get_close_matches(word.split("=")[0], flags, 1) for word in words if word.startswith("--")]
         near = [match for matches in close for match in matches]
         return f"; did you mean {' and '.join(near)}?" if near else ""

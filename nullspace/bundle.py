@@ -304,6 +304,11 @@ class Bundle:
                 "model or build one with build_nullspace.py."
             )
 
+    def check_family(self, unet_config):
+        """Raise `NullSpaceError` unless this bundle was built for a model of the family that has such a UNet."""
+        if not get_family(self.config["model_type"]).recognises(unet_config):
+            self.check_model_type(family_of(unet_config).name)
+
     def check(self, unet, text_encoder=None, **others):
         """Raise `NullSpaceError` unless this bundle was built from the model that these are parts of.
 
@@ -312,8 +317,7 @@ class Bundle:
             others: `tokenizer`, `noise_scheduler`, and those of a second text encoder by their names in a pipeline;
                 what is not given is not compared.
         """
-        if not get_family(self.config["model_type"]).recognises(unet.config):
-            self.check_model_type(family_of(unet.config).name)
+        self.check_family(unet.config)
         present = dict(unet.named_modules())
         if not any(name in present for name in self.config["modules"]):
             raise NullSpaceError("The bundle covers no layer of this UNet; build one for this model.")

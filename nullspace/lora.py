@@ -132,6 +132,9 @@ def _fetch(name_or_path, token=None):
         **dict.fromkeys(options),
     )
     path = Path(name_or_path)
+    if path.name.startswith("checkpoint-") and path.parent.is_dir() and not path.exists():  # no repository of the Hub
+        there = sorted(each.parent.name for each in path.parent.glob(f"checkpoint-*/{LORA_NAME}"))
+        raise FileNotFoundError(f"{path.parent} has {listed(there) if there else 'no checkpoint'}")
     if (path / LORA_NAME).is_file() or not path.exists():
         try:
             return fetch(weight_name=LORA_NAME)[:2]

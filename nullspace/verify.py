@@ -3,11 +3,12 @@
 from typing import NamedTuple
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from nullspace.checks import check_clip_skip
 from nullspace.errors import NullSpaceError
 from nullspace.families import get_family, recognise
-from nullspace.models import download_model, loading
+from nullspace.models import download_model, load_config, loading
 from nullspace.moments import SecondMoments
 from nullspace.names import JOINT, TEXT_INPUT, TIMELESS, tokenizer_of
 from nullspace.prompts import spread
@@ -82,6 +83,7 @@ def load_verified(bundle, loras=(), name_or_path=None, revision=None, variant=No
         NullSpaceError: if it cannot be had, or is another.
     """
     name_or_path, revision, variant = bundle.base_model(name_or_path, revision, variant)
+    bundle.check_family(load_config(UNet2DConditionModel, "unet", name_or_path, revision, token, config))
     family = recognise(name_or_path, revision, token, bundle.config["model_type"], config)
     model = download_model(name_or_path, revision, variant, token, config)._replace(loras=loras)
     with loading(model.name):
@@ -116,12 +118,12 @@ def refuse(findings):
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def verify(bundle, pipeline, prompts=PROMPTS, whole=False):
+def verify(bundle, pipeline, prompts=PROMPTS, whole=False, seed=None):
     """Have a model read some of a bundle's prompts, and compare: `list[Finding]`, one for each input that is loaded.
 
     Arguments as for `read`, which says what is raised.
     """
-    return compare(bundle, read(bundle, pipeline, prompts, whole))
+    return compare(bundle, read(bundle, pipeline, prompts, whole, seed))
 
 
 def read(bundle, pipeline, prompts=PROMPTS, whole=False, seed=None):

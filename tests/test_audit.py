@@ -86,6 +86,10 @@ def test_what_is_not_understood_is_named(dora, tmp_path, key, kohya):
 
 def test_a_wrong_path_is_one_sentence(tmp_path, bundle1, monkeypatch):  # noqa: F811
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it would ask again and again
+    (tmp_path / "lora" / "checkpoint-50").mkdir(parents=True)
+    (tmp_path / "lora" / "checkpoint-50" / LORA_NAME).touch()
+    with pytest.raises(NullSpaceError, match="lora has checkpoint-50$"):
+        load_lora(tmp_path / "lora" / "checkpoint-100")
     for lora in (tmp_path / "missing", "no/such/lora", "mistyped.safetensors"):
         with pytest.raises(NullSpaceError, match="cannot be read as a LoRA") as caught:
             main(parse_args(["audit", "--lora", str(lora), "--nullspace", str(bundle1)]))

@@ -107,7 +107,6 @@ def translated(tiny_sd1, tiny_xl, tiny_lcm):  # noqa: F811
         "stabilityai/stable-diffusion-xl-base-1.0": tiny_xl,
         "SimianLuo/LCM_Dreamshaper_v7": tiny_lcm,
         "latent-consistency/lcm-lora-sdv1-5": "sks-dog",  # any LoRA of that model
-        "--lora plain-dog": "--lora sks-dog",
         "<your-username>/": "",
         "--initializer_token dog": "--initializer_token star",  # words of the tiny model
         "--initializer_token cat": "--initializer_token heart",
@@ -147,10 +146,12 @@ def desk(tiny_sd1, tiny_lcm, translated, tmp_path_factory):  # noqa: F811
             script, flags = script_of(words)
             if script and "sdxl" not in str(flags) and str(tiny_xl) not in flags:
                 run(script, flags)
-        checkpoint = folder / "sks-dog" / "checkpoint-400"  # after whose steps these trainings have long been over
+        checkpoint = folder / "sks-dog" / "checkpoint-500"  # after whose steps these trainings have long been over
         checkpoint.mkdir()
         for name in (LORA_NAME, WORD_NAME):
             shutil.copy(folder / "sks-dog" / name, checkpoint)
+        (folder / "plain-dog").mkdir()  # has no word
+        shutil.copy(folder / "sks-dog" / LORA_NAME, folder / "plain-dog")
     return folder
 
 

@@ -318,6 +318,6 @@ def test_what_is_cast_to_float64_is_moved_first():
 def test_a_model_is_on_a_gpu_in_16_bits(device, wide, moved, monkeypatch):
     calls = []
     monkeypatch.setattr(nullspace_utils, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: wide)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: wide)
     nullspace_utils.to_device(SimpleNamespace(to=lambda *args: calls.append(args)))
     assert calls == ([] if moved is None else [(torch.device(device), moved)])

@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
 
     def _meant(self, words, found):
         """What misspelt flags may have meant, as the end of a sentence; those of the command, where there is one."""
-        commands = [action for action in self._actions if isinstance(action.choices, dict)]
+        commands = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         actions = [*self._actions, *(each for one in commands for each in one.choices[vars(found)[one.dest]]._actions)]
         flags = [flag for action in actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
         close = [difflib.get_close_matches(word.split("=")[0], flags, 1) for word in words if word.startswith("--")]

@@ -617,6 +617,9 @@ def test_each_script_finds_what_it_imports(tmp_path):
 # ---- What fits on a card ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="Adam reads its steps on the meta device there"
+)
 def test_memory_is_counted_without_a_gpu():
     """Of Stable Diffusion 1.5 as the README launches it, and without protection."""
     family = get_family("sd")

@@ -118,7 +118,7 @@ def test_what_rounding_to_16_bits_adds_is_taken_off(lora, tmp_path):
     assert found["predicted_drift"]["rms"] == audit(load_lora(tmp_path), bundle, **adapted)["predicted_drift"]["rms"]
     for name, layer in layers_of(adapted).items():
         assert torch.equal(layer.down, before[name].down)
-        assert torch.allclose(layer.up, before[name].up / 1.5, rtol=1e-3)
+        assert torch.allclose(layer.up, before[name].up / 1.5, rtol=2**-8)  # of bfloat16
 
 
 # ---- In a training ---------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_every_file_is_within_the_budget(limit, flags, tiny_sd1, bundle1, tmp_pa
         train(tiny_sd1, bundle1, folder, *STEPS, *flags, "--max_drift", limit)
     found = report(folder)
     drift, leakage = read_back(folder, bundle1)
-    assert drift == pytest.approx(found["predicted_drift"]["rms"], rel=1e-4)  # the model was in 16 bits, too
+    assert drift == pytest.approx(found["predicted_drift"]["rms"], rel=5e-4)  # the model was in 16 bits, too
     assert 0.999 * limit < found["predicted_drift"]["rms"] <= limit
     assert found["nullspace"]["max_drift"] == limit
     drift, card = f"{found['predicted_drift']['rms']:.4g}", (folder / "README.md").read_text()

@@ -901,7 +901,7 @@ def worst_leakage(world, layers, protected):
     shares = []
     for name, layer in layers.items():
         delta = layer.scale * array(layer.up) @ array(layer.down)
-        assert np.linalg.norm(delta) > 1e-2 * np.linalg.norm(array(world.unet.get_submodule(name).weight))  # it learned
+        assert np.linalg.norm(delta) > 5e-3 * np.linalg.norm(array(world.unet.get_submodule(name).weight))  # it learned
         inside = delta @ array(protected[name].basis)[:, : protected[name].rank]
         shares.append(np.linalg.norm(inside) / np.linalg.norm(delta))
         expected = shares[-1] + protected[name].distance
@@ -1009,11 +1009,16 @@ def test_the_audit_lists_every_layer_and_sums_up_those_that_are_covered(world):
 
 @pytest.mark.parametrize(("drift", "word"), [(0.01, "little"), (0.4, "noticeably"), (2.0, "strongly")])
 def test_the_verdict_says_how_much_and_of_how_many_layers(drift, word):
-    layers = [{"predicted_drift": drift}, {"predicted_drift": None}]
-    text = verdict({"predicted_drift": {"rms": drift}, "layers": layers})
-    assert f"{word} (by {drift:.2g}, RMS); 1 of its 2 layers are not covered" in text
-    assert "not covered" not in verdict({"predicted_drift": {"rms": drift}, "layers": layers[:1]})
-    assert "nothing can be said" in verdict({"predicted_drift": {"rms": None}, "layers": layers[1:]})
+    layers, found = [{"predicted_drift": drift}, {"predicted_drift": None}], {"leakage": {"max": 0.5}}
+    text = verdict({**found, "predicted_drift": {"rms": drift}, "layers": layers})
+    assert (
+        f"{word} (by {drift:.2g}, RMS; noticeably from 0.3, strongly from 0.6); up to 0.5 of a layer's change" in text
+    )
+    assert text.endswith("reaches what it closes; 1 of its 2 layers are not covered and not counted.")
+    found["leakage"]["max"] = None  # nothing is closed
+    text = verdict({**found, "predicted_drift": {"rms": drift}, "layers": layers[:1]})
+    assert "not covered" not in text and "closes" not in text
+    assert "nothing can be said" in verdict({**found, "predicted_drift": {"rms": None}, "layers": layers[1:]})
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_what_rounding_to_16_bits_adds_is_taken_off(lora, tmp_path):
     assert found["predicted_drift"]["rms"] == audit(load_lora(tmp_path), bundle, **adapted)["predicted_drift"]["rms"]
     for name, layer in layers_of(adapted).items():
         assert torch.equal(layer.down, before[name].down)
-        assert torch.allclose(layer.up, before[name].up / 1.5, rtol=2**-8)  # of bfloat16
+        assert torch.allclose(layer.up, before[name].up / 1.5, rtol=1e-2)  # what bfloat16 rounds, and that scaled away
 
 
 # ---- In a training ---------------------------------------------------------------------------------------------------

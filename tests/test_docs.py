@@ -368,6 +368,17 @@ def test_the_table_of_repair_is_that_of_the_results():
         assert seconds == format(scores["seconds"], ".0f"), way
 
 
+def test_the_table_of_stored_bundles_is_that_of_the_results():
+    found = json.loads((ROOT / "benchmarks/results/bundle_likeness.json").read_text())["ways"]
+    section = (ROOT / "docs/benchmarks.md").read_text().partition("\n## Storage\n")[2].partition("\n## ")[0]
+    *_, (header, *rows) = tables(section)
+    assert [row[0].strip("*") for row in rows] == list(found) and len(header) == 4
+    for way, *values in rows:
+        scores = found[way.strip("*")]
+        shown = [f"{scores['bytes'] / 1000:.0f} kB", f"{scores['subject']:.3f}", f"{scores['noise_drift']:.5f}"]
+        assert values == shown, way
+
+
 def test_every_figure_has_its_command():
     """Each section with a table of numbers names what made it, and what it names has left its results."""
     for path in (ROOT / "README.md", ROOT / "docs/benchmarks.md", ROOT / "docs/quickstart.md"):

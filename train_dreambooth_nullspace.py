@@ -378,8 +378,8 @@ def parse_args(argv=None):
         nargs="+",
         action="extend",
         help="Prompts drawn by base and tuned model with equal seeds: the subject's, and unrelated ones that should "
-        "not change; several values, or the flag again (default, at the end only: the instance prompt and some that "
-        "the bundle protects).",
+        "not change; several values, or the flag again (default, at the end only: the instance prompt, the same with a "
+        "word's class in its place, and some that the bundle protects).",
     )
     group.add_argument(
         "--compare_with_base",

@@ -1,6 +1,7 @@
 """What a training leaves: LoRA and word, read back and drawn with, what lies beside them, and what is published."""
 
 import glob
+import re
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,6 +43,7 @@ from nullspace.word import NewWord
 
 
 logger = get_logger(__name__)
+DEFAULT_PROMPTS = 4  # that are drawn at the end, at most, where none are named
 SMALL_FILES = 2**20  # bytes of report, card and logs, more or less
 
 
@@ -80,9 +82,7 @@ def save(accelerator, trained, earlier_logs, args):
                     trained.auditor.models.clear()
                     accelerator.free_memory()  # it keeps what it prepared
                     free_memory()
-                    bundle = trained.auditor.bundle
-                    others = spread(bundle.config["prompts"]["examples"], 3) if bundle else []
-                    prompts = args.validation_prompt or [args.instance_prompt[0], *others]
+                    prompts = args.validation_prompt or default_prompts(trained.auditor.bundle, args)
                     rows, compared = draw_results(staged, trained, prompts, device, args)
                     put_in_place(staged, args)
                 written = write_results(accelerator, trained, found, prompts, rows, compared, args)
@@ -91,6 +91,19 @@ def save(accelerator, trained, earlier_logs, args):
                 push(written, earlier_logs, args)
             if accelerator.is_main_process:
                 tell_how_to_use(device, compared, args)
+
+
+def default_prompts(bundle, args):
+    """Prompts that show what was learned and what was kept: `list[str]`.
+
+    The subject's, the same with the class that its word began as, and some that the bundle protects, if there is one.
+    """
+    prompts = args.instance_prompt[:1]
+    if args.placeholder_token:
+        word, initial = re.escape(args.placeholder_token), args.initializer_token
+        prompts.append(re.sub(word, lambda _: initial, prompts[0], flags=re.IGNORECASE))
+    others = bundle.config["prompts"]["examples"] if bundle else []
+    return prompts + spread(others, DEFAULT_PROMPTS - len(prompts))
 
 
 def draw_results(staged, trained, prompts, device, args):
@@ -173,7 +186,7 @@ def needed_space(parameters, step, args):
     later = args.max_train_steps // args.checkpointing_steps - step // args.checkpointing_steps
     kept = min(later, args.checkpoints_total_limit or later)
     picture = 3 * args.resolution**2 * args.num_validation_images
-    prompts = len(args.validation_prompt or ["its own", *["the bundle's"] * 3])
+    prompts = len(args.validation_prompt or range(DEFAULT_PROMPTS))
     compared = 3 * args.resolution**2 * prompts * (kept + 2) if args.compare_checkpoints else 0
     return 3 * lora + (kept + 2) * checkpoint + 3 * prompts * picture + compared + SMALL_FILES
 

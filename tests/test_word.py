@@ -25,7 +25,7 @@ from nullspace.families.stable_diffusion import encode_tokens, prompt_arguments
 from nullspace.layers import is_trained
 from nullspace.lora import load_lora, read_embeddings, read_lora
 from nullspace.names import DEFAULT_SOFTNESS, LORA_NAME, REPORT_NAME, TEXT_ENCODERS, WORD_NAME, WORD_SOFTNESS
-from nullspace.results import put_in_place
+from nullspace.results import default_prompts, put_in_place
 from nullspace.word import add_token, check_not_protected, check_window
 from test_train import bundle1, command_line, drawing_in_two_steps, report, same, train  # noqa: F401
 
@@ -101,6 +101,20 @@ def test_report_card_and_list_of_files_know_it(trained):
     assert told.items() <= written["training"].items()
     assert {LORA_NAME, WORD_NAME, "sks-dog.safetensors", "embeddings/sks-star.safetensors"} < set(trained.written)
     assert all((trained.folder / name).is_file() for name in trained.written)
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_the_class_of_a_word_is_drawn_beside_it(protected):
+    examples = [f"a {colour} ring" for colour in ("red", "blue", "green", "white")]
+    bundle = Namespace(config={"prompts": {"examples": examples}}) if protected else None
+    args = Namespace(
+        instance_prompt=["a photo of a Sks-Star", "a sks-star"], placeholder_token="sks-star", initializer_token="star"
+    )
+    others = ["a red ring", "a green ring"] if protected else []
+    assert default_prompts(bundle, args) == ["a photo of a Sks-Star", "a photo of a star", *others]
+    args.placeholder_token = None
+    others = examples[:3] if protected else []
+    assert default_prompts(bundle, args) == ["a photo of a Sks-Star", *others]
 
 
 def test_a_changed_row_is_not_saved(trained, tmp_path):

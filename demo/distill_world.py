@@ -219,7 +219,7 @@ def main():
         scheduler=LCMScheduler.from_config(teacher.scheduler.config, original_inference_steps=SOLVER_STEPS),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    latents, tokens = make_data(args, teacher.vae, teacher.tokenizer)
+    latents, tokens, _ = make_data(args, teacher.vae, teacher.tokenizer)
     distil(args, teacher, pipeline, latents * teacher.vae.config.scaling_factor, tokens)
 
 

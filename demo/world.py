@@ -447,14 +447,18 @@ def vocabulary():
 
 
 def sample_world(count, seed, captions_each=6):
-    """Draw `count` scenes to train on: pictures uint8 (count, 64, 64, 3), and `captions_each` captions of each."""
+    """Draw `count` scenes to train on.
+
+    Pictures uint8 (count, 64, 64, 3), `captions_each` captions of each, and whether each shows one object.
+    """
     rng = random.Random(seed)
-    pictures, captions = np.empty((count, RESOLUTION, RESOLUTION, 3), np.uint8), []
+    pictures, captions, single = np.empty((count, RESOLUTION, RESOLUTION, 3), np.uint8), [], []
     for index in range(count):
         scene = random_scene(rng)
         pictures[index] = np.round(scene.render() * 255)
         captions.append([training_caption(rng, scene) for _ in range(captions_each)])
-    return pictures, captions
+        single.append(len(scene.objects) == 1)
+    return pictures, captions, single
 
 
 # ---- What a prompt asks for ------------------------------------------------------------------------------------------

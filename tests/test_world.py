@@ -101,9 +101,11 @@ def test_wrong_scene_is_named():
 
 
 def test_world_is_the_same_every_time():
-    pictures, captions = world.sample_world(5, seed=3)
-    again, captions_again = world.sample_world(8, seed=3)
-    assert np.array_equal(pictures, again[:5]) and captions == captions_again[:5]
+    pictures, captions, single = world.sample_world(20, seed=3)
+    again, captions_again, single_again = world.sample_world(25, seed=3)
+    assert np.array_equal(pictures, again[:20]) and captions == captions_again[:20] and single == single_again[:20]
+    alone = [len(reading.scene.objects) == 1 for reading in world_reader.read(pictures)]
+    assert single == alone and set(alone) == {False, True}
     assert world.protected_prompts() == world.protected_prompts() and len(set(world.names())) >= 100
 
 
